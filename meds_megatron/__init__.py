@@ -1,0 +1,1 @@
+"""Reinforcement learning of Qwen models with a memory of past mistakes (MEDS), on megatron-core and vLLM."""
