@@ -7,8 +7,6 @@ Sources of the published values: the MEDS paper (arXiv 2604.11297) and DAPO (arX
 from dataclasses import dataclass, field
 from typing import Literal
 
-MISSING: str = "???"
-
 
 @dataclass
 class RandomModelConfig:
@@ -22,8 +20,8 @@ class RandomModelConfig:
     head_dim: int = 32
     ffn_size: int = 384
     tie_embeddings: bool = True
-    tokenizer: str = MISSING
-    """Directory whose tokenizer files and vocabulary the model takes."""
+    tokenizer: str | None = None
+    """Directory whose tokenizer files and vocabulary the model takes; needed with `make: random`."""
     vocab_size: int | None = None
     """Rows of the embedding; default: the tokenizer's own size. Qwen pads its 151665 tokens to 151936 rows."""
     seed: int = 0

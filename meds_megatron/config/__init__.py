@@ -1,0 +1,46 @@
+"""Settings of a run: the typed schema, reading, writing and judging them. Imports no torch."""
+
+from meds_megatron.config.load import load_config, save_config
+from meds_megatron.config.schema import (
+    AdvantageConfig,
+    ClusterConfig,
+    Config,
+    DataConfig,
+    FilterConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OverlongConfig,
+    ParallelConfig,
+    PenaltyConfig,
+    PolicyConfig,
+    RandomModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    SyncConfig,
+    TrainConfig,
+    WandbConfig,
+)
+
+__all__ = [
+    "AdvantageConfig",
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "FilterConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "OverlongConfig",
+    "ParallelConfig",
+    "PenaltyConfig",
+    "PolicyConfig",
+    "RandomModelConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "SyncConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "load_config",
+    "save_config",
+]

@@ -1,0 +1,121 @@
+"""Reading and writing configs: YAML files with `base:` inheritance, then dotted overrides, into a plain `Config`."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from meds_megatron.config.keys import describe_type, is_section, literal_values, nearest_key, schema_types
+from meds_megatron.config.schema import Config
+from meds_megatron.errors import UserError
+
+BASE_KEY = "base"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file and of `key=value` overrides, on top of the schema's defaults.
+
+    `base: other.yaml` in a file (relative to that file) is applied before the file itself. Values may refer to others
+    as `${section.name}`. Raises UserError for a missing or malformed file, an unknown key and a value of a wrong type.
+    """
+    settings = OmegaConf.structured(Config)
+    sources: dict[str, str] = {}
+    for source, values in [*_file_layers(Path(path), ()), *map(_override_layer, overrides)]:
+        for key, value in _leaves(values, "", source):
+            _set(settings, key, value, source)
+            sources[key] = source
+    try:
+        return OmegaConf.to_object(settings)
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        raise UserError(f"{sources.get(key, path)}: {key} cannot be resolved: {_first_line(error)}.") from error
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write every setting of `config` as YAML that `load_config` reads back; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _file_layers(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict]]:
+    """(source, values) of the file and of its bases, the deepest base first; `above` are the files that inherit it."""
+    resolved = path.resolve()
+    if resolved in above:
+        chain = " -> ".join(str(link) for link in (*above, resolved))
+        raise UserError(f"{above[-1]}: `{BASE_KEY}` goes in a circle ({chain}); remove one of these lines.")
+    values = _read_yaml(path, above)
+    base = values.pop(BASE_KEY, None)
+    layer = (str(path), values)
+    if base is None:
+        return [layer]
+    if not isinstance(base, str):
+        raise UserError(f"{path}: `{BASE_KEY}` is {base!r}, expected the path of one YAML file, relative to this one.")
+    return [*_file_layers(path.parent / base, (*above, resolved)), layer]
+
+
+def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict:
+    if not path.is_file():
+        named_by = f", named as `{BASE_KEY}` in {above[-1]}" if above else ""
+        raise UserError(f"{path}: there is no such config file{named_by}; give the path of a YAML file.")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or _first_line(error)
+        raise UserError(f"{path}{line}: not readable as YAML: {problem}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines at the top level, found a {type(values).__name__}.")
+    return values
+
+
+def _override_layer(override: str) -> tuple[str, dict]:
+    source = f"override `{override}`"
+    key, equals, _ = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"{source}: expected key=value, such as penalty.alpha=0.02.")
+    try:
+        return source, OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{source}: the value is not readable as YAML; quote it.") from error
+
+
+def _leaves(values: dict, prefix: str, source: str) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting in nested `values`; refuses keys the schema does not have."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if key not in schema_types():
+            nearest = nearest_key(key)
+            hint = f"did you mean `{nearest}`?" if nearest else "see meds_megatron/config/schema.py for all keys."
+            raise UserError(f"{source}: unknown key `{key}`; {hint}")
+        if not is_section(key):
+            yield key, value
+        elif isinstance(value, dict):
+            yield from _leaves(value, key + ".", source)
+        elif value is not None:
+            raise UserError(f"{source}: {key} is {value!r}, expected {describe_type(schema_types()[key])}.")
+
+
+def _set(settings: DictConfig, key: str, value: Any, source: str) -> None:
+    expected = schema_types()[key]
+    if value is False and "no" in literal_values(key):
+        value = "no"  # YAML reads a bare `no` as false.
+    lossy = expected is bool and isinstance(value, int | float) and not isinstance(value, bool)
+    nested = isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
+    try:
+        if lossy or nested:
+            raise ValueError(value)
+        OmegaConf.update(settings, key, value)
+    except (ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"{source}: {key} is {value!r}, expected {describe_type(expected)}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
