@@ -1,0 +1,153 @@
+"""Qwen2.5 / Qwen3 as megatron-core GPTModels: this rank's chunk, or chunks, of the policy."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_TE,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from meds_megatron.config import ModelConfig, ParallelConfig
+from meds_megatron.model.layers import CausalAttention, RMSNorm
+from meds_megatron.model.shape import ModelShape
+from meds_megatron.weights.table import padded_vocab
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PolicyModel(GPTModel):
+    """A GPTModel whose last stage returns the final-norm hidden states instead of logits.
+
+    The log-probs are computed from them for response tokens only and in chunks (`actor.logprobs`), so the logits of a
+    whole micro-batch never exist. With sequence parallelism the last stage gathers the sequence first.
+    """
+
+    def _postprocess(self, hidden_states: Tensor, *_args, **_kwargs) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden_states)
+        return copy_to_tensor_model_parallel_region(hidden_states)
+
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the LM head, [V / TP, H]; the embedding when the two are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def use_transformer_engine() -> bool:
+    """Whether layers come from Transformer Engine (installed, and a GPU to run it) or from the local spec."""
+    return HAVE_TE and torch.cuda.is_available()
+
+
+def transformer_config(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """megatron-core's own description of the model and its layout."""
+    dtype = DTYPES[model.dtype]
+    interleaved = parallel.virtual_pipeline > 1
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_size,
+        layernorm_epsilon=shape.norm_eps,
+        normalization="RMSNorm",
+        qk_layernorm=shape.architecture == "qwen3",
+        add_qkv_bias=shape.architecture == "qwen2",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        sequence_parallel=parallel.sequence,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
+        variable_seq_lengths=parallel.pipeline > 1,
+        # Between two stages that send both ways, only separate sends and receives keep their order.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # Losses arrive already divided by the mini-batch's global token count: gradients are summed, never averaged.
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        recompute_granularity=None if model.recompute == "none" else model.recompute,
+        recompute_method="uniform" if model.recompute == "full" else None,
+        recompute_num_layers=1 if model.recompute == "full" else None,
+    )
+
+
+def layer_specs(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
+    """The modules of `num_layers` layers: Transformer Engine's on a GPU that has it, torch's otherwise."""
+    if use_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
+    layer = _local_layer(config)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def _local_layer(config: TransformerConfig) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
+    return layer
+
+
+def build_chunks(
+    shape: ModelShape, config: TransformerConfig, max_sequence_length: int
+) -> list[PolicyModel]:
+    """This rank's model chunks (one, or `virtual_pipeline` of them) with memory for the weights but no values in it.
+
+    `megatron.core.parallel_state` must be initialised; `weights.load` fills the values.
+    """
+    virtual = config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for vp_stage in range(virtual or 1):
+        stage = vp_stage if virtual else None
+        chunk = PolicyModel(
+            config=config,
+            transformer_layer_spec=layer_specs(config, get_num_layers_to_build(config, vp_stage=stage)),
+            vocab_size=padded_vocab(shape.vocab_size, config.tensor_model_parallel_size),
+            max_sequence_length=max_sequence_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            share_embeddings_and_output_weights=shape.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+            vp_stage=stage,
+        )
+        if torch.cuda.is_available():
+            chunk.cuda(torch.cuda.current_device())
+        chunks.append(chunk)
+    return chunks
+
+
+def chunk_layers(chunk: PolicyModel) -> list[tuple[int, nn.Module]]:
+    """The chunk's transformer layers with their place in the whole model, counted from 0."""
+    return [(layer.layer_number - 1, layer) for layer in chunk.decoder.layers]

@@ -1,0 +1,90 @@
+"""What kind of model a Hugging Face directory holds, read from its config.json without torch or transformers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from meds_megatron.errors import UserError
+
+ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a dense Qwen model. Qwen2 has a bias on q, k, v; Qwen3 has RMS norms on q and k instead."""
+
+    architecture: str
+    """`qwen2` or `qwen3`."""
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    """Rows of the embedding in the Hugging Face checkpoint."""
+    tie_embeddings: bool
+    rope_theta: float
+    norm_eps: float
+    max_positions: int
+
+    @classmethod
+    def from_hf(cls, directory: str | Path) -> "ModelShape":
+        """Reads `directory`/config.json.
+
+        Raises UserError when the directory or its config.json is missing, is not JSON, lacks a key or describes a
+        model that cannot be trained here.
+        """
+        path = Path(directory).expanduser() / "config.json"
+        if not path.parent.is_dir():
+            raise UserError(f"model directory {path.parent} does not exist: give model.path a Hugging Face directory")
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: a Hugging Face model directory has a config.json")
+        try:
+            raw = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not JSON ({error}): download the model again") from error
+        architecture = _architecture(raw, path)
+        _refuse_unsupported(raw, path)
+        try:
+            heads = raw["num_attention_heads"]
+            return cls(
+                architecture=architecture,
+                hidden_size=raw["hidden_size"],
+                num_layers=raw["num_hidden_layers"],
+                num_heads=heads,
+                num_kv_heads=raw.get("num_key_value_heads", heads),
+                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+                ffn_size=raw["intermediate_size"],
+                vocab_size=raw["vocab_size"],
+                tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+                rope_theta=_rope_theta(raw),
+                norm_eps=raw.get("rms_norm_eps", 1e-6),
+                max_positions=raw.get("max_position_embeddings", 32768),
+            )
+        except KeyError as error:
+            raise UserError(f"{path} has no key {error}, which every Qwen2 and Qwen3 config.json has") from error
+
+
+def _architecture(raw: dict, path: Path) -> str:
+    names = raw.get("architectures") or []
+    for name in names:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    known = " and ".join(ARCHITECTURES)
+    raise UserError(f"{path} describes {', '.join(names) or 'no architecture'}: only {known} can be trained")
+
+
+def _refuse_unsupported(raw: dict, path: Path) -> None:
+    if raw.get("use_sliding_window"):
+        raise UserError(f"{path} turns on use_sliding_window, which is not supported: use a full-attention model")
+    scaling = raw.get("rope_scaling") or {}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        raise UserError(f"{path} has rope_scaling {scaling}, which is not supported: remove it or use another model")
+
+
+def _rope_theta(raw: dict) -> float:
+    """`rope_theta` lies at the top level up to transformers 4 and in `rope_parameters` from transformers 5 on."""
+    if "rope_theta" in raw:
+        return float(raw["rope_theta"])
+    return float((raw.get("rope_parameters") or {})["rope_theta"])
