@@ -1,0 +1,129 @@
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meds_megatron.config import ClusterConfig, Config, ParallelConfig
+from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.errors import UserError
+
+
+@dataclass
+class Sizes:
+    num_layers: int = 28
+    num_heads: int = 28
+    num_kv_heads: int = 4
+    ffn_size: int = 18944
+
+
+def test_data_parallelism_takes_the_ranks_that_are_left():
+    config = Config(cluster=ClusterConfig(nodes=4), parallel=ParallelConfig(tensor=4, pipeline=2, virtual_pipeline=2))
+    assert ParallelLayout.from_config(config) == ParallelLayout(tensor=4, pipeline=2, virtual=2, data=4)
+
+
+def test_ranks_that_do_not_divide_are_refused():
+    config = Config(cluster=ClusterConfig(ranks_per_node=6), parallel=ParallelConfig(tensor=2, pipeline=2))
+    with pytest.raises(UserError, match="make the number of ranks a multiple of 4"):
+        ParallelLayout.from_config(config)
+
+
+def test_tensor_neighbours_are_next_to_each_other_then_data_then_pipeline():
+    layout = ParallelLayout(tensor=2, data=3, pipeline=2)
+    assert [layout.coordinates(rank) for rank in (0, 1, 2, 6)] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    assert [layout.rank(*layout.coordinates(rank)) for rank in range(layout.ranks)] == list(range(12))
+
+
+def test_chunks_interleave_over_the_stages():
+    layout = ParallelLayout(pipeline=2, virtual=2)
+    assert [layout.layers_of(stage, chunk, 8) for chunk, stage in product(range(2), range(2))] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]
+    assert layout.layers_of(1, 0, 8) == [2, 3]
+
+
+def test_uneven_ends_take_what_they_are_given():
+    layout = ParallelLayout(pipeline=4, first_stage_layers=19, last_stage_layers=19)
+    assert layout.stage_sizes(80) == [19, 21, 21, 19]
+    assert layout.layers_of(3, 0, 80) == list(range(61, 80))
+    assert ParallelLayout(pipeline=2, last_stage_layers=3).stage_sizes(8) == [5, 3]
+    assert ParallelLayout(pipeline=2, first_stage_layers=2, last_stage_layers=4, virtual=2).layers_of(1, 1, 6) == [4, 5]
+
+
+@given(
+    pipeline=st.integers(1, 6),
+    virtual=st.integers(1, 4),
+    chunk_layers=st.integers(1, 4),
+    first=st.none() | st.integers(1, 4),
+    last=st.none() | st.integers(1, 4),
+)
+def test_every_layer_lies_on_exactly_one_chunk_in_order(pipeline, virtual, chunk_layers, first, last):
+    if pipeline == 1:
+        first = last = None
+    sizes = [chunk_layers] * pipeline
+    sizes[0], sizes[-1] = first or sizes[0], last or sizes[-1]
+    num_layers = sum(sizes) * virtual
+    ends = {"first_stage_layers": first and first * virtual, "last_stage_layers": last and last * virtual}
+    layout = ParallelLayout(pipeline=pipeline, virtual=virtual, **ends)
+    order = [layer for c in range(virtual) for s in range(pipeline) for layer in layout.layers_of(s, c, num_layers)]
+    assert order == list(range(num_layers))
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_layers"),
+    [
+        (dict(pipeline=4), 28),
+        (dict(pipeline=2, virtual=7), 28),
+        (dict(pipeline=4, virtual=2, first_stage_layers=6, last_stage_layers=2), 24),
+    ],
+)
+def test_layers_agree_with_megatron_core(layout, num_layers):
+    pytest.importorskip("megatron.core")
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    ours = ParallelLayout(**layout)
+    theirs = TransformerConfig(
+        num_layers=num_layers,
+        hidden_size=8,
+        num_attention_heads=2,
+        pipeline_dtype="float32",
+        pipeline_model_parallel_size=ours.pipeline,
+        virtual_pipeline_model_parallel_size=ours.virtual if ours.virtual > 1 else None,
+        num_layers_in_first_pipeline_stage=ours.first_stage_layers,
+        num_layers_in_last_pipeline_stage=ours.last_stage_layers,
+    )
+    for stage, chunk in product(range(ours.pipeline), range(ours.virtual)):
+        chunk_layers = ours.layers_of(stage, chunk, num_layers)
+        vp_stage = chunk if ours.virtual > 1 else None
+        assert chunk_layers[0] == get_transformer_layer_offset(theirs, vp_stage, stage)
+        assert len(chunk_layers) == get_num_layers_to_build(theirs, vp_stage, stage)
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes", "said"),
+    [
+        (dict(tensor=8), {}, "28 attention heads cannot be shared by parallel.tensor = 8"),
+        (dict(tensor=7), {}, "4 key/value heads cannot be shared by parallel.tensor = 7 ranks; choose"),
+        (dict(tensor=4), dict(ffn_size=18), "18 feed-forward columns"),
+        (dict(pipeline=3), {}, "28 layers cannot be shared by parallel.pipeline = 3 stages"),
+        (dict(pipeline=2, virtual=4), {}, r"stages of \[14, 14\] layers .* parallel.virtual_pipeline = 4"),
+        (dict(pipeline=4, first_stage_layers=5), {}, "23 of the model's 28 layers are left for 3 pipeline stages"),
+        (dict(pipeline=2, first_stage_layers=28), {}, "0 of the model's 28 layers are left for 1"),
+        (dict(pipeline=2, first_stage_layers=9, last_stage_layers=9), {}, "10 of the model's 28 layers are left for 0"),
+        (dict(first_stage_layers=28), {}, "need parallel.pipeline > 1"),
+    ],
+)
+def test_a_model_that_does_not_divide_is_refused(layout, sizes, said):
+    with pytest.raises(UserError, match=said) as caught:
+        ParallelLayout(**layout).check_model(Sizes(**sizes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_divides_is_accepted():
+    ParallelLayout(tensor=4, pipeline=4, virtual=7, data=2).check_model(Sizes())
