@@ -1,5 +1,6 @@
 """Settings of a run: the typed schema, reading, writing and judging them. Imports no torch."""
 
+from meds_megatron.config.layout import ModelSizes, ParallelLayout, RankCoordinates
 from meds_megatron.config.load import load_config, save_config
 from meds_megatron.config.schema import (
     AdvantageConfig,
@@ -21,6 +22,7 @@ from meds_megatron.config.schema import (
     TrainConfig,
     WandbConfig,
 )
+from meds_megatron.config.validate import validate, validate_model
 
 __all__ = [
     "AdvantageConfig",
@@ -30,12 +32,15 @@ __all__ = [
     "FilterConfig",
     "MemoryConfig",
     "ModelConfig",
+    "ModelSizes",
     "OptimizerConfig",
     "OverlongConfig",
     "ParallelConfig",
+    "ParallelLayout",
     "PenaltyConfig",
     "PolicyConfig",
     "RandomModelConfig",
+    "RankCoordinates",
     "RewardConfig",
     "RolloutConfig",
     "SyncConfig",
@@ -43,4 +48,6 @@ __all__ = [
     "WandbConfig",
     "load_config",
     "save_config",
+    "validate",
+    "validate_model",
 ]

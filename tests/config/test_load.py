@@ -68,7 +68,7 @@ def test_saved_config_reads_back_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("policy.clip_hi=1", "override `policy.clip_hi=1`: unknown key `policy.clip_hi`; did you mean `policy.clip_high"),
+        ("policy.clip_hi=1", "override `policy.clip_hi=1`: unknown key `policy.clip_hi`; did you mean `policy.clip_hi"),
         ("train.alpha=0.3", "did you mean `penalty.alpha`?"),
         ("lr=1", "did you mean `optimizer.lr`?"),
         ("polcy.clip_low=1", "unknown key `polcy`; did you mean `policy`?"),

@@ -1,0 +1,108 @@
+from dataclasses import dataclass
+
+import pytest
+from omegaconf import OmegaConf
+
+from meds_megatron.config import Config, validate, validate_model
+from meds_megatron.config.keys import schema_types
+from meds_megatron.config.validate import NOT_NEGATIVE, POSITIVE, SHARES
+from meds_megatron.errors import UserError
+
+
+@dataclass
+class Sizes:
+    num_layers: int = 28
+    num_heads: int = 28
+    num_kv_heads: int = 4
+    ffn_size: int = 18944
+    max_positions: int = 4096
+
+
+def config_with(**settings) -> Config:
+    """A valid config changed by `section__key=value`."""
+    dotted = {"model.path": "model", "data.train": ["train.jsonl"]}
+    dotted |= {key.replace("__", "."): value for key, value in settings.items()}
+    config = OmegaConf.structured(Config)
+    for key, value in dotted.items():
+        OmegaConf.update(config, key, value)
+    return OmegaConf.to_object(config)
+
+
+def test_the_published_settings_are_valid():
+    validate(config_with())
+    validate_model(config_with(), Sizes())
+
+
+def test_every_checked_key_exists():
+    assert set(POSITIVE + NOT_NEGATIVE + SHARES) <= set(schema_types())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (dict(train__steps=0), "train.steps is 0, expected a number above 0"),
+        (dict(penalty__alpha=-0.1), "penalty.alpha is -0.1, expected 0 or more"),
+        (dict(penalty__alpha=float("nan")), "penalty.alpha is nan"),
+        (dict(optimizer__lr=float("inf")), "optimizer.lr is inf"),
+        (dict(rollout__temperature=0), "rollout.temperature is 0.0"),
+        (dict(rollout__top_p=1.5), "rollout.top_p is 1.5, expected a number above 0 and at most 1"),
+        (dict(rollout__top_k=0), "rollout.top_k is 0, expected -1"),
+        (dict(policy__dual_clip=1), "policy.dual_clip is 1.0, expected null"),
+        (dict(policy__clip_low=1.2), "policy.clip_low is 1.2"),
+        (dict(policy__importance_cap=0), "policy.importance_cap is 0.0, expected a number above 0"),
+        (dict(memory__min_cluster_size=1), "memory.min_cluster_size is 1, expected 2 or more"),
+        (dict(optimizer__beta2=1), "optimizer.beta2 is 1.0"),
+        (dict(model__path=None), "model.path is not set"),
+        (dict(model__make="arithmetic"), "model.path is model although model.make = arithmetic"),
+        (dict(model__path=None, model__make="random"), "model.random.tokenizer is not set"),
+        (
+            dict(model__path=None, model__make="random", model__random__tokenizer="t", model__random__num_kv_heads=3),
+            "model.random.num_heads = 4 is not a multiple",
+        ),
+        (dict(data__train=[]), "data.train is empty"),
+        (dict(parallel__tensor=3), "make the number of ranks a multiple of 3"),
+        (dict(parallel__sequence=True), "parallel.tensor = 1"),
+        (dict(parallel__virtual_pipeline=2), "needs more than one pipeline stage"),
+        (dict(rollout__engines=9), "rollout.engines x rollout.tensor = 9 x 1 is more than the 8 ranks"),
+        (dict(cluster__nodes=2, rollout__tensor=16), "would spread an engine over nodes of 8 ranks"),
+        (dict(train__mini_batch_prompts=24), "512 is not a multiple of train.mini_batch_prompts = 24"),
+        (dict(train__micro_batch_responses=64), "16 x 16 responses is smaller than train.micro_batch_responses x"),
+        (dict(train__micro_batch_responses=3), "is not a multiple of train.micro_batch_responses x data-parallel"),
+        (
+            dict(parallel__pipeline=4, parallel__virtual_pipeline=2, train__micro_batch_responses=64),
+            "needs a multiple of parallel.pipeline = 4 micro-batches a rank",
+        ),
+        (dict(rollout__responses_per_prompt=1), "leaves nothing to compare a response with"),
+        (dict(reward__overlong__buffer=3072), "reward.overlong.buffer = 3072 must lie between 0 and"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_sentence(settings, said):
+    with pytest.raises(UserError) as caught:
+        validate(config_with(**settings))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_cuda_engines_are_not_counted_against_ranks():
+    validate(config_with(cluster__device="cpu", cluster__ranks_per_node=1, rollout__engines=2))
+
+
+def test_switched_off_overlong_penalty_is_not_judged():
+    validate(config_with(reward__overlong__enabled=False, rollout__max_response_tokens=64))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (dict(parallel__tensor=8), "28 attention heads cannot be shared by parallel.tensor = 8"),
+        (dict(parallel__pipeline=8), "28 layers cannot be shared by parallel.pipeline = 8"),
+        (dict(rollout__tensor=8), "28 attention heads cannot be shared by rollout.tensor = 8"),
+        (dict(rollout__tensor=7), "rollout.tensor = 7 neither divides nor is a multiple of"),
+        (dict(rollout__max_prompt_tokens=2048), "= 5120 is more than the 4096 positions of the model"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_in_one_sentence(settings, said):
+    with pytest.raises(UserError) as caught:
+        validate_model(config_with(**settings), Sizes())
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
