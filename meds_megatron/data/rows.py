@@ -1,0 +1,150 @@
+r"""Rows of data files: read from jsonl or parquet, and their question, answer and id found.
+
+Known layouts: GSM8K (`question`, `answer` ending in `#### 18`), MATH500, AIME and AMC (`problem`, `answer`), verl and
+DAPO-Math-17K (`prompt` as chat messages, `reward_model.ground_truth`, `extra_info.index`), and rows with one of
+`problem`, `question`, `prompt` and one of `answer`, `solution`, where a solution holds its answer in a `\boxed{}`.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from meds_megatron.errors import UserError
+from meds_megatron.latex import last_boxed
+
+QUESTION_FIELDS = ("problem", "question", "prompt")
+ID_FIELDS = ("id", "unique_id")
+PARQUET_BATCH = 1024
+
+
+class RowError(ValueError):
+    """What is wrong with a row; whoever knows the file and the row number adds them."""
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, object]]:
+    """Each row with its number: the line in a jsonl file, the row in a parquet file, both from 1. Blank lines are passed over."""
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise UserError(f"{path} is neither a .jsonl nor a .parquet file: convert it, or correct the name")
+    if not path.is_file():
+        raise UserError(f"{path} is no file: correct the path of the data set (a relative one starts at {Path.cwd()})")
+    return readers[path.suffix](path)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(
+                    f"{path}, row {number}: not valid JSON ({error}); expected one JSON object a line: mend or remove the line"
+                ) from None
+            yield number, row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(PARQUET_BATCH):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as parquet after row {number} ({error}): fetch or write the file again"
+        ) from None
+
+
+def parse_row(row: object) -> tuple[str | None, str, str]:
+    """(own id or None, question, answer) of a row in any known layout; RowError says what is missing or malformed."""
+    if not isinstance(row, dict):
+        raise RowError(
+            f"expected a JSON object with a question and an answer, found {_kind(row)}: mend or remove the row"
+        )
+    return _own_id(row), _question(row), _answer(row)
+
+
+def _own_id(row: dict) -> str | None:
+    extra = row.get("extra_info")
+    candidates = [(field, row.get(field)) for field in ID_FIELDS]
+    candidates.append(("extra_info.index", extra.get("index") if isinstance(extra, dict) else None))
+    for field, value in candidates:
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+            raise RowError(
+                f"`{field}` must be a text or a whole number, found {_kind(value)}: give the row an id or none"
+            )
+        return str(value)
+    return None
+
+
+def _question(row: dict) -> str:
+    field = next((field for field in QUESTION_FIELDS if row.get(field) is not None), None)
+    if field is None:
+        raise RowError(
+            f"no question; expected one of the fields {', '.join(QUESTION_FIELDS)}, found {', '.join(row) or 'none'}"
+        )
+    value = row[field]
+    if isinstance(value, list):
+        value = _only_message(field, value)
+    if not isinstance(value, str):
+        raise RowError(f"the question in `{field}` must be a text, found {_kind(value)}: mend or remove the row")
+    if not value.strip():
+        raise RowError(f"the question in `{field}` is empty: fill it in or remove the row")
+    return value
+
+
+def _only_message(field: str, messages: list) -> object:
+    """The text of a prompt given as chat messages: there must be one, the user's, since the config gives the system line."""
+    roles = [message.get("role") if isinstance(message, dict) else _kind(message) for message in messages]
+    if roles != ["user"]:
+        raise RowError(
+            f"`{field}` must be one message of the user, found {roles}: keep that one (data.system_prompt gives the system line)"
+        )
+    return messages[0].get("content")
+
+
+def _answer(row: dict) -> str:
+    if isinstance(row.get("reward_model"), dict):
+        field, value = "reward_model.ground_truth", row["reward_model"].get("ground_truth")
+    elif row.get("answer") is not None:
+        field, value = "answer", row["answer"]
+    elif row.get("solution") is not None:
+        field, value = "solution", row["solution"]
+    else:
+        raise RowError(f"no answer; expected one of the fields answer, solution, reward_model, found {', '.join(row)}")
+    answer = _answer_text(field, value)
+    if not answer:
+        raise RowError(f"the answer in `{field}` is empty: fill it in or remove the row")
+    return answer
+
+
+def _answer_text(field: str, value: object) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(int(value)) if value == int(value) else str(value)
+    if not isinstance(value, str):
+        raise RowError(
+            f"the answer in `{field}` must be a text or a number, found {_kind(value)}: mend or remove the row"
+        )
+    boxed = last_boxed(value)
+    if boxed is not None:
+        return boxed
+    if field == "solution":
+        raise RowError("the solution holds no \\boxed{} with the answer: add one, or an `answer` field")
+    return value.rpartition("####")[2].strip()
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, bool | float | int):
+        return repr(value)
+    if isinstance(value, str):
+        return "a text" if value else "an empty text"
+    return {type(None): "null", list: "a list", dict: "an object"}.get(type(value), type(value).__name__)

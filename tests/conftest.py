@@ -1,0 +1,22 @@
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Directory of real problems (`data/`) and the real Qwen tokenizer (`qwen2-tokenizer/`)."""
+    default = Path(__file__).resolve().parents[2] / "shared"
+    path = Path(os.environ.get("MEDS_TEST_DATA", default))
+    if not (path / "data").is_dir() or not (path / "qwen2-tokenizer").is_dir():
+        pytest.skip(f"no real problems and tokenizer in {path}: set MEDS_TEST_DATA to the directory that holds them")
+    return path
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer(shared_data: Path):
+    """The real Qwen tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(shared_data / "qwen2-tokenizer")

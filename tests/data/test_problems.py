@@ -1,0 +1,160 @@
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from meds_megatron.data.problems import Problem, load_problems
+from meds_megatron.errors import UserError
+
+
+def write_jsonl(path: Path, *rows: object) -> str:
+    """Rows as lines; a row that is bytes goes in as it is."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return str(path)
+
+
+def write_parquet(path: Path, *rows: dict) -> str:
+    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    return str(path)
+
+
+def verl_row(index: object, answer: str = "34") -> dict:
+    return {
+        "data_source": "math_dapo",
+        "prompt": [{"role": "user", "content": "Solve it.\n\nWhat is 30 + 4?\n\nRemember the last line."}],
+        "reward_model": {"ground_truth": answer, "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": index},
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "count", "identity", "answer", "opening"),
+    [
+        ("gsm8k_train", 7473, "gsm8k_train:1", "72", "Natalia sold clips"),
+        ("gsm8k_test", 1319, "gsm8k_test:1", "18", "Janet"),
+        ("math500", 500, "test/precalculus/807.json", "\\left( 3, \\frac{\\pi}{2} \\right)", "Convert the point"),
+        ("aime24", 30, "aime24:60", "204", "Every morning Aya"),
+        ("amc23", 40, "amc23:0", "27", "Cities $A$ and $B$"),
+    ],
+)
+def test_real_data_sets_load_whole(shared_data, file, count, identity, answer, opening):
+    problems = load_problems([str(shared_data / "data" / f"{file}.jsonl")])
+    assert len(problems) == count
+    assert len({problem.id for problem in problems}) == count
+    assert (problems[0].id, problems[0].answer, problems[0].source) == (identity, answer, file)
+    assert problems[0].question.startswith(opening)
+
+
+def test_gsm8k_answers_are_what_follows_the_mark(shared_data):
+    problems = load_problems([str(shared_data / "data" / "gsm8k_train.jsonl")])
+    assert all(problem.answer.lstrip("-").replace(",", "").replace(".", "").isdigit() for problem in problems)
+
+
+def test_sources_follow_each_other_up_to_the_limit(tmp_path):
+    first = write_jsonl(tmp_path / "first.jsonl", {"question": "a", "answer": "1"}, {"question": "b", "answer": "2"})
+    second = write_parquet(
+        tmp_path / "second.parquet", {"problem": "c", "answer": "3"}, {"problem": "d", "answer": "4"}
+    )
+    assert [p.question for p in load_problems([first, second])] == ["a", "b", "c", "d"]
+    assert [p.question for p in load_problems([first, second], 3)] == ["a", "b", "c"]
+    assert [p.question for p in load_problems([first, second], 2)] == ["a", "b"]
+
+
+def test_verl_rows_keep_their_prompt_and_index(tmp_path):
+    path = write_parquet(tmp_path / "dapo.parquet", verl_row("9a9b6eb4-a1cb"), verl_row("1aaab07f-1caf"))
+    problems = load_problems([path])
+    question = "Solve it.\n\nWhat is 30 + 4?\n\nRemember the last line."
+    assert problems[0] == Problem("9a9b6eb4-a1cb", question, "34", "dapo")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"id": "x", "question": "q", "answer": "5"}, ("x", "q", "5")),
+        ({"id": 7, "question": "q", "answer": 5}, ("file:7", "q", "5")),
+        ({"id": None, "prompt": "q", "answer": 0.5}, ("file:1", "q", "0.5")),
+        ({"problem": "q", "solution": "so \\boxed{\\frac{1}{2}}."}, ("file:1", "q", "\\frac{1}{2}")),
+        ({"problem": "q", "answer": "it is $\\boxed{12}$"}, ("file:1", "q", "12")),
+        ({"question": "q", "answer": "2+2=4\n#### 1,400 "}, ("file:1", "q", "1,400")),
+        ({"question": "q", "answer": 100.0}, ("file:1", "q", "100")),
+    ],
+)
+def test_generic_rows(tmp_path, row, expected):
+    problem = load_problems([write_jsonl(tmp_path / "file.jsonl", row)])[0]
+    assert (problem.id, problem.question, problem.answer) == expected
+
+
+def test_blank_lines_count_but_hold_no_problem(tmp_path):
+    path = write_jsonl(tmp_path / "file.jsonl", {"question": "a", "answer": "1"}, b"", {"question": "b", "answer": "2"})
+    assert [p.id for p in load_problems([path])] == ["file:1", "file:3"]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (b"{not json", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        ([1, 2], "expected a JSON object with a question and an answer, found a list"),
+        ({"answer": "1"}, "no question; expected one of the fields problem, question, prompt, found answer"),
+        ({"question": "  ", "answer": "1"}, "the question in `question` is empty"),
+        ({"question": 4, "answer": "1"}, "must be a text, found 4"),
+        ({"question": "q", "text": "1"}, "no answer; expected one of the fields answer, solution"),
+        ({"question": "q", "answer": ""}, "the answer in `answer` is empty"),
+        ({"question": "q", "answer": "sum\n####"}, "the answer in `answer` is empty"),
+        ({"question": "q", "answer": True}, "must be a text or a number, found True"),
+        ({"question": "q", "answer": float("nan")}, "must be a text or a number, found nan"),
+        ({"question": "q", "answer": ["1"]}, "must be a text or a number, found a list"),
+        ({"question": "q", "solution": "it is 4"}, "the solution holds no"),
+        ({"id": 1.5, "question": "q", "answer": "1"}, "`id` must be a text or a whole number"),
+        ({"id": "", "question": "q", "answer": "1"}, "`id` must be a text or a whole number"),
+        ({"prompt": [{"role": "system", "content": "s"}, {"role": "user"}], "answer": "1"}, "one message of the user"),
+        ({"prompt": [], "answer": "1"}, "one message of the user"),
+        (verl_row("x", ""), "the answer in `reward_model.ground_truth` is empty"),
+    ],
+)
+def test_a_malformed_row_is_named_with_what_was_expected(tmp_path, row, told):
+    path = write_jsonl(tmp_path / "bad.jsonl", {"question": "fine", "answer": "1"}, row)
+    with pytest.raises(UserError, match="bad.jsonl, row 2: ") as raised:
+        load_problems([path])
+    assert told in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_malformed_parquet_row_is_named(tmp_path):
+    path = write_parquet(tmp_path / "bad.parquet", verl_row("a"), verl_row("b", ""))
+    with pytest.raises(UserError, match="bad.parquet, row 2: the answer in `reward_model.ground_truth` is empty"):
+        load_problems([path])
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 but not really")
+    with pytest.raises(UserError, match="broken.parquet cannot be read as parquet"):
+        load_problems([str(broken)])
+    with pytest.raises(UserError, match="gone.jsonl is no file"):
+        load_problems([str(tmp_path / "gone.jsonl")])
+    with pytest.raises(UserError, match="neither a .jsonl nor a .parquet"):
+        load_problems([str(tmp_path / "table.csv")])
+    with pytest.raises(UserError, match="No problems found in"):
+        load_problems([write_jsonl(tmp_path / "empty.jsonl", b"")])
+    with pytest.raises(UserError, match="an empty list of sources"):
+        load_problems([])
+
+
+def test_one_id_for_two_problems_names_both(tmp_path):
+    first = write_jsonl(tmp_path / "one.jsonl", {"id": "a", "question": "q", "answer": "1"})
+    second = write_jsonl(
+        tmp_path / "two.jsonl", {"id": "b", "question": "q", "answer": "1"}, {"id": "a", "question": "r", "answer": "2"}
+    )
+    with pytest.raises(UserError, match="two.jsonl, row 2 has the problem id 'a' that .*one.jsonl, row 1 has too"):
+        load_problems([first, second])
+
+
+def test_the_embedded_task_is_a_source(tmp_path):
+    path = write_jsonl(tmp_path / "one.jsonl", {"question": "q", "answer": "1"})
+    problems = load_problems([path, "arithmetic"], 9, split="validation")
+    assert len(problems) == 9
+    assert {problem.source for problem in problems[1:]} != {"one"}
