@@ -42,8 +42,10 @@ class ModelShape:
             raise UserError(f"{path} does not exist: a Hugging Face model directory has a config.json")
         try:
             raw = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}): download the model again") from error
+        if not isinstance(raw, dict):
+            raise UserError(f"{path} holds a {type(raw).__name__}, expected a JSON object: download the model again")
         architecture = _architecture(raw, path)
         _refuse_unsupported(raw, path)
         try:
@@ -78,9 +80,12 @@ def _architecture(raw: dict, path: Path) -> str:
 def _refuse_unsupported(raw: dict, path: Path) -> None:
     if raw.get("use_sliding_window"):
         raise UserError(f"{path} turns on use_sliding_window, which is not supported: use a full-attention model")
-    scaling = raw.get("rope_scaling") or {}
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise UserError(f"{path} has rope_scaling {scaling}, which is not supported: remove it or use another model")
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = raw.get(key) or {}
+        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+            raise UserError(f"{path} has {key} {scaling}, which is not supported: remove it or use another model")
+    if raw.get("attention_bias"):
+        raise UserError(f"{path} turns on attention_bias, which no published Qwen3 has: use another model")
 
 
 def _rope_theta(raw: dict) -> float:
