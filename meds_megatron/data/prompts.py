@@ -72,8 +72,8 @@ def build_prompts(
     overlong = next((prompt for prompt in prompts if not encoder.fits(prompt.token_ids)), None)
     if overlong and config.overlong_prompts == "error":
         raise UserError(
-            f"Problem {overlong.problem.id!r} has {len(overlong.token_ids)} prompt tokens, but rollout.max_prompt_tokens "
-            f"is {max_prompt_tokens}: raise that limit, or set data.overlong_prompts to skip"
+            f"Problem {overlong.problem.id!r} has {len(overlong.token_ids)} prompt tokens, but "
+            f"rollout.max_prompt_tokens is {max_prompt_tokens}: raise that limit, or set data.overlong_prompts to skip"
         )
     if not kept:
         longest = max((len(prompt.token_ids) for prompt in prompts), default=0)

@@ -23,7 +23,7 @@ class RowError(ValueError):
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Each row with its number: the line in a jsonl file, the row in a parquet file, both from 1. Blank lines are passed over."""
+    """Each row with its number from 1: the line of a jsonl file (blank ones are passed over), the row of a parquet file."""
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise UserError(f"{path} is neither a .jsonl nor a .parquet file: convert it, or correct the name")
@@ -41,7 +41,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
                 row = json.loads(line)
             except ValueError as error:
                 raise UserError(
-                    f"{path}, row {number}: not valid JSON ({error}); expected one JSON object a line: mend or remove the line"
+                    f"{path}, row {number}: not valid JSON ({error}); expected one JSON object a line: mend or remove it"
                 ) from None
             yield number, row
 
@@ -103,11 +103,12 @@ def _question(row: dict) -> str:
 
 
 def _only_message(field: str, messages: list) -> object:
-    """The text of a prompt given as chat messages: there must be one, the user's, since the config gives the system line."""
+    """The text of a prompt given as chat messages: one message, the user's, since the config gives the system line."""
     roles = [message.get("role") if isinstance(message, dict) else _kind(message) for message in messages]
     if roles != ["user"]:
         raise RowError(
-            f"`{field}` must be one message of the user, found {roles}: keep that one (data.system_prompt gives the system line)"
+            f"`{field}` must be one message of the user, found {roles}: keep that one, and put a system line "
+            "into data.system_prompt"
         )
     return messages[0].get("content")
 

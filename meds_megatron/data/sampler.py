@@ -50,7 +50,7 @@ class PromptSampler:
             here, saved = getattr(self, name), state[name]
             if here != saved:
                 raise UserError(
-                    f"The saved sampler cannot go on: {key} was {saved} and is {here} now; restore it, or start a new run"
+                    f"The saved sampler cannot go on: {key} was {saved} and is {here} now: restore it, or start anew"
                 )
         self._move_to(state["epoch"], state["position"])
 

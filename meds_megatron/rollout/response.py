@@ -20,6 +20,6 @@ class Response:
     weights_version: int
     """Version of the weights that made it."""
     boxed_token: int = -1
-    """Index in `token_ids` of the token that holds the `{` of the last `\\boxed{`; -1: the response has no fingerprint."""
+    """Index in `token_ids` of the token that holds the `{` of the last `\\boxed{`; -1: there is no fingerprint."""
     no_fingerprint_reason: str = ""
     """Why not (`rollout.boxed` has the reasons); empty when it has one."""
