@@ -23,7 +23,7 @@ class RowError(ValueError):
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Each row with its number from 1: the line of a jsonl file (blank ones are passed over), the row of a parquet file."""
+    """Each row with its number from 1: a jsonl file's line (blank ones are passed over), a parquet file's row."""
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise UserError(f"{path} is neither a .jsonl nor a .parquet file: convert it, or correct the name")
@@ -41,7 +41,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
                 row = json.loads(line)
             except ValueError as error:
                 raise UserError(
-                    f"{path}, row {number}: not valid JSON ({error}); expected one JSON object a line: mend or remove it"
+                    f"{path}, row {number}: not valid JSON ({error}); expected a JSON object a line: mend or remove it"
                 ) from None
             yield number, row
 
