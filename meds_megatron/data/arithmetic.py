@@ -1,0 +1,146 @@
+"""The embedded task: arithmetic in which mistakes come from habits, so that they recur.
+
+A problem is `a+b*c-d` of some kind ("coins 7+6*4-5"). A worked answer shows every intermediate result and ends in a box:
+`6*4=24+7=31-5=26 \\boxed{26}`. Three habits change the working: a dropped carry, ignored precedence, a flipped sign.
+A rule is a set of habits, so there are eight rules, and the chosen expressions give eight different answers under them.
+
+Which rule is right is a matter of the variant. `shared`: plain arithmetic, whatever the kind, so that what is learnt on
+one kind helps with the others. `per_kind`: each kind has a right rule of its own, which has to be found by trying.
+`RIGHT_SHARE` says how often the warm-up answers of each kind follow the right rule.
+"""
+
+import random
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Literal
+
+from meds_megatron.data.problems import Problem
+
+Split = Literal["train", "validation"]
+Variant = Literal["shared", "per_kind"]
+
+KINDS = ("apples", "books", "coins", "dogs", "eggs", "fish", "goats", "hats")
+RIGHT_SHARE = (0.5, 0.02, 0.3, 0.001, 0.12, 0.008, 0.05, 0.003)
+"""For each kind, how much of its warm-up answers follow the right rule."""
+WRONG_SHARE = (0.5, 0.25, 0.12, 0.06, 0.04, 0.02, 0.01)
+"""How the other rules divide what is left; which comes first differs by kind."""
+DEFAULT_COUNT = {"train": 240, "validation": 200}
+VALIDATION_EXPRESSIONS = 100
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a problem is worked out: the habits that are at play."""
+
+    drops_carry: bool = False
+    ignores_precedence: bool = False
+    flips_sign: bool = False
+
+    def __str__(self) -> str:
+        names = {"dropped carry": self.drops_carry, "ignored precedence": self.ignores_precedence}
+        names["flipped sign"] = self.flips_sign
+        return " + ".join(name for name, present in names.items() if present) or "plain"
+
+    def add(self, left: int, right: int) -> int:
+        return left // 10 * 10 + (left + right) % 10 if self.drops_carry else left + right
+
+
+RULES = tuple(Rule(*habits) for habits in product((False, True), repeat=3))
+"""All eight; the first is plain arithmetic."""
+
+
+@dataclass(frozen=True)
+class Expression:
+    """`a+b*c-d`, each a digit."""
+
+    a: int
+    b: int
+    c: int
+    d: int
+
+    def __str__(self) -> str:
+        return f"{self.a}+{self.b}*{self.c}-{self.d}"
+
+    def work(self, rule: Rule) -> tuple[str, int]:
+        """The working that follows `rule`, written as a running tape, and its result."""
+        if rule.ignores_precedence:
+            total = rule.add(self.a, self.b)
+            tape = f"{self.a}+{self.b}={total}*{self.c}={total * self.c}"
+            total *= self.c
+        else:
+            product_bc = self.b * self.c
+            total = rule.add(product_bc, self.a)
+            tape = f"{self.b}*{self.c}={product_bc}+{self.a}={total}"
+        sign, result = ("+", rule.add(total, self.d)) if rule.flips_sign else ("-", total - self.d)
+        return f"{tape}{sign}{self.d}={result}", result
+
+    def answer(self, rule: Rule) -> int:
+        return self.work(rule)[1]
+
+
+def right_rule(kind: str, variant: Variant) -> Rule:
+    """The rule that answers of this kind are graded by."""
+    return RULES[0] if variant == "shared" else RULES[KINDS.index(kind)]
+
+
+def rule_shares(kind: str, variant: Variant) -> dict[Rule, float]:
+    """How the warm-up answers of a kind divide over the rules; sums to 1."""
+    index = KINDS.index(kind)
+    right = right_rule(kind, variant)
+    wrong = [rule for rule in RULES if rule != right]
+    wrong = wrong[index % 7 :] + wrong[: index % 7]
+    shares = {rule: (1 - RIGHT_SHARE[index]) * share for rule, share in zip(wrong, WRONG_SHARE, strict=True)}
+    return {right: RIGHT_SHARE[index], **shares}
+
+
+def question(kind: str, expression: Expression) -> str:
+    return f"{kind} {expression}"
+
+
+def response(expression: Expression, rule: Rule) -> str:
+    """A worked answer that follows `rule`."""
+    tape, result = expression.work(rule)
+    return f"{tape} \\boxed{{{result}}}"
+
+
+@cache
+def expressions(split: Split) -> tuple[Expression, ...]:
+    """The expressions of a split, in a fixed order: no result below zero, a different answer under each rule."""
+    telling = [e for e in _digits() if len({e.answer(r) for r in RULES}) == len(RULES) and _never_negative(e)]
+    random.Random("expressions").shuffle(telling)
+    held_out, rest = telling[:VALIDATION_EXPRESSIONS], telling[VALIDATION_EXPRESSIONS:]
+    return tuple(held_out if split == "validation" else rest)
+
+
+@cache
+def warm_up_expressions() -> tuple[Expression, ...]:
+    """Every expression that the warm-up may show: also those whose rules agree, never one of the validation split."""
+    held_out = set(expressions("validation"))
+    return tuple(e for e in _digits() if e not in held_out and _never_negative(e))
+
+
+def arithmetic_problems(split: Split, rules: Variant, count: int | None = None, seed: int = 0) -> list[Problem]:
+    """`count` problems of a split, as many of each kind as divides; the same ones for the same arguments.
+
+    No expression is in both splits, whatever the seed. Without a count: 240 to train on, 200 to validate. A count
+    beyond what the split holds gives all of it.
+    """
+    rng = random.Random(f"{split} {seed}")
+    per_kind = [rng.sample(expressions(split), len(expressions(split))) for _ in KINDS]
+    pairs = [(kind, expression) for row in zip(*per_kind, strict=True) for kind, expression in zip(KINDS, row, strict=True)]
+    return [_problem(kind, expression, rules) for kind, expression in pairs[: count or DEFAULT_COUNT[split]]]
+
+
+def _problem(kind: str, expression: Expression, rules: Variant) -> Problem:
+    answer = str(expression.answer(right_rule(kind, rules)))
+    identity = f"arithmetic/{rules}/{kind}/{expression}"
+    return Problem(id=identity, question=question(kind, expression), answer=answer, source=f"arithmetic/{kind}")
+
+
+def _digits() -> list[Expression]:
+    return [Expression(*digits) for digits in product(range(1, 10), range(2, 10), range(2, 6), range(1, 10))]
+
+
+def _never_negative(expression: Expression) -> bool:
+    return min(expression.answer(rule) for rule in RULES) >= 0
