@@ -19,12 +19,17 @@ BASE_KEY = "base"
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file and of `key=value` overrides, on top of the schema's defaults.
 
-    `base: other.yaml` in a file (relative to that file) is applied before the file itself. Values may refer to others
-    as `${section.name}`. Raises UserError for a missing or malformed file, an unknown key and a value of a wrong type.
+    `base: other.yaml` in a file (relative to that file) is applied before the file itself; the override
+    `base=other.yaml` (relative to the working directory) takes the place of the first file's own, so that one method's
+    file runs on any other. Values may refer to others as `${section.name}`. Raises UserError for a missing or malformed
+    file, an unknown key and a value of a wrong type.
     """
     settings = OmegaConf.structured(Config)
     sources: dict[str, str] = {}
-    for source, values in [*_file_layers(Path(path), ()), *map(_override_layer, overrides)]:
+    bases = [override for override in overrides if override.startswith(f"{BASE_KEY}=")]
+    layers = _file_layers(Path(path), (), base=Path(bases[-1].partition("=")[2]) if bases else None)
+    layers += [_override_layer(override) for override in overrides if override not in bases]
+    for source, values in layers:
         for key, value in _leaves(values, "", source):
             _set(settings, key, value, source)
             sources[key] = source
@@ -44,20 +49,23 @@ def save_config(config: Config, path: str | Path) -> None:
     os.replace(partial, path)
 
 
-def _file_layers(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict]]:
-    """(source, values) of the file and of its bases, the deepest base first; `above` are the files that inherit it."""
+def _file_layers(path: Path, above: tuple[Path, ...], base: Path | None = None) -> list[tuple[str, dict]]:
+    """(source, values) of the file and of its bases, the deepest base first.
+
+    `above` are the files that inherit this one; `base` stands in for the file's own.
+    """
     resolved = path.resolve()
     if resolved in above:
         chain = " -> ".join(str(link) for link in (*above, resolved))
         raise UserError(f"{above[-1]}: `{BASE_KEY}` goes in a circle ({chain}); remove one of these lines.")
     values = _read_yaml(path, above)
-    base = values.pop(BASE_KEY, None)
-    layer = (str(path), values)
-    if base is None:
-        return [layer]
-    if not isinstance(base, str):
-        raise UserError(f"{path}: `{BASE_KEY}` is {base!r}, expected the path of one YAML file, relative to this one.")
-    return [*_file_layers(path.parent / base, (*above, resolved)), layer]
+    own_base = values.pop(BASE_KEY, None)
+    if not isinstance(own_base, str | None):
+        raise UserError(f"{path}: `{BASE_KEY}` is {own_base!r}, expected the path of one YAML file, relative to it.")
+    if base is None and own_base is not None:
+        base = path.parent / own_base
+    deeper = _file_layers(base, (*above, resolved)) if base else []
+    return [*deeper, (str(path), values)]
 
 
 def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict:

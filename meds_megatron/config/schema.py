@@ -149,6 +149,9 @@ class MemoryConfig:
     min_samples: int = 1
     knn: int = 3
     last_n_layers: int = 14
+    norm: Literal["last", "all", "none"] = "last"
+    """Which layers' hidden states pass the model's final norm before the head: the last (published), all (the usual
+    logit lens) or none."""
     layer_diff: bool = False
     """Cluster the differences of neighbouring layers, taken before the last-n slice."""
     noise: Literal["cluster", "ignore"] = "cluster"
