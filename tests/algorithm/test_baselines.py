@@ -1,0 +1,83 @@
+"""One small mini-batch, done by hand for MEDS and for every baseline, from scores to loss, with the configs' settings.
+
+Four responses of one prompt: the first is right (1 token), the others are wrong (1, 1 and 3 tokens). The policy made
+the right token 1.3 times as likely since the rollout; the other tokens are as they were. Every token's entropy is 1.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from meds_megatron.algorithm.advantages import entropy_shaped, group_advantages
+from meds_megatron.algorithm.group_filter import keep_groups
+from meds_megatron.algorithm.losses import policy_loss, token_weights
+from meds_megatron.config import Config, load_config
+from meds_megatron.reward.shaping import penalties, shape_scores
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PUBLISHED = CONFIGS / "meds_qwen2.5_math_7b.yaml"
+
+CORRECT_B = np.array([True, False, False, False])
+LENGTHS_B = torch.tensor([1, 1, 1, 3])
+CLUSTER_SIZES_B = np.array([0, 0, 1, 7])
+HISTORY_SIZES_B = np.array([0, 12, 12, 12])
+MAX_RESPONSE_TOKENS = 10
+
+
+def advantages_and_loss(config: Config) -> tuple[list[float], float]:
+    """(advantages of the first token of each response, loss of the mini-batch)."""
+    sizes_B = HISTORY_SIZES_B if config.memory.method == "single" else CLUSTER_SIZES_B
+    penalties_B = penalties(sizes_B, config.penalty.alpha)
+    scores_B = torch.from_numpy(shape_scores(CORRECT_B, CORRECT_B, penalties_B, config.penalty.target))
+    groups_B = torch.zeros(4, dtype=torch.long)
+    advantage = config.advantage
+    options = dict(normalize_std=advantage.normalize_std, epsilon=advantage.epsilon)
+    advantages_T = group_advantages(scores_B, groups_B, **options).repeat_interleave(LENGTHS_B)
+    entropy_T = torch.ones(6)
+    advantages_T = entropy_shaped(advantages_T, entropy_T, advantage.entropy_coefficient, advantage.entropy_bound)
+    totals = dict(total_tokens=6, total_responses=4, max_response_tokens=MAX_RESPONSE_TOKENS)
+    weights_T = token_weights(LENGTHS_B, config.policy.loss, **totals).repeat_interleave(LENGTHS_B)
+    old_T = torch.full((6,), -2.0)
+    logprobs_T = old_T + torch.tensor([math.log(1.3), 0, 0, 0, 0, 0])
+    loss = policy_loss(logprobs_T, old_T, advantages_T, weights_T, config.policy).loss
+    return advantages_T[:4].tolist(), loss.item()
+
+
+@pytest.mark.parametrize(
+    ("name", "advantages", "loss"),
+    [
+        # Scores 1, 0, 0, 0: mean 1/4, standard deviation 1/2. The right token's ratio is clipped to 1.28.
+        ("dapo", [1.5, -0.5, -0.5, -0.5], (-1.5 * 1.28 + 5 * 0.5) / 6),
+        # The same, clipped to 1.2.
+        ("grpo", [1.5, -0.5, -0.5, -0.5], (-1.5 * 1.2 + 5 * 0.5) / 6),
+        # Not divided by the standard deviation; tokens added up, divided by the length limit and the responses.
+        ("dr_grpo", [0.75, -0.25, -0.25, -0.25], (-0.75 * 1.2 + 5 * 0.25) / 10 / 4),
+        # 0.4 H = 0.4 fits under half of 1.5; half of 0.5 is the bound of the others.
+        ("grpo_entropy", [1.9, -0.25, -0.25, -0.25], (-1.9 * 1.2 + 5 * 0.25) / 6),
+        # All wrong answers have 12 predecessors, p = 0.2. Scores 1, -0.2 three times: mean 0.1, deviation 0.6.
+        ("meds_single_cluster", [1.5, -0.5, -0.5, -0.5], (-1.5 * 1.28 + 5 * 0.5) / 6),
+    ],
+)
+def test_baselines_by_hand(name, advantages, loss):
+    config = load_config(CONFIGS / "baselines" / f"{name}.yaml", [f"base={PUBLISHED}"])
+    result = advantages_and_loss(config)
+    assert result[0] == pytest.approx(advantages, abs=1e-5)
+    assert result[1] == pytest.approx(loss, abs=1e-5)
+
+
+def test_meds_by_hand():
+    # p = 0, 0.1 ln 2 and 0.2: scores 1, 0, -0.0693147, -0.2, mean 0.1826713, standard deviation 0.5511592.
+    advantages, loss = advantages_and_loss(load_config(PUBLISHED))
+    assert advantages == pytest.approx([1.4829260, -0.3314311, -0.4571929, -0.6943028], abs=1e-5)
+    assert loss == pytest.approx((-1.4829260 * 1.28 + 0.3314311 + 0.4571929 + 3 * 0.6943028) / 6, abs=1e-5)
+
+
+def test_only_grpo_trains_on_groups_that_are_all_right():
+    correct_B, groups_B = torch.ones(4), torch.zeros(4, dtype=torch.long)
+    assert not keep_groups(correct_B, groups_B).any()
+    metrics = {path.stem: load_config(path).filter.metric for path in (CONFIGS / "baselines").glob("*.yaml")}
+    grpo = {name for name, metric in metrics.items() if metric == "none"}
+    assert grpo == {"grpo", "dr_grpo", "grpo_entropy"}

@@ -1,0 +1,83 @@
+"""Every config of the repository can be run: it loads, it is valid, and the model it names divides over its layout."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from meds_megatron.config import Config, load_config, validate, validate_model
+from meds_megatron.model.shape import ModelShape
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ALL = sorted(CONFIGS.rglob("*.yaml"))
+BASELINES = sorted((CONFIGS / "baselines").glob("*.yaml"))
+
+
+def qwen(architecture, hidden, layers, heads, kv_heads, ffn, rows, max_positions) -> ModelShape:
+    return ModelShape(
+        architecture=architecture,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=128,
+        ffn_size=ffn,
+        vocab_size=rows,
+        tie_embeddings=hidden <= 2048,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        max_positions=max_positions,
+    )
+
+
+MODELS = {
+    "models/Qwen2.5-Math-7B": qwen("qwen2", 3584, 28, 28, 4, 18944, 152064, 4096),
+    "models/Qwen2.5-32B": qwen("qwen2", 5120, 64, 40, 8, 27648, 152064, 131072),
+    "models/Qwen2.5-72B": qwen("qwen2", 8192, 80, 64, 8, 29568, 152064, 131072),
+    "models/Qwen3-1.7B": qwen("qwen3", 2048, 28, 16, 8, 6144, 151936, 40960),
+    "models/Qwen3-8B": qwen("qwen3", 4096, 36, 32, 8, 12288, 151936, 40960),
+    "models/Qwen3-32B": qwen("qwen3", 5120, 64, 64, 8, 25600, 151936, 40960),
+}
+
+
+def test_all_models_have_a_config():
+    assert set(MODELS) <= {load_config(path).model.path for path in ALL}
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_every_config_loads_and_is_valid(path):
+    config = load_config(path)
+    validate(config)
+    assert config.name == path.stem
+    if config.model.path:
+        validate_model(config, MODELS[config.model.path])
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+def test_a_baseline_changes_nothing_but_the_method_on_any_base(path):
+    base = CONFIGS / "meds_qwen3_8b.yaml"
+    changed = differences(load_config(base), load_config(path, [f"base={base}"]))
+    sections = {key.split(".")[0] for key in changed}
+    assert sections <= {"name", "run_dir", "penalty", "filter", "advantage", "policy", "memory"}
+
+
+def test_published_settings_reach_the_published_models():
+    assert load_config(CONFIGS / "meds_qwen3_1.7b.yaml").penalty.alpha == 0.1
+    assert load_config(CONFIGS / "meds_qwen3_8b.yaml").penalty.alpha == 0.02
+    assert load_config(CONFIGS / "meds_qwen2.5_math_7b.yaml").rollout.max_response_tokens == 3072
+    for path in CONFIGS.glob("meds_*.yaml"):
+        config = load_config(path)
+        assert (config.train.prompts_per_step, config.rollout.responses_per_prompt) == (512, 16)
+        assert (config.optimizer.lr, config.policy.clip_low, config.policy.clip_high) == (1e-6, 0.2, 0.28)
+
+
+def differences(one: Config, other: Config) -> set[str]:
+    """Dotted keys of the settings in which two configs differ."""
+    return {key for key, value in flatten(asdict(one)).items() if value != flatten(asdict(other))[key]}
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
