@@ -142,10 +142,10 @@ def test_the_nearest_key_of_a_namesake_is_the_closest_section():
 
 def test_reading_a_config_needs_no_torch():
     code = (
-        "import sys, time; start = time.perf_counter();"
+        "import sys, time; start = time.process_time();"
         "from meds_megatron.config import Config, load_config;"
         "heavy = {'torch', 'ray', 'vllm', 'transformers', 'numpy'} & set(sys.modules);"
-        "assert not heavy, heavy; print(time.perf_counter() - start)"
+        "assert not heavy, heavy; print(time.process_time() - start)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(result.stdout) < 3.0
+    assert float(result.stdout) < 2.0
