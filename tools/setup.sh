@@ -7,7 +7,7 @@ TORCH_CPU_INDEX="https://download.pytorch.org/whl/cpu"
 
 say() { echo "meds: $*" >&2; }
 fail() { say "$*"; exit 1; }
-pip() { "$VENV/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
+pip() { "$VENV/bin/python" -m pip --quiet --quiet --disable-pip-version-check "$@"; }
 
 # `pinned torch` prints the version that pyproject.toml asks for.
 pinned() { sed -n "s/.*\"$1==\([0-9.]*\)\".*/\1/p" "$ROOT/pyproject.toml"; }

@@ -1,0 +1,102 @@
+"""The directory of a run: its config, metrics, rollouts, checkpoints and exports, and who may write there."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from meds_megatron.config import Config, save_config
+from meds_megatron.errors import UserError
+
+ROLLOUT_SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("key", pa.string()),  # memory key: the problem's id and the correctness group
+        ("group", pa.int32()),  # responses to the same prompt share it within a step
+        ("prompt", pa.string()),
+        ("answer", pa.string()),  # the expected one
+        ("response", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("response_tokens", pa.int32()),
+        ("correct", pa.bool_()),
+        ("outcome", pa.string()),  # of the grading: graded, no_answer, timeout, error
+        ("score", pa.float32()),  # correctness plus over-long penalty
+        ("penalty", pa.float32()),
+        ("cluster_size", pa.int64()),  # how often the memory has seen this mistake
+        ("shaped_score", pa.float32()),
+        ("advantage", pa.float32()),
+        ("fingerprint", pa.list_(pa.float32())),  # one value a layer
+        ("weights_version", pa.int64()),
+        ("kept", pa.bool_()),  # by the group filter
+    ]
+)
+
+
+class RunDirectory:
+    """Paths of a run's files. `create` claims a directory for a new run; the constructor only names it."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser().absolute()
+
+    @classmethod
+    def create(cls, config: Config) -> "RunDirectory":
+        """Claim `config.run_dir` and save the config there; UserError where another run has been or is writing."""
+        run = cls(config.run_dir)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            # Making this folder is what claims the directory: of two launches at once only one succeeds.
+            run.rollouts.mkdir()
+        except FileExistsError as error:
+            raise UserError(
+                f"{run.path}: there already is a run; give this one a name of its own (name=...), or remove it."
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{run.path}: the run directory cannot be made ({error.strerror}); set run_dir=... to a writable place."
+            ) from error
+        save_config(config, run.config)
+        return run
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
+    def wandb_id(self) -> Path:
+        return self.path / "wandb_id"
+
+    def rollouts_of(self, step: int) -> Path:
+        return self.rollouts / f"step_{step:06d}.parquet"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step_{step:06d}"
+
+    def hf_export(self, step: int) -> Path:
+        return self.path / "hf" / f"step_{step:06d}"
+
+    def save_rollouts(self, step: int, columns: Mapping[str, Sequence]) -> Path:
+        """Write a step's responses, one row each; the file appears whole or not at all.
+
+        `columns` has every column of ROLLOUT_SCHEMA but `step`, all of one length; None where a response has no such
+        value (no fingerprint, say, or no advantage because the group was not kept).
+        """
+        rows = len(columns["key"])
+        table = pa.table({**columns, "step": [step] * rows}, schema=ROLLOUT_SCHEMA)
+        path = self.rollouts_of(step)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        with open(partial, "wb") as file:
+            pq.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        return path

@@ -1,0 +1,95 @@
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from meds_megatron.config import Config
+from meds_megatron.trainer.metrics import MetricsLog, PhaseTimer
+from meds_megatron.trainer.run_dir import RunDirectory
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = Config(run_dir=str(tmp_path))
+    config.wandb.enabled = False
+    return config
+
+
+def test_every_step_is_a_line_that_is_there_at_once(config):
+    run = RunDirectory.create(config)
+    with MetricsLog(run, config) as log:
+        log.log(0, {"validation/accuracy": 0.1})
+        log.log(1, {"accuracy/mean": np.float32(0.25), "memory/clusters": np.int64(3)})
+        lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert lines == [
+        {"step": 0, "validation/accuracy": 0.1},
+        {"step": 1, "accuracy/mean": 0.25, "memory/clusters": 3},
+    ]
+
+
+def test_values_that_are_not_finite_stay_valid_json(config):
+    run = RunDirectory.create(config)
+    with MetricsLog(run, config) as log:
+        log.log(1, {"policy/kl": float("nan"), "policy/grad_norm": np.float64("inf")})
+    assert json.loads(run.metrics.read_text()) == {"step": 1, "policy/kl": None, "policy/grad_norm": None}
+
+
+def test_phases_add_up_and_start_anew():
+    timer = PhaseTimer()
+    for _ in range(2):
+        with timer("rollout"):
+            time.sleep(0.02)
+    with timer("update"):
+        time.sleep(0.01)
+    times = timer.take()
+    assert list(times) == ["time/rollout", "time/update", "time/step"]
+    assert times["time/rollout"] >= 0.04
+    assert times["time/step"] >= times["time/rollout"] + times["time/update"]
+    assert list(timer.take()) == ["time/step"]
+
+
+def test_the_name_of_a_phase_is_heard_as_it_begins():
+    heard = []
+    timer = PhaseTimer(on_phase=heard.append)
+    with timer("forward"):
+        assert heard == ["forward"]
+
+
+OFFLINE_RUN = """
+import socket, sys
+from meds_megatron.config import Config
+from meds_megatron.trainer.metrics import MetricsLog
+from meds_megatron.trainer.run_dir import RunDirectory
+
+class NoNetwork(socket.socket):
+    def connect(self, address):
+        assert self.family == socket.AF_UNIX, f"connected to {address}"
+        return super().connect(address)
+
+socket.socket = NoNetwork
+config = Config(name="offline", run_dir=sys.argv[1])
+run = RunDirectory.create(config)
+with MetricsLog(run, config) as log:
+    log.log(1, {"accuracy/mean": 0.5})
+"""
+
+
+def test_without_a_key_wandb_is_offline_and_asks_nothing(tmp_path):
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE_RUN, str(tmp_path / "run")],
+        env=environment,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    wandb_id = (tmp_path / "run" / "wandb_id").read_text()
+    assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{wandb_id}"))) == 1
+    assert "api_key" not in (done.stdout + done.stderr).lower()
+    assert not (tmp_path / "wandb").exists()
