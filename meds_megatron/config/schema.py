@@ -157,6 +157,16 @@ class MemoryConfig:
     noise: Literal["cluster", "ignore"] = "cluster"
     """`cluster`: HDBSCAN noise counts as one cluster (published); `ignore`: noise has size 0."""
     allow_single_cluster: bool = False
+    """Let HDBSCAN answer that all vectors of a key are one cluster."""
+    window: int | None = None
+    """Newest vectors kept of each key; null keeps all."""
+    half_life_steps: float | None = None
+    """Steps after which a vector counts half in the size of its cluster (sizes are rounded); null: it counts fully."""
+    budget_gib: float | None = None
+    """Memory each shard may use. When it is passed, the longest histories lose their oldest vectors until 7/8 of it is
+    used; when even one vector a key is too much, the keys not remembered for longest go. Null is no limit."""
+    skip_damaged: bool = False
+    """On resume, leave out segments of the saved memory that are damaged, naming each; false stops."""
 
 
 @dataclass
