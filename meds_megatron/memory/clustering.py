@@ -1,0 +1,68 @@
+"""Clusters of one key's vectors: grown where that is exact, fitted afresh where it is not."""
+
+import warnings
+from dataclasses import dataclass
+
+import hdbscan
+import numpy as np
+
+from meds_megatron.config import MemoryConfig
+from meds_megatron.memory.hierarchy import NOISE, flat_clusters
+from meds_megatron.memory.spanning_tree import grow_spanning_tree
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Labels [N] int64 (-1 is noise, clusters are numbered by their oldest vector), the ends [N-1, 2] int32 of the
+    spanning tree to grow from (no rows where none is kept), and whether the package had to fit the key."""
+
+    labels_N: np.ndarray
+    ends_M2: np.ndarray
+    fresh_fit: bool
+
+
+def cluster(points_NF: np.ndarray, ends_M2: np.ndarray, config: MemoryConfig) -> Clustering:
+    """Cluster unit vectors [N, F] float64, oldest first, of whose first M + 1 the spanning tree `ends_M2` is known.
+
+    With min_samples = 1 the mutual reachability distance is the plain distance, so the tree of old and new points grows
+    out of the old one. Every other setting, and every tie, is a fresh fit of these points by the hdbscan package.
+    """
+    points = len(points_NF)
+    no_tree_02 = np.empty((0, 2), np.int32)
+    if config.method == "single":
+        return Clustering(np.zeros(points, np.int64), no_tree_02, fresh_fit=False)
+    if points < 2:
+        return Clustering(np.full(points, NOISE, np.int64), no_tree_02, fresh_fit=False)
+    if config.min_samples != 1:
+        return Clustering(fit_afresh(points_NF, config), no_tree_02, fresh_fit=True)
+    ends_M2, lengths_M = grow_spanning_tree(points_NF, ends_M2)
+    labels_N, certain = flat_clusters(ends_M2, lengths_M, config.min_cluster_size, config.allow_single_cluster)
+    if not certain:
+        labels_N = fit_afresh(points_NF, config)
+    return Clustering(labels_N, ends_M2, fresh_fit=not certain)
+
+
+def fit_afresh(points_NF: np.ndarray, config: MemoryConfig) -> np.ndarray:
+    """Labels [N] of the hdbscan package for unit vectors [N, F], renumbered by each cluster's oldest vector; N >= 2."""
+    model = hdbscan.HDBSCAN(
+        min_cluster_size=config.min_cluster_size,
+        min_samples=config.min_samples,
+        metric="euclidean",
+        cluster_selection_method="eom",
+        allow_single_cluster=config.allow_single_cluster,
+        core_dist_n_jobs=1,
+    )
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        # Duplicates have infinite density, which the package handles but warns about.
+        warnings.simplefilter("ignore")
+        return number_by_age(model.fit(points_NF).labels_)
+
+
+def number_by_age(labels_N: np.ndarray) -> np.ndarray:
+    """The same partition with clusters numbered 0, 1, ... by their first member; -1 stays -1."""
+    labels_N = np.asarray(labels_N, dtype=np.int64)
+    values, first, inverse = np.unique(labels_N, return_index=True, return_inverse=True)
+    clusters = values != NOISE
+    numbers = np.full(len(values), NOISE, np.int64)
+    numbers[clusters] = np.argsort(np.argsort(first[clusters]))
+    return numbers[inverse]

@@ -1,0 +1,168 @@
+"""HDBSCAN's flat clusters from a spanning tree, where nothing depends on the order of its edges.
+
+The three passes are those of HDBSCAN: merge the edges from short to long, condense the tree of merges to the splits
+whose both sides are large enough, and keep the clusters with the most excess of mass. Density is lambda = 1 / length.
+"""
+
+import numpy as np
+
+from meds_megatron.memory.compiled import compiled
+
+NOISE = -1
+EQUAL_LENGTHS = 1e-12
+"""Edges between unit vectors whose lengths differ by no more than this count as a tie."""
+EQUAL_STABILITY = 1e-5
+"""Relative difference up to which rounding (the package sums in single precision) could decide between clusters."""
+
+
+@compiled
+def flat_clusters(
+    ends_M2: np.ndarray, lengths_M: np.ndarray, min_cluster_size: int, allow_single_cluster: bool
+) -> tuple[np.ndarray, bool]:
+    """Labels [M+1] int64 of the points (-1 is noise) and whether they are certain. M >= 1.
+
+    They are not where two edges tie or a choice between clusters hangs on rounding: there the hdbscan package's answer
+    depends on the order of its edges, and only a fit by the package itself tells it.
+    Clusters are numbered by their oldest point.
+    """
+    order = np.argsort(lengths_M)
+    for place in range(1, len(order)):
+        if lengths_M[order[place]] - lengths_M[order[place - 1]] <= EQUAL_LENGTHS:
+            return np.full(len(order) + 1, NOISE, np.int64), False
+    children, sizes = _merge(ends_M2, order)
+    parents, births, stability, cluster_of, leaving = _condense(lengths_M[order], children, sizes, min_cluster_size)
+    chosen, certain = _most_stable(parents, stability, allow_single_cluster)
+    labels = _label_points(parents, births, chosen, cluster_of, leaving)
+    return labels, certain
+
+
+@compiled
+def _merge(ends_M2, order):
+    """Merge the points along the edges: children [M, 2] of every merge (point p is node p, merge i is node M + 1 + i),
+    and sizes [2M + 1] of all nodes."""
+    merges = len(order)
+    points = merges + 1
+    children = np.empty((merges, 2), np.int64)
+    sizes = np.ones(points + merges, np.int64)
+    above = np.arange(points + merges)
+    for merge in range(merges):
+        node = points + merge
+        for side in range(2):
+            top = np.int64(ends_M2[order[merge], side])
+            while above[top] != top:
+                above[top] = above[above[top]]
+                top = above[top]
+            children[merge, side] = top
+            above[top] = node
+        sizes[node] = sizes[children[merge, 0]] + sizes[children[merge, 1]]
+    return children, sizes
+
+
+@compiled
+def _condense(lengths, children, sizes, min_cluster_size):
+    """Walk the merges from the last to the first and keep those that split a cluster in two.
+
+    Returns for every cluster (0 is all points, a child comes after its parent) its parent, the lambda of its birth and
+    its stability; and for every point the cluster it belonged to last and the lambda at which it left that.
+    """
+    merges = len(lengths)
+    points = merges + 1
+    parents = np.full(points, -1, np.int64)
+    births = np.zeros(points, np.float64)
+    stability = np.zeros(points, np.float64)
+    clusters = 1
+    cluster_of = np.zeros(points + merges, np.int64)
+    left_at = np.full(points + merges, -1.0)
+    for merge in range(merges - 1, -1, -1):
+        node = points + merge
+        cluster = cluster_of[node]
+        if left_at[node] >= 0.0:
+            for side in range(2):
+                cluster_of[children[merge, side]] = cluster
+                left_at[children[merge, side]] = left_at[node]
+            continue
+        density = 1.0 / lengths[merge]
+        splits = sizes[children[merge, 0]] >= min_cluster_size and sizes[children[merge, 1]] >= min_cluster_size
+        for side in range(2):
+            child = children[merge, side]
+            cluster_of[child] = cluster
+            if splits:
+                stability[cluster] += (density - births[cluster]) * sizes[child]
+                parents[clusters] = cluster
+                births[clusters] = density
+                cluster_of[child] = clusters
+                clusters += 1
+            elif sizes[child] < min_cluster_size:
+                stability[cluster] += (density - births[cluster]) * sizes[child]
+                left_at[child] = density
+    return parents[:clusters], births[:clusters], stability[:clusters], cluster_of[:points], left_at[:points]
+
+
+@compiled
+def _most_stable(parents, stability, allow_single_cluster):
+    """Choose, from the leaves up, each cluster whose stability its children together do not exceed."""
+    clusters = len(parents)
+    chosen = np.zeros(clusters, np.bool_)
+    of_children = np.zeros(clusters, np.float32)
+    has_children = np.zeros(clusters, np.bool_)
+    certain = True
+    for cluster in range(clusters - 1, -1, -1):
+        if cluster > 0 or allow_single_cluster:
+            own, below = stability[cluster], np.float64(of_children[cluster])
+            if has_children[cluster] and np.isfinite(max(own, below)):
+                certain = certain and abs(own - below) > EQUAL_STABILITY * max(own, below)
+            chosen[cluster] = not below > own
+            if below > own:
+                stability[cluster] = below
+        if cluster > 0:
+            of_children[parents[cluster]] = np.float32(of_children[parents[cluster]] + stability[cluster])
+            has_children[parents[cluster]] = True
+    for cluster in range(1, clusters):
+        # A chosen cluster stands for everything below it: pass the choice down, marked by the parent's state.
+        chosen[cluster] = chosen[cluster] and not _chosen_above(parents, chosen, cluster)
+    return chosen, certain
+
+
+@compiled
+def _chosen_above(parents, chosen, cluster):
+    above = parents[cluster]
+    while above >= 0:
+        if chosen[above]:
+            return True
+        above = parents[above]
+    return False
+
+
+@compiled
+def _label_points(parents, births, chosen, cluster_of, left_at):
+    """Label every point with the chosen cluster it is in, numbered by first appearance; noise is in none.
+
+    When all points are the one cluster, only those that stay until its first split (or its end) count as members.
+    """
+    points = len(cluster_of)
+    home = np.full(len(parents), -1, np.int64)
+    for cluster in range(len(parents)):
+        if chosen[cluster]:
+            home[cluster] = cluster
+        elif cluster > 0:
+            home[cluster] = home[parents[cluster]]
+    least = 0.0
+    if chosen[0]:
+        for cluster in range(1, len(parents)):
+            if parents[cluster] == 0:
+                least = max(least, births[cluster])
+        for point in range(points):
+            if cluster_of[point] == 0:
+                least = max(least, left_at[point])
+    numbers = np.full(len(parents), -1, np.int64)
+    labels = np.full(points, NOISE, np.int64)
+    found = 0
+    for point in range(points):
+        cluster = home[cluster_of[point]]
+        if cluster < 0 or (cluster == 0 and left_at[point] < least):
+            continue
+        if numbers[cluster] < 0:
+            numbers[cluster] = found
+            found += 1
+        labels[point] = numbers[cluster]
+    return labels

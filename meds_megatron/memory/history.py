@@ -1,0 +1,75 @@
+"""What one key remembers."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from meds_megatron.config import MemoryConfig
+from meds_megatron.memory.clustering import cluster
+from meds_megatron.memory.features import unit_vectors
+from meds_megatron.memory.hierarchy import NOISE
+
+KEY_BYTES = 400
+"""What a key costs besides its records: its name, its entry in the shard, this object and the array's header."""
+
+
+@cache
+def record_type(features: int) -> np.dtype:
+    """A stored vector: its features, the step it was remembered in, its label, and (in every record but a key's first)
+    one edge of the key's spanning tree. One array of these per key is all that a key needs."""
+    return np.dtype([("vector", "<f4", (features,)), ("step", "<i4"), ("label", "<i4"), ("ends", "<i4", (2,))])
+
+
+def new_records(features_NF: np.ndarray, steps_N: np.ndarray | int) -> np.ndarray:
+    """Records [N] of vectors not clustered yet, oldest first."""
+    records_N = np.zeros(len(features_NF), record_type(features_NF.shape[1]))
+    records_N["vector"] = features_NF
+    records_N["step"] = steps_N
+    return records_N
+
+
+@dataclass(frozen=True, slots=True)
+class KeyHistory:
+    """The clustered vectors of a key, oldest first. Never changed in place: whoever holds one sees it whole."""
+
+    records_N: np.ndarray
+    dropped: int
+    """Older vectors that bounds have removed; a vector's number in the key's life is this plus its place here."""
+    clusters: int
+    noise: int
+
+    def __len__(self) -> int:
+        return len(self.records_N)
+
+    @property
+    def labels_N(self) -> np.ndarray:
+        return self.records_N["label"].astype(np.int64)
+
+    def units_NF(self) -> np.ndarray:
+        return unit_vectors(self.records_N["vector"])
+
+
+def extend(
+    history: KeyHistory | None, added_N: np.ndarray, keep: int | None, config: MemoryConfig
+) -> tuple[KeyHistory, bool]:
+    """The history with new records, of all of which the newest `keep` stay, clustered; and whether that took a fresh
+    fit by the package. Removing a vector can change every edge of the tree, so it is then grown from nothing."""
+    dropped = 0
+    records_N = added_N.copy()
+    ends_M2 = np.empty((0, 2), np.int32)
+    if history is not None:
+        dropped = history.dropped
+        records_N = np.concatenate([history.records_N, added_N])
+        ends_M2 = np.ascontiguousarray(history.records_N["ends"][1:])
+    if keep is not None and len(records_N) > keep:
+        dropped += len(records_N) - keep
+        records_N = records_N[len(records_N) - keep :].copy()
+        ends_M2 = np.empty((0, 2), np.int32)
+    clustering = cluster(unit_vectors(records_N["vector"]), ends_M2, config)
+    records_N["label"] = clustering.labels_N
+    if len(clustering.ends_M2):
+        records_N["ends"][1:] = clustering.ends_M2
+    clusters = int(clustering.labels_N.max(initial=NOISE)) + 1
+    noise = int(np.count_nonzero(clustering.labels_N == NOISE))
+    return KeyHistory(records_N, dropped, clusters, noise), clustering.fresh_fit

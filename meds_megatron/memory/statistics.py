@@ -1,0 +1,98 @@
+"""What a shard tells about itself, and how the shards' numbers become the metrics of a step."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+SATURATED_SIZE = 7
+"""From ln(7 + 1) > 2 on, a penalty no longer grows."""
+
+
+class Moments:
+    """Count, sum and outer-product sum of the stored vectors: enough for their covariance, and shards add up."""
+
+    def __init__(self, features: int):
+        self.features = features
+        self.count = 0
+        self.sum_F = np.zeros(features)
+        self.outer_FF = np.zeros((features, features))
+
+    def add(self, vectors_NF: np.ndarray) -> None:
+        self._shift(vectors_NF, 1)
+
+    def remove(self, vectors_NF: np.ndarray) -> None:
+        self._shift(vectors_NF, -1)
+
+    def _shift(self, vectors_NF: np.ndarray, sign: int) -> None:
+        vectors_NF = vectors_NF.astype(np.float64)
+        self.count += sign * len(vectors_NF)
+        self.sum_F += sign * vectors_NF.sum(axis=0)
+        self.outer_FF += sign * (vectors_NF.T @ vectors_NF)
+
+
+def top_eigenvalue_share(count: int, sum_F: np.ndarray, outer_FF: np.ndarray) -> float:
+    """Largest eigenvalue of the covariance over the sum of all: 1 when all vectors lie on a line; 0 of nothing."""
+    if count < 2:
+        return 0.0
+    mean_F = sum_F / count
+    eigenvalues_F = np.linalg.eigvalsh(outer_FF / count - np.outer(mean_F, mean_F))
+    total = eigenvalues_F.sum()
+    return float(eigenvalues_F[-1] / total) if total > 1e-9 * max(1.0, np.trace(outer_FF) / count) else 0.0
+
+
+@dataclass
+class StepCounts:
+    """What happened in a shard since it was last asked."""
+
+    lookups: int = 0
+    hits: int = 0
+    """Lookups whose vote went to a cluster (not to noise) of a known key."""
+    size_sum: int = 0
+    saturated: int = 0
+    reclustered_keys: int = 0
+    fresh_fits: int = 0
+    """Keys that the hdbscan package fitted anew, because of ties or of its settings."""
+    evicted_vectors: int = 0
+    lookup_seconds: float = 0.0
+    recluster_seconds: float = 0.0
+
+    def count_lookups(self, sizes_N: np.ndarray, labels_N: np.ndarray) -> None:
+        self.lookups += len(sizes_N)
+        self.hits += int(np.count_nonzero(labels_N >= 0))
+        self.size_sum += int(sizes_N.sum())
+        self.saturated += int(np.count_nonzero(sizes_N >= SATURATED_SIZE))
+
+    def as_dict(self) -> dict:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def step_metrics(shards: list[dict]) -> dict[str, float]:
+    """Metrics `memory/...` of a step from what every shard's `stats()` gave: sums and shares over all shards, and the
+    slowest shard's times, which are what the others wait for."""
+
+    def total(name: str) -> float:
+        return sum(shard[name] for shard in shards)
+
+    def share(part: str, whole: str) -> float:
+        return total(part) / total(whole) if total(whole) else 0.0
+
+    filled = [shard for shard in shards if shard["vectors"]]
+    top_eigenvalue = 0.0
+    if filled:
+        moments = [shard["moments"] for shard in filled]
+        top_eigenvalue = top_eigenvalue_share(*(sum(part[1:], part[0]) for part in zip(*moments, strict=True)))
+    return {
+        "memory/keys": total("keys"),
+        "memory/vectors": total("vectors"),
+        "memory/clusters": total("clusters"),
+        "memory/noise_share": share("noise_vectors", "vectors"),
+        "memory/hit_share": share("hits", "lookups"),
+        "memory/lookup_size_mean": share("size_sum", "lookups"),
+        "memory/saturated_share": share("saturated", "lookups"),
+        "memory/top_eigenvalue_share": top_eigenvalue,
+        "memory/fresh_fits": total("fresh_fits"),
+        "memory/evicted_vectors": total("evicted_vectors"),
+        "memory/bytes": total("bytes"),
+        "memory/lookup_seconds_max": max((shard["lookup_seconds"] for shard in shards), default=0.0),
+        "memory/recluster_seconds_max": max((shard["recluster_seconds"] for shard in shards), default=0.0),
+    }
