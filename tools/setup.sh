@@ -85,7 +85,7 @@ install_cuda() {
     pip install --editable "$ROOT[cuda-local]"
 }
 
-install_dev() { pip install --editable "$ROOT[dev]"; }
+install_dev() { pip install --no-build-isolation --editable "$ROOT[dev]"; }
 
 # vLLM brings these three for pictures and sound. Where they cannot load they break transformers' models, too.
 remove_broken_companions() {

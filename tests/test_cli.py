@@ -1,0 +1,68 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from meds_megatron.cli import cli, main
+
+QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
+
+
+def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found = []
+    for name, command in group.commands.items():
+        inner = commands(command, (*path, name)) if isinstance(command, click.Group) else []
+        found += [(*path, name), *inner]
+    return found
+
+
+@pytest.mark.parametrize("path", [(), *commands()], ids=" ".join)
+def test_every_command_explains_itself(path, capsys):
+    assert main([*path, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(" ".join(["Usage: meds", *path]))
+    command = cli
+    for name in path:
+        command = command.commands[name]
+    assert isinstance(command, click.Group) or f"Example:\n    meds {' '.join(path)} " in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "missing.yaml"], "missing.yaml"),
+        (["train", QUICKSTART, "penalti.alpha=0.1"], "did you mean `penalty`?"),
+        (["train", QUICKSTART, "train.mini_batch_prompts=0"], "train.mini_batch_prompts"),
+        (["train"], "CONFIG"),
+        (["trian"], "No such command"),
+    ],
+)
+def test_a_mistake_is_told_without_a_traceback(arguments, said, capsys):
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+
+
+def test_an_interruption_ends_with_the_shells_own_status(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("meds_megatron.config.load_config", interrupted)
+    assert main(["train", QUICKSTART]) == 130
+    assert capsys.readouterr().err.strip() == "meds: interrupted"
+
+
+def test_help_and_config_errors_come_without_torch():
+    program = f"""
+import sys
+from meds_megatron.cli import main
+main(["--help"])
+main(["train", {QUICKSTART!r}, "no.such=key"])
+heavy = {{"torch", "ray", "vllm", "transformers"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=60)
