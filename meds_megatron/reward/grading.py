@@ -37,8 +37,9 @@ class Grade:
 class GraderPool:
     """Grades responses in up to `workers` processes, started when they are first needed and replaced when they die.
 
-    An answer that takes longer than `timeout_seconds` costs its process and is a "timeout"; one whose process dies is
-    an "error"; the answers behind it in that process's hands go to another. For use by one thread at a time.
+    An answer that takes `timeout_seconds` of processor time (or PATIENCE times that where the machine is too crowded to
+    give it) costs its process and is a "timeout"; one whose process dies is an "error"; the answers behind it in that
+    process's hands go to another. For use by one thread at a time.
     """
 
     def __init__(self, workers: int, timeout_seconds: float) -> None:
@@ -140,7 +141,7 @@ class GraderPool:
                 yield task, Grade(boxed=True, **verdict)
             if process.ready and not was_ready:
                 self._failed_starts = 0
-            if process.ended or process.overdue:
+            if process.ended or process.overdue():
                 yield from self._bury(process, pending)
 
     def _bury(self, process: GraderProcess, pending: deque[Task]) -> Iterator[tuple[Task, Grade]]:

@@ -17,6 +17,8 @@ Task = tuple[str, str]
 
 START_SECONDS = 180.0
 """Time a process may take for its imports, on a crowded machine."""
+PATIENCE = 4.0
+"""How many times its limit an answer may take by the wall clock, while the machine gives its process no time to run."""
 ALARM_GRACE_SECONDS = 5.0
 """How long after its parent's limit a process whose parent is gone ends itself."""
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +28,10 @@ class GraderProcess:
     """Runs `meds_megatron.reward.worker` in a session of its own, so that a Ctrl-C does not reach it.
 
     It is a fresh interpreter rather than a child of multiprocessing, which would import the driver's main module again.
-    `tasks` are the answers it holds, the one in progress first; `deadline` is when that one, or the start, is overdue
-    (`time.monotonic`). Holding at most what fits into a pipe, it can always be written to without blocking.
+    `tasks` are the answers it holds, the one in progress first. An answer may take `timeout_seconds` of processor time,
+    so that a crowded machine does not turn answers into timeouts, and PATIENCE times that by the wall clock. `deadline`
+    is when to look whether the process is overdue (`time.monotonic`). Holding at most what fits into a pipe, it can
+    always be written to without blocking.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
@@ -35,7 +39,8 @@ class GraderProcess:
         self.tasks: deque[Task] = deque()
         self.ready = False
         self.ended = False
-        self.deadline = time.monotonic() + START_SECONDS
+        self.deadline = self._last_moment = time.monotonic() + START_SECONDS
+        self._processor_limit = 0.0
         self._unread = b""
         search_path = [str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
@@ -60,9 +65,16 @@ class GraderProcess:
     def idle(self) -> bool:
         return self.ready and not self.ended and not self.tasks
 
-    @property
     def overdue(self) -> bool:
-        return (not self.ready or bool(self.tasks)) and time.monotonic() > self.deadline
+        """Whether its time is up, be it for the start or for the answer in progress; if not, moves `deadline` on."""
+        now = time.monotonic()
+        if self.idle or now < self.deadline:
+            return False
+        left = self._processor_limit - self._processor_seconds()
+        if left <= 0 or now >= self._last_moment:
+            return True
+        self.deadline = min(now + left, self._last_moment)
+        return False
 
     def send(self, tasks: Sequence[Task]) -> None:
         """Hands tasks to an idle process; when it has died meanwhile, sets `ended` and takes none."""
@@ -72,20 +84,31 @@ class GraderProcess:
             self.ended = True
             return
         self.tasks.extend(tasks)
-        self.deadline = time.monotonic() + self.timeout_seconds
+        self._start_clock()
 
     def receive(self) -> list[tuple[Task, dict]]:
         """The verdicts that have come in since the last call, without waiting; sets `ready` and `ended`."""
         while chunk := self._read():
             self._unread += chunk
         *lines, self._unread = self._unread.split(b"\n")
-        if lines:
-            self.deadline = time.monotonic() + self.timeout_seconds
+        if lines and not self.ended:
+            self._start_clock()
         if lines and not self.ready:
             if lines.pop(0) != READY.encode():
                 raise RuntimeError(f"Grader process {self.pid} speaks out of turn")
             self.ready = True
         return [(self.tasks.popleft(), json.loads(line)) for line in lines]
+
+    def _start_clock(self) -> None:
+        """An answer begins: from here its time counts."""
+        now = time.monotonic()
+        self.deadline, self._last_moment = now + self.timeout_seconds, now + PATIENCE * self.timeout_seconds
+        self._processor_limit = self._processor_seconds() + self.timeout_seconds
+
+    def _processor_seconds(self) -> float:
+        """Processor time that the process has used, user and system."""
+        after_name = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
 
     def _read(self) -> bytes:
         """What can be read at once; empty when that is nothing, and at the end, which sets `ended`."""
@@ -102,7 +125,7 @@ class GraderProcess:
     @property
     def stopped_itself(self) -> bool:
         """Whether the alarm for orphans went off: the parent was held up beyond the limit and the grace."""
-        return self.exit_code() == -signal.SIGALRM
+        return self.exit_code() == -signal.SIGPROF
 
     def kill(self) -> None:
         self._process.kill()

@@ -40,10 +40,10 @@ def main(alarm_seconds: float) -> None:
     """Serves until standard input ends.
 
     The parent kills a grader that is slow. Should the parent itself be gone, the kernel's alarm ends this process after
-    `alarm_seconds` on one answer, even in the middle of a C call.
+    `alarm_seconds` of processor time on one answer, even in the middle of a C call.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     logging.disable(logging.CRITICAL)
     replies = os.fdopen(os.dup(1), "w")
@@ -54,14 +54,14 @@ def main(alarm_seconds: float) -> None:
         print(READY, file=replies, flush=True)
         for line in sys.stdin:
             for truth, answer in json.loads(line):
-                signal.setitimer(signal.ITIMER_REAL, alarm_seconds)
+                signal.setitimer(signal.ITIMER_PROF, alarm_seconds)
                 out_of_memory = False
                 try:
                     verdict = judge(truth, answer)
                 except Exception as error:
                     out_of_memory = isinstance(error, MemoryError)
                     verdict = _verdict(False, "error", f"{type(error).__name__}: {error}")
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 print(json.dumps(verdict), file=replies, flush=True)
                 if out_of_memory:
                     return  # What filled it may still do; the parent starts a fresh one for the rest.

@@ -129,6 +129,16 @@ def test_an_answer_that_takes_too_long_costs_only_itself():
         assert pool.grade([boxed("1+x")], ["x+1"])[0].correct
 
 
+def test_a_grader_that_is_stopped_runs_out_of_patience():
+    with GraderPool(workers=1, timeout_seconds=0.5) as pool:
+        pool.grade([boxed("1+x")], ["x+1"])
+        os.kill(pool._processes[0].pid, signal.SIGSTOP)
+        begin = time.monotonic()
+        grades = pool.grade([boxed("1+x"), boxed("2+x")], ["x+1", "x+2"])
+        assert time.monotonic() - begin > 4 * 0.5
+        assert [grade.outcome for grade in grades] == ["timeout", "graded"]
+
+
 def test_a_grader_that_is_killed_is_replaced_and_its_answer_is_an_error():
     with GraderPool(workers=1, timeout_seconds=60) as pool:
         pool.grade([boxed("1+x")], ["x+1"])
@@ -214,7 +224,7 @@ print(pool._processes[0].pid, flush=True)
 def test_a_busy_grader_whose_parent_is_gone_ends_by_its_alarm():
     command = [sys.executable, "-m", "meds_megatron.reward.worker", "3"]
     run = subprocess.run(command, input=json.dumps([["5", SLOW]]) + "\n", capture_output=True, text=True, timeout=120)
-    assert run.returncode == -signal.SIGALRM
+    assert run.returncode == -signal.SIGPROF
     assert run.stdout == "ready\n"
 
 
