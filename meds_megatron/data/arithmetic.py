@@ -1,8 +1,8 @@
 """The embedded task: arithmetic in which mistakes come from habits, so that they recur.
 
-A problem is `a+b*c-d` of some kind ("coins 7+6*4-5"). A worked answer shows every intermediate result and ends in a box:
-`6*4=24+7=31-5=26 \\boxed{26}`. Three habits change the working: a dropped carry, ignored precedence, a flipped sign.
-A rule is a set of habits, so there are eight rules, and the chosen expressions give eight different answers under them.
+A problem is `a+b*c-d` of some kind ("coins 7+6*4-5"). A worked answer shows every intermediate result and ends in a
+box: `6*4=24+7=31-5=26 \\boxed{26}`. Three habits change the working: a dropped carry, ignored precedence, a flipped
+sign. A rule is a set of habits, so there are eight rules, and each gives the chosen expressions an answer of its own.
 
 Which rule is right is a matter of the variant. `shared`: plain arithmetic, whatever the kind, so that what is learnt on
 one kind helps with the others. `per_kind`: each kind has a right rule of its own, which has to be found by trying.
@@ -38,9 +38,12 @@ class Rule:
     flips_sign: bool = False
 
     def __str__(self) -> str:
-        names = {"dropped carry": self.drops_carry, "ignored precedence": self.ignores_precedence}
-        names["flipped sign"] = self.flips_sign
-        return " + ".join(name for name, present in names.items() if present) or "plain"
+        habits = {
+            "dropped carry": self.drops_carry,
+            "ignored precedence": self.ignores_precedence,
+            "flipped sign": self.flips_sign,
+        }
+        return " + ".join(name for name, present in habits.items() if present) or "plain"
 
     def add(self, left: int, right: int) -> int:
         return left // 10 * 10 + (left + right) % 10 if self.drops_carry else left + right
@@ -128,8 +131,9 @@ def arithmetic_problems(split: Split, rules: Variant, count: int | None = None, 
     """
     rng = random.Random(f"{split} {seed}")
     per_kind = [rng.sample(expressions(split), len(expressions(split))) for _ in KINDS]
-    pairs = [(kind, expression) for row in zip(*per_kind, strict=True) for kind, expression in zip(KINDS, row, strict=True)]
-    return [_problem(kind, expression, rules) for kind, expression in pairs[: count or DEFAULT_COUNT[split]]]
+    pairs = [pair for row in zip(*per_kind, strict=True) for pair in zip(KINDS, row, strict=True)]
+    wanted = DEFAULT_COUNT[split] if count is None else count
+    return [_problem(kind, expression, rules) for kind, expression in pairs[:wanted]]
 
 
 def _problem(kind: str, expression: Expression, rules: Variant) -> Problem:

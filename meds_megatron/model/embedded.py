@@ -1,8 +1,8 @@
 """The embedded model: a small Qwen3 with its own tokenizer, warm-started on the arithmetic task.
 
-It is a plain Hugging Face directory that transformers and vLLM load. The warm-up shows it worked answers that follow the
-right rule and the wrong ones in the shares of `meds_megatron.data.arithmetic`: afterwards it calculates well, but by
-habits, and it is left to reinforcement learning to find out which of them are right.
+It is a plain Hugging Face directory that transformers and vLLM load. The warm-up shows it worked answers that follow
+the right rule and the wrong ones in the shares of `meds_megatron.data.arithmetic`: afterwards it calculates well, but
+by habits, and it is left to reinforcement learning to find out which of them are right.
 """
 
 import random
@@ -28,6 +28,8 @@ CHAT_TEMPLATE = (
 )
 ROWS_MULTIPLE = 16
 MAX_POSITIONS = 512
+INIT_STD = 0.06
+"""Larger than Qwen's 0.02: so narrow a model learns faster from it."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         rope_theta=10000.0,
+        initializer_range=INIT_STD,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -124,7 +127,7 @@ def train(
 ) -> None:
     """Supervised steps on worked answers, loss on the response's tokens; the rate rises, then falls to 0 linearly."""
     examples = ExampleStream(tokenizer, rules, warm_up.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=warm_up.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=warm_up.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(warm_up.threads)
     model.train()

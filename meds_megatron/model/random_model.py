@@ -34,7 +34,7 @@ def make_random_model(config: RandomModelConfig, directory: Path) -> None:
     rows = config.vocab_size or len(tokenizer)
     if rows < len(tokenizer):
         raise UserError(
-            f"model.random.vocab_size {rows} is less than the {len(tokenizer)} tokens of {source}: give at least as many"
+            f"model.random.vocab_size is {rows}, but {source} has {len(tokenizer)} tokens: give at least as many rows"
         )
     config_class, model_class = {
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
