@@ -20,3 +20,11 @@ def qwen_tokenizer(shared_data: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(shared_data / "qwen2-tokenizer")
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Processes that form the ranks of a test: `ranks.run(world_size, function, *args)`."""
+    from tests.rank_pool import RankPool
+
+    return RankPool()

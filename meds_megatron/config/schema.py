@@ -108,8 +108,8 @@ class RolloutConfig:
     validation_top_p: float = 0.7
     validation_responses: int = 1
     gpu_memory_utilization: float = 0.6
-    cpu_kv_cache_gib: int = 1
-    """KV cache of an engine without CUDA."""
+    cpu_kv_cache_gib: float = 1.0
+    """KV cache of an engine rank without CUDA."""
     threads: int = 1
     """CPU threads of each engine rank without CUDA."""
     max_num_seqs: int = 256
@@ -135,7 +135,7 @@ class RewardConfig:
     workers: int = 8
     """Grader processes; each can be killed."""
     timeout_seconds: float = 10.0
-    """Time one answer may take before its grader is killed and the answer counts as a timeout."""
+    """Processor time one answer may take before its grader is killed and the answer counts as a timeout."""
     overlong: OverlongConfig = field(default_factory=OverlongConfig)
 
 
@@ -184,6 +184,8 @@ class FilterConfig:
 
     metric: Literal["accuracy", "none"] = "accuracy"
     """`none` keeps every group."""
+    generation_prompts: int | None = None
+    """Prompts of one generation batch; default: train.prompts_per_step."""
     max_batches: int = 10
     """Generation batches tried to fill one step."""
     when_short: Literal["continue", "stop"] = "continue"

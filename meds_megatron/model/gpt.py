@@ -79,6 +79,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         variable_seq_lengths=parallel.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, though no layer has experts
         # Between two stages that send both ways, only separate sends and receives keep their order.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,

@@ -1,0 +1,136 @@
+"""The fingerprint of an answer: for every layer, the logit that the LM head would give the answer's first token.
+
+Each pipeline stage keeps, through hooks, one hidden state a response and layer, and multiplies it in float32 with the
+one row of the head that belongs to the response's target token. The stages' parts are then put side by side.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from meds_megatron.actor.microbatch import MicroBatch
+from meds_megatron.actor.step_data import StepData
+from meds_megatron.model.gpt import PolicyModel, chunk_layers
+
+
+class FingerprintCollector:
+    """Gathers the fingerprints of one rank's responses while their forward pass runs.
+
+    `norm` says which layers' hidden states pass the final norm first: `last` as published (the Hugging Face convention),
+    `all` (the usual logit lens) or `none`. Every rank of the tensor- and pipeline-parallel group makes one and calls its
+    methods together.
+    """
+
+    def __init__(self, chunks: list[PolicyModel], data: StepData, norm: str, device: str):
+        self._chunks = chunks
+        self._norm = norm
+        self._num_layers = chunks[0].config.num_layers
+        self._rows_B = np.flatnonzero(data.answer_positions_B >= 0)
+        self._place_of_row = {int(row): place for place, row in enumerate(self._rows_B)}
+        self._values_NL = torch.zeros(len(self._rows_B), self._num_layers, dtype=torch.float32, device=device)
+        self._head_NH = _head_rows(chunks[-1], _target_tokens(data, self._rows_B), device)
+        self._final_norm = _FinalNorm(chunks[-1], device) if norm == "all" else None
+        self._micro_batch: MicroBatch | None = None
+        self._places_N: Tensor | None = None
+
+    def begin(self, micro_batch: MicroBatch) -> None:
+        """Names the micro-batch that the next forward pass of a chunk works on."""
+        self._micro_batch = micro_batch
+        places = [self._place_of_row[int(row)] for row in micro_batch.answer_rows]
+        self._places_N = torch.tensor(places, dtype=torch.int64, device=self._values_NL.device)
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """While open, every forward pass of a layer leaves its part of the fingerprints here."""
+        hooks = []
+        for chunk in self._chunks:
+            for number, layer in chunk_layers(chunk):
+                is_last = number == self._num_layers - 1
+                source = chunk.decoder.final_layernorm if is_last and self._norm != "none" else layer
+                normed = self._norm == "all" and not is_last
+                hooks.append(source.register_forward_hook(self._hook(number, normed)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hook(self, layer: int, normed: bool):
+        def keep(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
+            hidden_SBH = output[0] if isinstance(output, tuple) else output
+            position_N, mine_N = self._owned(hidden_SBH.shape[0])
+            hidden_NH = hidden_SBH[position_N, self._micro_batch.answer_sequence_N].float()
+            if normed:
+                hidden_NH = self._final_norm(hidden_NH)
+            values_N = (hidden_NH * self._head_NH[self._places_N]).sum(-1)
+            self._values_NL[self._places_N, layer] = values_N * mine_N
+
+        return keep
+
+    def _owned(self, local_length: int) -> tuple[Tensor, Tensor]:
+        """Where each answer lies in this rank's part of the sequence, and whether this rank speaks for it.
+
+        With sequence parallelism a rank holds `local_length` consecutive positions; otherwise every tensor-parallel rank
+        holds them all and the first one speaks. Context parallelism would add its owner rule here.
+        """
+        position_N = self._micro_batch.answer_position_N
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        if not self._chunks[0].config.sequence_parallel:
+            return position_N, torch.full_like(position_N, rank == 0, dtype=torch.bool)
+        local_N = position_N - rank * local_length
+        mine_N = (local_N >= 0) & (local_N < local_length)
+        return torch.where(mine_N, local_N, 0), mine_N
+
+    def gather(self, count: int) -> np.ndarray:
+        """The fingerprints of all `count` responses, float32 [B, L], zero where there is none; the same on every rank.
+
+        Each value has one owner and is zero elsewhere, so sums over the ranks are exact.
+        """
+        dist.all_reduce(self._values_NL, group=parallel_state.get_tensor_model_parallel_group())
+        dist.all_reduce(self._values_NL, group=parallel_state.get_pipeline_model_parallel_group())
+        fingerprints_BL = np.zeros((count, self._num_layers), dtype=np.float32)
+        fingerprints_BL[self._rows_B] = self._values_NL.cpu().numpy()
+        return fingerprints_BL
+
+
+def _target_tokens(data: StepData, rows_N: np.ndarray) -> np.ndarray:
+    """The token after the answer's position: the answer's first token."""
+    return data.tokens_T[data.offsets_B1[rows_N] + data.answer_positions_B[rows_N] + 1]
+
+
+def _head_rows(last_chunk: PolicyModel, targets_N: np.ndarray, device: str) -> Tensor:
+    """The head's row of each target token in float32, [N, H]: looked up vocab-parallel on the last stage, sent to all."""
+    rows_NH = torch.zeros(len(targets_N), last_chunk.config.hidden_size, dtype=torch.float32, device=device)
+    if last_chunk.post_process:
+        weight_VH = last_chunk.head_weight()
+        first_row = parallel_state.get_tensor_model_parallel_rank() * weight_VH.shape[0]
+        local_N = torch.from_numpy(targets_N).to(device) - first_row
+        mine_N = (local_N >= 0) & (local_N < weight_VH.shape[0])
+        rows_NH[mine_N] = weight_VH.detach()[local_N[mine_N]].float()
+        dist.all_reduce(rows_NH, group=parallel_state.get_tensor_model_parallel_group())
+    _broadcast_from_last_stage(rows_NH)
+    return rows_NH
+
+
+class _FinalNorm:
+    """The model's final RMSNorm in float32, on every stage."""
+
+    def __init__(self, last_chunk: PolicyModel, device: str):
+        self._epsilon = last_chunk.config.layernorm_epsilon
+        self._weight_H = torch.zeros(last_chunk.config.hidden_size, dtype=torch.float32, device=device)
+        if last_chunk.post_process:
+            self._weight_H.copy_(last_chunk.decoder.final_layernorm.weight.detach())
+        _broadcast_from_last_stage(self._weight_H)
+
+    def __call__(self, hidden_NH: Tensor) -> Tensor:
+        return hidden_NH * torch.rsqrt(hidden_NH.square().mean(-1, keepdim=True) + self._epsilon) * self._weight_H
+
+
+def _broadcast_from_last_stage(values: Tensor) -> None:
+    group = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(values, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)

@@ -1,0 +1,57 @@
+"""Joins this process to the others of a run: torch.distributed, megatron-core's groups and its random states."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from meds_megatron.config import ParallelConfig
+from meds_megatron.model import cpu_backend
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks meet, and which of them this one is."""
+
+    host: str
+    port: int
+    rank: int
+    world_size: int
+    timeout_minutes: int = 30
+
+
+def join(rendezvous: Rendezvous) -> str:
+    """Initialises torch.distributed (NCCL on a GPU, gloo without) and returns the device this rank computes on."""
+    cpu_backend.install()
+    on_gpu = torch.cuda.is_available()
+    dist.init_process_group(
+        backend="nccl" if on_gpu else "gloo",
+        init_method=f"tcp://{rendezvous.host}:{rendezvous.port}",
+        rank=rendezvous.rank,
+        world_size=rendezvous.world_size,
+        timeout=timedelta(minutes=rendezvous.timeout_minutes),
+    )
+    if not on_gpu:
+        return "cpu"
+    torch.cuda.set_device(0)
+    return "cuda"
+
+
+def form_groups(parallel: ParallelConfig, seed: int) -> None:
+    """Makes megatron-core's tensor-, pipeline- and data-parallel groups; every rank calls it together."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        create_gloo_process_groups=torch.cuda.is_available(),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def speaks_for_model_replica() -> bool:
+    """True on the one rank of each data-parallel replica that hands results to the driver: last stage, first shard."""
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True) and (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+    )

@@ -1,0 +1,94 @@
+"""Dynamic sampling: generate, grade and filter until a step has enough prompts worth learning from."""
+
+from dataclasses import dataclass
+
+import torch
+
+from meds_megatron.algorithm.group_filter import keep_groups
+from meds_megatron.config import Config
+from meds_megatron.data.prompts import Prompt
+from meds_megatron.data.sampler import PromptSampler
+from meds_megatron.errors import UserError
+from meds_megatron.reward.grading import GraderPool
+from meds_megatron.rollout.group import EngineGroup
+from meds_megatron.rollout.sampling import Sampling
+from meds_megatron.trainer.groups import PromptGroup, grade_groups
+from meds_megatron.trainer.metrics import PhaseTimer
+
+
+@dataclass
+class Collected:
+    """What one step generated."""
+
+    groups: list[PromptGroup]
+    """Every group, in the order of generation; `kept` tells which ones the step trains on."""
+    batches: int
+    wanted: int
+
+    @property
+    def kept(self) -> list[PromptGroup]:
+        return [group for group in self.groups if group.kept]
+
+    @property
+    def shortfall(self) -> str | None:
+        """One sentence when the step trains on fewer prompts than it should."""
+        if len(self.kept) == self.wanted:
+            return None
+        return (
+            f"{self.batches} generation batches gave {len(self.kept)} of {self.wanted} prompts with both right and wrong "
+            f"responses: the step goes on with those"
+        )
+
+
+def collect(
+    step: int,
+    prompts: list[Prompt],
+    sampler: PromptSampler,
+    engines: EngineGroup,
+    graders: GraderPool,
+    config: Config,
+    timer: PhaseTimer,
+) -> Collected:
+    """Up to `train.prompts_per_step` groups for step `step`; groups beyond that are not trained on.
+
+    Raises UserError when `filter.max_batches` generation batches do not fill the step and `filter.when_short` is stop.
+    """
+    wanted = config.train.prompts_per_step
+    groups: list[PromptGroup] = []
+    missing, batches = wanted, 0
+    while missing > 0 and batches < config.filter.max_batches:
+        chosen = [prompts[index] for index in sampler.next(config.filter.generation_prompts or wanted)]
+        with timer("rollout"):
+            seed = _seed(config.train.seed, step, batches)
+            responses = engines.generate([p.token_ids for p in chosen], Sampling.training(config.rollout), seed)
+        with timer("reward"):
+            found = grade_groups(chosen, responses, graders, config)
+        mark_kept(found, config, missing)
+        groups += found
+        missing -= sum(group.kept for group in found)
+        batches += 1
+    collected = Collected(groups, batches, wanted)
+    if collected.shortfall and config.filter.when_short == "stop":
+        raise UserError(
+            f"Step {step}: {batches} generation batches gave {len(collected.kept)} of {wanted} prompts with both right "
+            "and wrong responses: raise filter.max_batches, or set filter.when_short to continue"
+        )
+    return collected
+
+
+def mark_kept(groups: list[PromptGroup], config: Config, missing: int) -> None:
+    """Keeps the first `missing` groups that the filter's metric can tell apart, and no other."""
+    keep = [True] * len(groups)
+    if config.filter.metric == "accuracy":
+        accuracy_B = torch.tensor([value for group in groups for value in group.accuracy])
+        groups_B = torch.tensor([number for number, group in enumerate(groups) for _ in group.accuracy])
+        keep_B = keep_groups(accuracy_B, groups_B)
+        keep = [bool(keep_B[groups_B == number].all()) for number in range(len(groups))]
+    for group, wanted in zip(groups, keep, strict=True):
+        group.kept = wanted and missing > 0
+        missing -= group.kept
+
+
+def _seed(run_seed: int, step: int, batch: int) -> int:
+    """A seed of its own for every generation batch of a run."""
+    return (run_seed * 1_000_003 + step) * 101 + batch

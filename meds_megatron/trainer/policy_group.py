@@ -1,0 +1,75 @@
+"""The trainer ranks as the driver sees them: one object whose calls reach every rank."""
+
+import ray
+
+from meds_megatron.actor.environment import rank_environment
+from meds_megatron.actor.policy import ForwardResult, UpdateResult
+from meds_megatron.actor.process_group import Rendezvous
+from meds_megatron.actor.step_data import StepData
+from meds_megatron.config import Config
+from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.weights.shared_memory import BucketInfo
+
+
+class PolicyGroup:
+    """Starts a Ray actor a rank and speaks to them together."""
+
+    def __init__(self, config: Config, model_dir: str, use_gpu: bool):
+        from meds_megatron.actor.worker import PolicyWorker
+
+        self.layout = ParallelLayout.from_config(config)
+        self._model_dir = model_dir
+        worker = ray.remote(PolicyWorker).options(
+            num_cpus=0,
+            num_gpus=1 if use_gpu else 0,
+            runtime_env={"env_vars": rank_environment(config)},
+        )
+        self._workers = [worker.remote(config) for _ in range(self.layout.ranks)]
+        self._config = config
+
+    def start(self) -> None:
+        """Returns when every rank has met the others and loaded its share of the model."""
+        host, port = ray.get(self._workers[0].free_address.remote())
+        timeout = self._config.cluster.collective_timeout_minutes
+        world = self.layout.ranks
+        ray.get(
+            [
+                worker.start.remote(Rendezvous(host, port, rank, world, timeout), self._model_dir)
+                for rank, worker in enumerate(self._workers)
+            ]
+        )
+
+    def forward(self, shards: list[StepData]) -> list[ForwardResult]:
+        """Forward results of each data-parallel rank's shard."""
+        results = self._on_shards("forward", shards)
+        return [next(result for result in replica if result is not None) for replica in results]
+
+    def update(self, shards: list[StepData], step: int) -> list[list[UpdateResult]]:
+        """For each data-parallel rank, its optimizer steps (their sums from the rank that speaks for the replica)."""
+        results = self._on_shards("update", shards, step)
+        return [max(replica, key=lambda steps: len(steps[0].sums)) for replica in results]
+
+    def publish(self, directory: str) -> list[BucketInfo]:
+        """Buckets with all weights under Hugging Face names, each tensor once."""
+        return [info for infos in self._on_all("publish", directory) for info in infos]
+
+    def export(self, directory: str) -> None:
+        self._on_all("export", directory, self._model_dir)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            ray.kill(worker)
+
+    def _on_all(self, method: str, *args) -> list:
+        return ray.get([getattr(worker, method).remote(*args) for worker in self._workers])
+
+    def _on_shards(self, method: str, shards: list[StepData], *args) -> list[list]:
+        """Calls `method` on every rank with its data-parallel rank's shard; results by data-parallel rank."""
+        references = [ray.put(shard) for shard in shards]
+        calls = []
+        for rank, worker in enumerate(self._workers):
+            calls.append(getattr(worker, method).remote(references[self.layout.coordinates(rank).data], *args))
+        results: list[list] = [[] for _ in shards]
+        for rank, result in enumerate(ray.get(calls)):
+            results[self.layout.coordinates(rank).data].append(result)
+        return results

@@ -1,0 +1,103 @@
+"""Small Qwen models and a batch of ragged responses, with what transformers makes of them."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from meds_megatron.actor.policy import ForwardResult
+from meds_megatron.actor.step_data import StepData
+
+MODELS = ["qwen2 tied", "qwen2 untied", "qwen3 tied", "qwen3 untied"]
+VOCAB = 260
+LAYERS = 4
+RESPONSES = 7
+WITH_ANSWER = 5
+
+
+def make_model(directory: Path, name: str) -> Path:
+    """Writes a random model with norms and biases away from their initial values, so that each one matters."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(MODELS.index(name))
+    sizes = dict(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        rope_theta=1e4 if name.startswith("qwen2") else 1e6,
+        tie_word_embeddings=name.endswith(" tied"),
+    )
+    if name.startswith("qwen2"):
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    return directory
+
+
+def step_data() -> StepData:
+    """Seven sequences of different lengths, two of them without a fingerprint, in two mini-batches."""
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, VOCAB, size).tolist() for size in (3, 5, 4, 7, 3, 6, 5)]
+    responses = [random.integers(0, VOCAB, size).tolist() for size in (9, 4, 12, 6, 1, 8, 10)]
+    data = StepData.of_responses(
+        prompts,
+        responses,
+        logprobs=[[0.0] * len(r) for r in responses],
+        answer_positions=[3, 0, 10, -1, -1, 6, 2],
+        groups=list(range(RESPONSES)),
+    )
+    data.minibatches_B = np.array([0, 1, 0, 1, 0, 1, 0])
+    lengths_B = data.response_lengths_B
+    data.minibatch_tokens_M = np.array([lengths_B[data.minibatches_B == m].sum() for m in (0, 1)])
+    data.minibatch_responses_M = np.array([(data.minibatches_B == m).sum() for m in (0, 1)])
+    return data
+
+
+def forward(rank: int, directory: str, parallel: dict, micro_batch: int = 2) -> ForwardResult | None:
+    """What our policy makes of `step_data`, on one rank of a layout."""
+    policy = make_policy(directory, parallel, micro_batch)
+    return policy.forward(step_data())
+
+
+def make_policy(directory: str, parallel: dict, micro_batch: int = 2):
+    from meds_megatron.actor.policy import Policy
+    from meds_megatron.actor.process_group import form_groups
+    from meds_megatron.config import Config, ParallelConfig
+
+    config = Config(parallel=ParallelConfig(**parallel))
+    config.model.dtype = "float32"
+    config.rollout.max_prompt_tokens = config.rollout.max_response_tokens = 16
+    config.train.micro_batch_responses = micro_batch
+    form_groups(config.parallel, seed=0)
+    return Policy(config, directory, "cpu")
+
+
+def transformers_answers(directory: Path) -> ForwardResult:
+    """The same numbers from transformers, one sequence at a time."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    data = step_data()
+    logprobs, entropies, fingerprints_BL = [], [], np.zeros((RESPONSES, LAYERS), dtype=np.float32)
+    for row in range(RESPONSES):
+        tokens_T = torch.from_numpy(data.tokens_T[data.offsets_B1[row] : data.offsets_B1[row + 1]])
+        with torch.no_grad():
+            output = model(tokens_T[None], output_hidden_states=True)
+        prompt = int(data.prompt_lengths_B[row])
+        all_TV = output.logits[0].log_softmax(-1)
+        logprobs.append(all_TV[:-1].gather(1, tokens_T[1:, None])[prompt - 1 :, 0])
+        entropies.append(-(all_TV.exp() * all_TV).sum(-1)[prompt - 1 : -1])
+        position = data.answer_positions_B[row]
+        if position >= 0:
+            head_row_H = model.lm_head.weight[tokens_T[position + 1]]
+            hidden_LH = torch.stack([h[0, position] for h in output.hidden_states[1:]])
+            fingerprints_BL[row] = (hidden_LH @ head_row_H).detach().numpy()
+    return ForwardResult(torch.cat(logprobs).numpy(), torch.cat(entropies).numpy(), fingerprints_BL)

@@ -1,0 +1,79 @@
+"""Real ranks for tests: a process group of fresh processes for every case, forked from one that has torch imported."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+TIMEOUT_SECONDS = 240
+
+
+class RankPool:
+    """Starts ranks quickly: a server process imports torch and megatron-core once, and every rank is a fork of it.
+
+    A rank lives for one case only. gloo keeps threads for every process group that megatron-core makes, so ranks that
+    stayed alive would drown in them.
+    """
+
+    def __init__(self):
+        os.environ["OMP_NUM_THREADS"] = "1"
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["meds_megatron.actor.policy", "tests.rank_pool"])
+
+    def run(self, world_size: int, function: Callable, *args) -> list:
+        """Runs `function(rank, *args)` on ranks 0..world_size-1 of a process group; their results by rank.
+
+        `function` must be importable. An exception on any rank is raised here with that rank's traceback.
+        """
+        port = _free_port()
+        processes, pipes = [], []
+        for rank in range(world_size):
+            ours, theirs = self._context.Pipe()
+            task = (rank, world_size, port, function, args)
+            process = self._context.Process(target=_serve, args=(theirs, task), daemon=True)
+            process.start()
+            theirs.close()
+            processes.append(process)
+            pipes.append(ours)
+        try:
+            answers = [_receive(pipe) for pipe in pipes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        for rank, (ok, value) in enumerate(answers):
+            if not ok:
+                raise AssertionError(f"rank {rank} of {world_size}:\n{value}")
+        return [value for _, value in answers]
+
+
+def _receive(pipe: Connection) -> tuple[bool, object]:
+    if not pipe.poll(TIMEOUT_SECONDS):
+        return False, f"no answer within {TIMEOUT_SECONDS} s"
+    try:
+        return pipe.recv()
+    except EOFError:
+        return False, "the process died"
+
+
+def _serve(pipe: Connection, task: tuple) -> None:
+    import torch
+
+    from meds_megatron.actor.process_group import Rendezvous, join
+
+    rank, world_size, port, function, args = task
+    torch.set_num_threads(1)
+    try:
+        join(Rendezvous("127.0.0.1", port, rank, world_size, timeout_minutes=2))
+        pipe.send((True, function(rank, *args)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    pipe.recv()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
