@@ -55,13 +55,16 @@ class SharedMemoryWeightTransfer(WeightTransferEngine[NoInitInfo, BucketUpdate])
     init_info_cls = NoInitInfo
     update_info_cls = BucketUpdate
     supports_draft_weight_update = False
+    _unfinished = False
 
     def init_transfer_engine(self, init_info: NoInitInfo) -> None:
         pass
 
     def start_weight_update(self) -> None:
-        # After an update that failed half-way some layers still wait for their weights.
-        finalize_layerwise_reload(self.model, self.model_config)
+        if self._unfinished:
+            # Some layers still hold the first part of an update that failed, which must not mix with this one.
+            finalize_layerwise_reload(self.model, self.model_config)
+        self._unfinished = True
         initialize_layerwise_reload(self.model)
         self._missing = expected_names(self.model)
         self._loaded: set[str] = set()
@@ -79,6 +82,10 @@ class SharedMemoryWeightTransfer(WeightTransferEngine[NoInitInfo, BucketUpdate])
         if self._missing:
             raise ValueError(f"the update lacks {_listed(sorted(self._missing))}")
         finalize_layerwise_reload(self.model, self.model_config)
+        if self.model.config.tie_word_embeddings:
+            # On CPU a tied head computes with a packed copy of its own, which only loading a tensor would renew.
+            self.model.lm_head.quant_method.process_weights_after_loading(self.model.lm_head)
+        self._unfinished = False
 
     def shutdown(self) -> None:
         pass
@@ -95,9 +102,9 @@ class SharedMemoryWeightTransfer(WeightTransferEngine[NoInitInfo, BucketUpdate])
 
 
 def expected_names(model: nn.Module) -> set[str]:
-    """Hugging Face names of all parameters that the model needs, tied ones once.
+    """Hugging Face names of all parameters that the model needs, its weights being in the format of a checkpoint.
 
-    vLLM fuses projections that Hugging Face keeps apart; the model says which.
+    vLLM fuses projections that Hugging Face keeps apart; the model says which. A tied head is no parameter of its own.
     """
     fused: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     names: set[str] = set()
@@ -105,7 +112,7 @@ def expected_names(model: nn.Module) -> set[str]:
         parents, _, leaf = name.rpartition(".")
         path, _, module = parents.rpartition(".")
         names.update(f"{path}.{part}.{leaf}" for part in fused[module]) if module in fused else names.add(name)
-    return names
+    return names - {"lm_head.weight"} if model.config.tie_word_embeddings else names
 
 
 def _listed(names: list[str], most: int = 5) -> str:

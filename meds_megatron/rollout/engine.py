@@ -1,0 +1,159 @@
+"""One vLLM engine, as it lives in a Ray actor.
+
+Importing this module does not import vLLM: that happens when an engine is made, in a process whose environment
+`rollout.environment` has set.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from meds_megatron.config import Config
+from meds_megatron.rollout.response import Response
+from meds_megatron.rollout.sampling import Sampling
+
+
+class RolloutEngine:
+    """Generates responses with the weights it was last given.
+
+    Its weights are stale until `trust_disk_weights` or a whole weight update says which version they are, and again
+    from the beginning of an update to its end; a stale engine refuses to generate. `index` tells the engines of a run
+    apart. Raises what vLLM raises when the model cannot be loaded.
+    """
+
+    def __init__(self, config: Config, model_dir: str, use_gpu: bool, index: int = 0):
+        from transformers import AutoTokenizer
+
+        self._index = index
+        self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self._stop_token_ids = stop_token_ids(model_dir, self._tokenizer.eos_token_id)
+        self._version: int | None = None
+        self._next_version: int | None = None
+        self.llm = make_llm(config, model_dir, use_gpu)
+
+    def ready(self) -> None:
+        """Returns once the engine has been made."""
+
+    def weights_version(self) -> int | None:
+        """Version of the weights, None while they are stale."""
+        return self._version
+
+    def trust_disk_weights(self, version: int = 0) -> None:
+        """Declares that the weights loaded from the model's directory are `version`."""
+        self._version = version
+
+    def generate(self, prompts: list[list[int]], indices: list[int], sampling: Sampling, seed: int) -> list[Response]:
+        """Responses to `prompts` (token ids), `sampling.responses` of each, in the order of the prompts.
+
+        `indices` are the prompts' numbers, which the responses carry. The same engine with the same weights gives the
+        same responses for the same arguments. Raises RuntimeError when the weights are stale.
+        """
+        if self._version is None:
+            raise RuntimeError(
+                f"engine {self._index} has stale weights: finish a weight update, or trust the ones on disk, first"
+            )
+        from vllm import SamplingParams, TokensPrompt
+
+        (engine_seed,) = np.random.SeedSequence([seed, self._index]).generate_state(1)
+        self.llm.collective_rpc("seed_sampling", args=(int(engine_seed),))
+        parameters = SamplingParams(
+            n=sampling.responses,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop_token_ids=self._stop_token_ids,
+            # 0: of the sampled token only.
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+        )
+        # A prefix that another call left in the cache takes away a part of the work, and with it the order of samples.
+        self._forget_prefixes()
+        outputs = self.llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], parameters, use_tqdm=False)
+        responses = [
+            Response(
+                prompt_index=index,
+                token_ids=list(completion.token_ids),
+                logprobs=completion.logprobs.logprobs,
+                text="",
+                finish_reason=completion.finish_reason,
+                weights_version=self._version,
+            )
+            for index, output in zip(indices, outputs, strict=True)
+            for completion in output.outputs
+        ]
+        texts = self._tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
+        for response, text in zip(responses, texts, strict=True):
+            response.text = text
+        return responses
+
+    def begin_weight_update(self, version: int) -> None:
+        """Makes the engine stale, ready for the buckets of `version`."""
+        self._version, self._next_version = None, version
+        self.llm.collective_rpc("start_weight_update")
+
+    def load_bucket(self, path: str) -> None:
+        """Loads one bucket; the file is not needed any more when this returns.
+
+        Raises an error that names the tensor when the model has no such parameter or got it before in this update.
+        """
+        self.llm.collective_rpc("update_weights", kwargs={"update_info": {"path": path}})
+
+    def finish_weight_update(self) -> None:
+        """Makes the new weights the ones in use. Raises an error that names the parameters no bucket brought."""
+        self.llm.collective_rpc("finish_weight_update")
+        self._forget_prefixes()
+        self._version = self._next_version
+
+    def _forget_prefixes(self) -> None:
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError(f"engine {self._index} could not reset its prefix cache: a request is still running")
+
+
+def make_llm(config: Config, model_dir: str, use_gpu: bool):
+    """A `vllm.LLM` that takes our weight updates and gives the log-probabilities that samples were drawn with."""
+    from vllm import LLM
+    from vllm.config import WeightTransferConfig
+
+    from meds_megatron.weights.vllm_backend import BACKEND
+
+    rollout = config.rollout
+    memory = (
+        {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+        if use_gpu
+        else {"kv_cache_memory_bytes": int(rollout.cpu_kv_cache_gib * 2**30)}
+    )
+    return LLM(
+        model=model_dir,
+        dtype=config.model.dtype if rollout.dtype == "auto" else rollout.dtype,
+        seed=config.train.seed,
+        max_model_len=rollout.max_prompt_tokens + rollout.max_response_tokens,
+        max_num_seqs=rollout.max_num_seqs,
+        tensor_parallel_size=rollout.tensor,
+        # An engine's ranks are processes of its own machine; on CPU vLLM has no other way.
+        distributed_executor_backend="uni" if rollout.tensor == 1 else "mp",
+        enforce_eager=rollout.enforce_eager,
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",
+        # Prompts come as tokens and all responses are decoded together, which costs less than one by one.
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        worker_extension_cls="meds_megatron.rollout.vllm_worker.SamplingSeed",
+        **memory,
+    )
+
+
+def stop_token_ids(model_dir: str | Path, tokenizer_eos: int | None) -> list[int]:
+    """The tokens that end a response: the tokenizer's own and those that the model's files name."""
+    stops = set() if tokenizer_eos is None else {tokenizer_eos}
+    for name in ("generation_config.json", "config.json"):
+        path = Path(model_dir) / name
+        eos = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        if eos is not None:
+            stops.update(eos if isinstance(eos, list) else [eos])
+            break
+    return sorted(stops)

@@ -1,0 +1,10 @@
+"""What every rank of an engine can do beside vLLM's own work; vLLM mixes this class into its workers."""
+
+from vllm.utils.torch_utils import set_random_seed
+
+
+class SamplingSeed:
+    def seed_sampling(self, seed: int) -> None:
+        """Starts the generators that samples are drawn from anew. Tensor-parallel ranks need the same seed: each of
+        them samples, and they must agree."""
+        set_random_seed(seed)
