@@ -15,32 +15,37 @@ EQUAL_STABILITY = 1e-5
 """Relative difference up to which rounding (the package sums in single precision) could decide between clusters."""
 
 
-@compiled
 def flat_clusters(
     ends_M2: np.ndarray, lengths_M: np.ndarray, min_cluster_size: int, allow_single_cluster: bool
-) -> tuple[np.ndarray, bool]:
-    """Labels [M+1] int64 of the points (-1 is noise) and whether they are certain. M >= 1.
+) -> np.ndarray | None:
+    """Labels [M+1] int64 of the points (-1 is noise, clusters are numbered by their oldest point), M >= 1.
 
-    They are not where two edges tie or a choice between clusters hangs on rounding: there the hdbscan package's answer
-    depends on the order of its edges, and only a fit by the package itself tells it.
-    Clusters are numbered by their oldest point.
+    None where two edges tie or a choice between clusters hangs on rounding: the hdbscan package's answer then depends
+    on the order of its edges, and only a fit by the package itself tells it.
     """
     order = np.argsort(lengths_M)
-    for place in range(1, len(order)):
-        if lengths_M[order[place]] - lengths_M[order[place - 1]] <= EQUAL_LENGTHS:
-            return np.full(len(order) + 1, NOISE, np.int64), False
-    children, sizes = _merge(ends_M2, order)
-    parents, births, stability, cluster_of, leaving = _condense(lengths_M[order], children, sizes, min_cluster_size)
-    chosen, certain = _most_stable(parents, stability, allow_single_cluster)
-    labels = _label_points(parents, births, chosen, cluster_of, leaving)
-    return labels, certain
+    lengths_M = lengths_M[order]
+    if (lengths_M[1:] - lengths_M[:-1] <= EQUAL_LENGTHS).any():
+        return None
+    labels_N, certain = _clusters_of(ends_M2[order], lengths_M, min_cluster_size, allow_single_cluster)
+    return labels_N if certain else None
 
 
 @compiled
-def _merge(ends_M2, order):
-    """Merge the points along the edges: children [M, 2] of every merge (point p is node p, merge i is node M + 1 + i),
-    and sizes [2M + 1] of all nodes."""
-    merges = len(order)
+def _clusters_of(ends_M2, lengths_M, min_cluster_size, allow_single_cluster):
+    children, sizes = _merge(ends_M2)
+    parents, births, stability, cluster_of, left_at = _condense(lengths_M, children, sizes, min_cluster_size)
+    chosen, certain = _most_stable(parents, stability, allow_single_cluster)
+    return _label_points(parents, births, chosen, cluster_of, left_at), certain
+
+
+@compiled
+def _merge(ends_M2):
+    """Merge the points along the edges, shortest first: children [M, 2] of every merge and sizes [2M + 1] of all nodes.
+
+    Point p is node p, merge i is node M + 1 + i.
+    """
+    merges = len(ends_M2)
     points = merges + 1
     children = np.empty((merges, 2), np.int64)
     sizes = np.ones(points + merges, np.int64)
@@ -48,7 +53,7 @@ def _merge(ends_M2, order):
     for merge in range(merges):
         node = points + merge
         for side in range(2):
-            top = np.int64(ends_M2[order[merge], side])
+            top = np.int64(ends_M2[merge, side])
             while above[top] != top:
                 above[top] = above[above[top]]
                 top = above[top]
@@ -100,7 +105,8 @@ def _condense(lengths, children, sizes, min_cluster_size):
 
 @compiled
 def _most_stable(parents, stability, allow_single_cluster):
-    """Choose, from the leaves up, each cluster whose stability its children together do not exceed."""
+    """Choose, from the leaves up, each cluster whose stability its children together do not exceed; and whether no
+    choice was close. What is below a chosen cluster no longer counts."""
     clusters = len(parents)
     chosen = np.zeros(clusters, np.bool_)
     of_children = np.zeros(clusters, np.float32)
@@ -117,35 +123,22 @@ def _most_stable(parents, stability, allow_single_cluster):
         if cluster > 0:
             of_children[parents[cluster]] = np.float32(of_children[parents[cluster]] + stability[cluster])
             has_children[parents[cluster]] = True
-    for cluster in range(1, clusters):
-        # A chosen cluster stands for everything below it: pass the choice down, marked by the parent's state.
-        chosen[cluster] = chosen[cluster] and not _chosen_above(parents, chosen, cluster)
     return chosen, certain
 
 
 @compiled
-def _chosen_above(parents, chosen, cluster):
-    above = parents[cluster]
-    while above >= 0:
-        if chosen[above]:
-            return True
-        above = parents[above]
-    return False
-
-
-@compiled
 def _label_points(parents, births, chosen, cluster_of, left_at):
-    """Label every point with the chosen cluster it is in, numbered by first appearance; noise is in none.
+    """Label every point with the topmost chosen cluster it is in, numbered by first appearance; noise is in none.
 
     When all points are the one cluster, only those that stay until its first split (or its end) count as members.
     """
     points = len(cluster_of)
     home = np.full(len(parents), -1, np.int64)
     for cluster in range(len(parents)):
-        if chosen[cluster]:
-            home[cluster] = cluster
-        elif cluster > 0:
+        if cluster > 0:
             home[cluster] = home[parents[cluster]]
+        if home[cluster] < 0 and chosen[cluster]:
+            home[cluster] = cluster
     least = 0.0
     if chosen[0]:
         for cluster in range(1, len(parents)):

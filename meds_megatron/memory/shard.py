@@ -14,6 +14,7 @@ from meds_megatron.errors import UserError
 from meds_megatron.memory import storage
 from meds_megatron.memory.archive import Archive
 from meds_megatron.memory.bounds import keys_that_fit, longest_history
+from meds_megatron.memory.clustering import warm_up
 from meds_megatron.memory.features import check_settings, features_of, unit_vectors
 from meds_megatron.memory.history import KEY_BYTES, KeyHistory, extend, new_records, record_type
 from meds_megatron.memory.neighbours import vote
@@ -56,6 +57,7 @@ class MemoryShard:
         self._vectors = self._clusters = self._noise = 0
         self._counts = StepCounts()
         self._archive = Archive()
+        warm_up()
 
     def lookup(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> np.ndarray:
         """Size [N] int64 of the cluster that each fingerprint [N, L] falls into: how many stored vectors of its key

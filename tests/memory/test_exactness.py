@@ -1,0 +1,52 @@
+"""What is grown and batched equals what is fitted from scratch and voted on one by one."""
+
+import numpy as np
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from meds_megatron.memory import MemoryShard, shard_of
+from tests.memory.reference import PlainMemory, partition
+from tests.memory.streams import Stream, streams
+
+thorough = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@thorough
+@given(streams())
+def test_every_batch_gives_the_partition_of_a_fresh_fit_and_the_votes_of_each_sample(stream: Stream):
+    shard, plain = MemoryShard(stream.config), PlainMemory(stream.config)
+    for batch in stream.batches:
+        keys = ["problem"] * len(batch)
+        assert shard.lookup(keys, batch).tolist() == [plain.size(fingerprint) for fingerprint in batch]
+        shard.remember(keys, batch)
+        shard.recluster()
+        plain.remember(batch)
+        assert partition(shard.labels("problem")) == partition(plain.labels)
+    event(f"fresh fits: {shard.stats()['fresh_fits'] > 0}")
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(streams(), min_size=2, max_size=5), st.integers(2, 8))
+def test_any_number_of_shards_equals_one(several: list[Stream], shards: int):
+    config = several[0].config
+    one, many = MemoryShard(config), [MemoryShard(config) for _ in range(shards)]
+    layers = several[0].batches[0].shape[1]
+    for step in range(max(len(stream.batches) for stream in several)):
+        keys, rows = [], []
+        for place, stream in enumerate(several):
+            for fingerprint in stream.batches[step] if step < len(stream.batches) else []:
+                keys.append(f"problem {place}")
+                rows.append(np.resize(fingerprint, layers))
+        order = np.random.default_rng(step).permutation(len(keys))
+        keys = [keys[row] for row in order]
+        fingerprints = np.array(rows, np.float32).reshape(-1, layers)[order]
+        owners = np.array([shard_of(key, shards) for key in keys], int)
+        found = np.zeros(len(keys), np.int64)
+        for owner, shard in enumerate(many):
+            mine = np.flatnonzero(owners == owner)
+            found[mine] = shard.lookup([keys[row] for row in mine], fingerprints[mine])
+            shard.remember([keys[row] for row in mine], fingerprints[mine])
+            shard.recluster()
+        assert found.tolist() == one.lookup(keys, fingerprints).tolist()
+        one.remember(keys, fingerprints)
+        one.recluster()
