@@ -9,7 +9,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,6 +22,7 @@ from torch import Tensor, nn
 from meds_megatron.config import ModelConfig, ParallelConfig
 from meds_megatron.model.layers import CausalAttention, RMSNorm
 from meds_megatron.model.shape import ModelShape
+from meds_megatron.weights.chunks import local_parameters, local_table
 from meds_megatron.weights.table import padded_vocab
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -120,9 +125,7 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
     return layer
 
 
-def build_chunks(
-    shape: ModelShape, config: TransformerConfig, max_sequence_length: int
-) -> list[PolicyModel]:
+def build_chunks(shape: ModelShape, config: TransformerConfig, max_sequence_length: int) -> list[PolicyModel]:
     """This rank's model chunks (one, or `virtual_pipeline` of them) with memory for the weights but no values in it.
 
     `megatron.core.parallel_state` must be initialised; `weights.load` fills the values.
@@ -146,7 +149,19 @@ def build_chunks(
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         chunks.append(chunk)
+    _mark_tensor_parallel(chunks, shape, config.tensor_model_parallel_size)
     return chunks
+
+
+def _mark_tensor_parallel(chunks: list[PolicyModel], shape: ModelShape, tp_size: int) -> None:
+    """Says of every parameter whether the tensor-parallel ranks share it out.
+
+    megatron-core does so only while it initialises values; without the marks it would take shards for copies and count
+    them once in the gradient norm.
+    """
+    for entry, parameter in local_parameters(chunks, local_table(shape, tp_size), tp_size):
+        if entry.split is not None and not hasattr(parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=entry.split, stride=1)
 
 
 def chunk_layers(chunk: PolicyModel) -> list[tuple[int, nn.Module]]:

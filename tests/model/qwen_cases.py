@@ -7,6 +7,7 @@ import torch
 
 from meds_megatron.actor.policy import ForwardResult
 from meds_megatron.actor.step_data import StepData
+from meds_megatron.trainer.partition import balance
 
 MODELS = ["qwen2 tied", "qwen2 untied", "qwen3 tied", "qwen3 untied"]
 VOCAB = 260
@@ -67,7 +68,40 @@ def forward(rank: int, directory: str, parallel: dict, micro_batch: int = 2) -> 
     return policy.forward(step_data())
 
 
-def make_policy(directory: str, parallel: dict, micro_batch: int = 2):
+def forward_and_update(rank: int, directory: str, parallel: dict, micro_batch: int, loss: str) -> list[dict]:
+    """One training step with made-up advantages on one rank: a dict of sums and the gradient norm for each update."""
+    parallel = dict(parallel)
+    data_parallel = parallel.pop("data", 1)
+    policy = make_policy(directory, parallel, micro_batch, loss)
+    whole = step_data()
+    whole.advantages_B = np.random.default_rng(1).standard_normal(RESPONSES).astype(np.float32)
+    shares = balance(whole.lengths_B, whole.minibatches_B, data_parallel)
+    from megatron.core import parallel_state
+
+    mine = whole.select(shares[parallel_state.get_data_parallel_rank()])
+    results = policy.forward(mine)
+    everyone: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, (parallel_state.get_data_parallel_rank(), results))
+    (spoken,) = [r for rank, r in everyone if r is not None and rank == parallel_state.get_data_parallel_rank()]
+    mine.logprobs_R, mine.entropy_R = spoken.logprobs_R, spoken.entropy_R
+    return [{**result.sums, "grad_norm": result.grad_norm} for result in policy.update(mine, step=0)]
+
+
+def add_up(results: list[list[dict]]) -> list[dict]:
+    """Each update's sums over the ranks that have some, and the gradient norm that all ranks must share."""
+    whole = []
+    for updates in zip(*results, strict=True):
+        norms = {update["grad_norm"] for update in updates}
+        assert max(norms) - min(norms) <= 1e-6 * max(norms)
+        speaking = [update for update in updates if "loss" in update]
+        total = {name: sum(update[name] for update in speaking) for name in speaking[0]}
+        # Tensor-parallel ranks of the last stage all have the same sums.
+        replicas = len({tuple(update.items()) for update in speaking})
+        whole.append({**total, "grad_norm": max(norms), "loss": total["loss"] * replicas / len(speaking)})
+    return whole
+
+
+def make_policy(directory: str, parallel: dict, micro_batch: int = 2, loss: str = "token_mean"):
     from meds_megatron.actor.policy import Policy
     from meds_megatron.actor.process_group import form_groups
     from meds_megatron.config import Config, ParallelConfig
@@ -76,8 +110,21 @@ def make_policy(directory: str, parallel: dict, micro_batch: int = 2):
     config.model.dtype = "float32"
     config.rollout.max_prompt_tokens = config.rollout.max_response_tokens = 16
     config.train.micro_batch_responses = micro_batch
+    config.policy.loss = loss
+    # Large enough that the second update of a step depends on what the first one did.
+    config.optimizer.lr, config.optimizer.warmup_steps = 1e-3, 1
     form_groups(config.parallel, seed=0)
     return Policy(config, directory, "cpu")
+
+
+_models: dict[str, Path] = {}
+
+
+def cached_model(tmp_path_factory, name: str) -> Path:
+    """The model `name`, made once a test run."""
+    if name not in _models:
+        _models[name] = make_model(tmp_path_factory.mktemp("models") / name, name)
+    return _models[name]
 
 
 def transformers_answers(directory: Path) -> ForwardResult:

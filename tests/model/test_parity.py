@@ -35,7 +35,7 @@ def test_logprobs_entropy_and_fingerprints_match_transformers(ranks, model_dirs,
 
 @pytest.fixture(scope="module")
 def model_dirs(tmp_path_factory):
-    return {name: cases.make_model(tmp_path_factory.mktemp("models") / name, name) for name in cases.MODELS}
+    return {name: cases.cached_model(tmp_path_factory, name) for name in cases.MODELS}
 
 
 def test_models_differ(model_dirs):

@@ -1,0 +1,56 @@
+"""The layout is none of the algorithm's business: the same batch gives the same update wherever it is computed."""
+
+import numpy as np
+import pytest
+
+from tests.model import qwen_cases as cases
+
+LAYOUTS = {
+    "micro-batch 4": (dict(), 4),
+    "TP2": (dict(tensor=2), 1),
+    "TP2+SP": (dict(tensor=2, sequence=True), 2),
+    "PP2": (dict(pipeline=2), 1),
+    "PP2 micro-batch 4": (dict(pipeline=2), 4),
+    "PP2xVPP2": (dict(pipeline=2, virtual_pipeline=2), 1),
+    "DP2": (dict(data=2), 1),
+    "DP2 micro-batch 4": (dict(data=2), 4),
+    "DP2xPP2": (dict(data=2, pipeline=2), 2),
+    "TP2xPP2+SP": (dict(tensor=2, pipeline=2, sequence=True), 2),
+    "TP2xDP2": (dict(tensor=2, data=2), 1),
+}
+LOSSES = ["token_mean", "sequence_mean", "sequence_sum"]
+
+
+@pytest.mark.parametrize("model", ["qwen2 untied", "qwen3 tied"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_loss_and_gradient_norm_as_on_one_rank(ranks, tmp_path_factory, model, layout):
+    directory = cases.cached_model(tmp_path_factory, model)
+    expected = update(ranks, directory, dict(), micro_batch=1)
+    found = update(ranks, directory, *LAYOUTS[layout])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        assert ours["grad_norm"] > 1e-3
+    assert np.abs(np.subtract(found[0]["kl"], 0.0)) < 1e-7
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_normalisation_is_global(ranks, tmp_path_factory, loss):
+    directory = cases.cached_model(tmp_path_factory, "qwen3 tied")
+    expected = update(ranks, directory, dict(), 1, loss)
+    found = update(ranks, directory, dict(data=2, pipeline=2), 2, loss)
+    assert found[1]["loss"] == pytest.approx(expected[1]["loss"], abs=1e-5)
+    assert found[1]["grad_norm"] == pytest.approx(expected[1]["grad_norm"], rel=1e-5)
+
+
+_known: dict[tuple, list[dict]] = {}
+
+
+def update(ranks, directory, parallel: dict, micro_batch: int, loss: str = "token_mean") -> list[dict]:
+    """Loss, gradient norm and KL of both updates of the training step, added up over the data-parallel ranks."""
+    key = (str(directory), tuple(parallel.items()), micro_batch, loss)
+    if key not in _known:
+        sizes = [parallel.get(axis, 1) for axis in ("tensor", "pipeline", "data")]
+        results = ranks.run(int(np.prod(sizes)), cases.forward_and_update, str(directory), parallel, micro_batch, loss)
+        _known[key] = cases.add_up(results)
+    return _known[key]
