@@ -21,9 +21,9 @@ from meds_megatron.model.gpt import PolicyModel, chunk_layers
 class FingerprintCollector:
     """Gathers the fingerprints of one rank's responses while their forward pass runs.
 
-    `norm` says which layers' hidden states pass the final norm first: `last` as published (the Hugging Face convention),
-    `all` (the usual logit lens) or `none`. Every rank of the tensor- and pipeline-parallel group makes one and calls its
-    methods together.
+    `norm` says which layers' hidden states pass the final norm first: `last` as published (the Hugging Face
+    convention), `all` (the usual logit lens) or `none`. Every rank of a model replica makes one and calls its methods
+    together.
     """
 
     def __init__(self, chunks: list[PolicyModel], data: StepData, norm: str, device: str):
@@ -75,8 +75,8 @@ class FingerprintCollector:
     def _owned(self, local_length: int) -> tuple[Tensor, Tensor]:
         """Where each answer lies in this rank's part of the sequence, and whether this rank speaks for it.
 
-        With sequence parallelism a rank holds `local_length` consecutive positions; otherwise every tensor-parallel rank
-        holds them all and the first one speaks. Context parallelism would add its owner rule here.
+        With sequence parallelism a rank holds `local_length` consecutive positions; otherwise every tensor-parallel
+        rank holds them all and the first one speaks. Context parallelism would add its owner rule here.
         """
         position_N = self._micro_batch.answer_position_N
         rank = parallel_state.get_tensor_model_parallel_rank()
@@ -104,7 +104,7 @@ def _target_tokens(data: StepData, rows_N: np.ndarray) -> np.ndarray:
 
 
 def _head_rows(last_chunk: PolicyModel, targets_N: np.ndarray, device: str) -> Tensor:
-    """The head's row of each target token in float32, [N, H]: looked up vocab-parallel on the last stage, sent to all."""
+    """The head's row of each target token, float32 [N, H]: looked up vocab-parallel on the last stage, sent to all."""
     rows_NH = torch.zeros(len(targets_N), last_chunk.config.hidden_size, dtype=torch.float32, device=device)
     if last_chunk.post_process:
         weight_VH = last_chunk.head_weight()

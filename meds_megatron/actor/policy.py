@@ -73,7 +73,7 @@ class Policy:
         )
 
     def update(self, data: StepData, step: int) -> list[UpdateResult]:
-        """Makes the optimizer steps of training step `step`, one a mini-batch. The sums are empty off the last stage."""
+        """Makes the optimizer steps of training step `step`, one a mini-batch. Off the last stage the sums are empty."""
         rate = optimizer.learning_rate(step, self._config.optimizer)
         optimizer.set_learning_rate(self._optimizer, rate)
         loss = _TokenLoss(data, self._config, self._device)

@@ -6,14 +6,11 @@ import torch
 
 from meds_megatron.algorithm.group_filter import keep_groups
 from meds_megatron.config import Config
-from meds_megatron.data.prompts import Prompt
-from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.errors import UserError
-from meds_megatron.reward.grading import GraderPool
-from meds_megatron.rollout.group import EngineGroup
 from meds_megatron.rollout.sampling import Sampling
 from meds_megatron.trainer.groups import PromptGroup, grade_groups
-from meds_megatron.trainer.metrics import PhaseTimer
+from meds_megatron.trainer.parts import Parts
+from meds_megatron.trainer.state import RunState
 
 
 @dataclass
@@ -35,34 +32,28 @@ class Collected:
         if len(self.kept) == self.wanted:
             return None
         return (
-            f"{self.batches} generation batches gave {len(self.kept)} of {self.wanted} prompts with both right and wrong "
-            f"responses: the step goes on with those"
+            f"{self.batches} generation batches gave {len(self.kept)} of {self.wanted} prompts with both right and "
+            "wrong responses: the step goes on with those"
         )
 
 
-def collect(
-    step: int,
-    prompts: list[Prompt],
-    sampler: PromptSampler,
-    engines: EngineGroup,
-    graders: GraderPool,
-    config: Config,
-    timer: PhaseTimer,
-) -> Collected:
-    """Up to `train.prompts_per_step` groups for step `step`; groups beyond that are not trained on.
+def collect(state: RunState, parts: Parts) -> Collected:
+    """Up to `train.prompts_per_step` groups for step `state.step`; groups beyond that are not trained on.
 
     Raises UserError when `filter.max_batches` generation batches do not fill the step and `filter.when_short` is stop.
     """
+    config, timer = parts.config, parts.timer
     wanted = config.train.prompts_per_step
     groups: list[PromptGroup] = []
     missing, batches = wanted, 0
     while missing > 0 and batches < config.filter.max_batches:
-        chosen = [prompts[index] for index in sampler.next(config.filter.generation_prompts or wanted)]
+        chosen = [parts.prompts[index] for index in state.sampler.next(config.filter.generation_prompts or wanted)]
         with timer("rollout"):
-            seed = _seed(config.train.seed, step, batches)
-            responses = engines.generate([p.token_ids for p in chosen], Sampling.training(config.rollout), seed)
+            seed = _seed(config.train.seed, state.step, batches)
+            sampling = Sampling.training(config.rollout)
+            responses = parts.engines.generate([prompt.token_ids for prompt in chosen], sampling, seed)
         with timer("reward"):
-            found = grade_groups(chosen, responses, graders, config)
+            found = grade_groups(chosen, responses, parts.graders, config)
         mark_kept(found, config, missing)
         groups += found
         missing -= sum(group.kept for group in found)
@@ -70,7 +61,7 @@ def collect(
     collected = Collected(groups, batches, wanted)
     if collected.shortfall and config.filter.when_short == "stop":
         raise UserError(
-            f"Step {step}: {batches} generation batches gave {len(collected.kept)} of {wanted} prompts with both right "
+            f"Step {state.step}: {batches} generation batches gave {len(collected.kept)} of {wanted} prompts with both right "
             "and wrong responses: raise filter.max_batches, or set filter.when_short to continue"
         )
     return collected

@@ -13,7 +13,7 @@ def minibatches_of(groups_B: np.ndarray, prompts: int) -> np.ndarray:
 
 
 def balance(lengths_B: np.ndarray, minibatches_B: np.ndarray, ranks: int) -> list[np.ndarray]:
-    """Rows of each data-parallel rank: within every mini-batch, the longest response goes to the rank with least tokens.
+    """Rows of each data-parallel rank: in every mini-batch, the longest response goes to the rank with least tokens.
 
     Every response goes to exactly one rank. A rank may get none of a mini-batch that has fewer responses than ranks.
     """

@@ -1,0 +1,49 @@
+"""The algorithm: MEDS, a step at a time."""
+
+from meds_megatron.trainer.batch import Batch
+from meds_megatron.trainer.collect import collect
+from meds_megatron.trainer.parts import Parts
+from meds_megatron.trainer.report import report_step
+from meds_megatron.trainer.state import RunState
+from meds_megatron.trainer.sync import sync_weights
+from meds_megatron.trainer.validation import validate
+
+
+def train(parts: Parts, state: RunState) -> None:
+    """Trains from `state.step` to `train.steps`; `parts` are the machines and graders that do the work."""
+    config, timer = parts.config, parts.timer
+    if state.step == 0 and parts.validation_due(0):
+        parts.report(0, validate(parts, step=0))
+
+    while state.step < config.train.steps:
+        state.step += 1
+        metrics: dict[str, float] = {}
+
+        # Rollout, reward and group filter, as often as it takes to fill the step.
+        collected = collect(state, parts)
+        batch = Batch.of_groups(collected.kept, config.train.mini_batch_prompts, parts.policy.layout.data)
+        updates = []
+        if len(batch.data):
+            # One forward pass gives the old log-probs and the fingerprints.
+            with timer("forward"):
+                batch.take_forward(parts.policy.forward(batch.shards()))
+
+            # How often was each mistake made before? Mistakes that recur cost more.
+            targeted = batch.targeted(config.penalty.target)
+            keys = [batch.keys[row] for row in targeted]
+            fingerprints_NL = batch.data.fingerprints_BL[targeted]
+            with timer("memory"):
+                sizes_N = parts.memory.lookup(keys, fingerprints_NL)
+            batch.shape(targeted, sizes_N, config.penalty)
+            batch.take_advantages(config.advantage)
+
+            # The memory remembers and reclusters while the policy learns.
+            parts.memory.remember(keys, fingerprints_NL)
+            with timer("update"):
+                updates = parts.policy.update(batch.shards(), state.step - 1)
+            with timer("sync"):
+                sync_weights(parts, state)
+
+        if parts.validation_due(state.step):
+            metrics |= validate(parts, state.step)
+        report_step(parts, state, collected, batch, updates, metrics)

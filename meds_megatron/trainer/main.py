@@ -1,0 +1,46 @@
+"""`meds train`: from a config to a trained model."""
+
+from contextlib import ExitStack
+
+from meds_megatron.config import Config
+from meds_megatron.config.validate import validate, validate_model
+from meds_megatron.data.sampler import PromptSampler
+from meds_megatron.model.shape import ModelShape
+from meds_megatron.model.source import ensure_model
+from meds_megatron.trainer import loop
+from meds_megatron.trainer.console import Console
+from meds_megatron.trainer.parts import read_prompts, start_parts, start_ray
+from meds_megatron.trainer.run_dir import RunDirectory
+from meds_megatron.trainer.state import RunState
+
+
+def train(config: Config) -> None:
+    """Runs `config` to its end. Raises UserError, before anything is started, for whatever can be told by then."""
+    config.cluster.device = resolve_device(config.cluster.device)
+    validate(config)
+    model_dir = ensure_model(config.model, config.data, config.cache_dir)
+    validate_model(config, ModelShape.from_hf(model_dir))
+    prompts = read_prompts(config, model_dir)
+    run = RunDirectory.create(config)
+    with ExitStack() as stack:
+        console = stack.enter_context(Console(config))
+        if prompts.skipped:
+            console.note(f"{prompts.skipped} prompts are longer than rollout.max_prompt_tokens and were left out")
+        console.phase("starting engines and trainer ranks")
+        start_ray(config, stack)
+        parts = start_parts(config, model_dir, prompts, run, console, stack)
+        state = RunState(PromptSampler(len(parts.prompts), config.train.seed, config.data.shuffle))
+        loop.train(parts, state)
+        if config.train.export_hf:
+            console.phase("exporting")
+            parts.policy.export(str(run.hf_export(state.step)))
+            console.note(f"the trained model is in {run.hf_export(state.step)}")
+
+
+def resolve_device(device: str) -> str:
+    """`auto` becomes `cuda` on a machine that has it, else `cpu`."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

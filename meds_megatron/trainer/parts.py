@@ -1,0 +1,124 @@
+"""The parts of a run, started together and ended together."""
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from meds_megatron.config import Config
+from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.data.problems import load_problems
+from meds_megatron.data.prompts import Prompt, build_prompts
+from meds_megatron.reward.grading import GraderPool
+from meds_megatron.rollout.group import EngineGroup
+from meds_megatron.trainer.console import Console
+from meds_megatron.trainer.memory_group import MemoryGroup
+from meds_megatron.trainer.metrics import MetricsLog, PhaseTimer
+from meds_megatron.trainer.policy_group import PolicyGroup
+from meds_megatron.trainer.run_dir import RunDirectory
+from meds_megatron.weights.shared_memory import make_bucket_directory
+
+
+@dataclass
+class Prompts:
+    """What is trained on and what is validated on."""
+
+    train: list[Prompt]
+    validation: list[Prompt]
+    skipped: int
+    """Prompts left out because they are too long."""
+
+
+@dataclass
+class Parts:
+    """Everything that the loop gives work to."""
+
+    config: Config
+    prompts: list[Prompt]
+    validation_prompts: list[Prompt]
+    policy: PolicyGroup
+    engines: EngineGroup
+    memory: MemoryGroup
+    graders: GraderPool
+    run: RunDirectory
+    log: MetricsLog
+    console: Console
+    timer: PhaseTimer
+    bucket_directory: Path
+
+    def validation_due(self, step: int) -> bool:
+        """Before the first step, every `validate_every` steps and after the last one, if there are prompts for it."""
+        every = self.config.train.validate_every
+        if not every or not self.validation_prompts:
+            return False
+        return step % every == 0 or step == self.config.train.steps
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        """Shows and stores the metrics of a step."""
+        self.log.log(step, metrics)
+        self.console.step(step, metrics)
+
+
+def read_prompts(config: Config, model_dir: Path) -> Prompts:
+    """The prompts of both data sets, encoded for the model in `model_dir`. Raises UserError for what cannot be used."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    data, longest = config.data, config.rollout.max_prompt_tokens
+
+    def prompts(sources: list[str], limit: int | None, split: str) -> tuple[list[Prompt], int]:
+        if not sources:
+            return [], 0
+        problems = load_problems(
+            sources, limit, split=split, arithmetic_rules=data.arithmetic_rules, seed=config.train.seed
+        )
+        return build_prompts(problems, tokenizer, data, longest)
+
+    train, skipped_train = prompts(data.train, data.limit_train, "train")
+    validation, skipped_validation = prompts(data.validation, data.limit_validation, "validation")
+    return Prompts(train, validation, skipped_train + skipped_validation)
+
+
+def start_parts(
+    config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory, console: Console, stack: ExitStack
+) -> Parts:
+    """Starts all parts side by side and returns when each is ready; `stack` ends them."""
+    use_gpu = config.cluster.device == "cuda"
+    policy = PolicyGroup(config, str(model_dir), use_gpu)
+    stack.callback(policy.close)
+    engines = EngineGroup(config, str(model_dir), use_gpu)
+    stack.callback(engines.close)
+    memory = MemoryGroup(config.memory, ParallelLayout.from_config(config).data)
+    stack.callback(memory.close)
+    graders = stack.enter_context(GraderPool(config.reward.workers, config.reward.timeout_seconds))
+    log = stack.enter_context(MetricsLog(run, config))
+    bucket_directory = make_bucket_directory()
+    stack.callback(shutil.rmtree, bucket_directory, ignore_errors=True)
+    policy.start()
+    # Trainer and engines have read the same directory: the first rollouts need no transfer.
+    engines.start(disk_weights_version=0)
+    return Parts(
+        config=config,
+        prompts=prompts.train,
+        validation_prompts=prompts.validation,
+        policy=policy,
+        engines=engines,
+        memory=memory,
+        graders=graders,
+        run=run,
+        log=log,
+        console=console,
+        timer=PhaseTimer(on_phase=console.phase),
+        bucket_directory=bucket_directory,
+    )
+
+
+def start_ray(config: Config, stack: ExitStack) -> None:
+    """Joins the cluster that the config names, or starts Ray on this machine without its dashboard."""
+    if config.cluster.address is not None:
+        ray.init(address=config.cluster.address, log_to_driver=True, logging_level="warning")
+    else:
+        ray.init(include_dashboard=False, logging_level="warning", log_to_driver=True)
+    stack.callback(ray.shutdown)
