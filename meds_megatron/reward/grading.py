@@ -16,10 +16,10 @@ from meds_megatron.reward.answers import compare_plainly, normalised
 from meds_megatron.reward.process import GraderProcess, Task
 
 MAX_ANSWER_CHARACTERS = 2000
-"""A longer box holds no answer to a problem; parsing it would only waste the time limit."""
+"""A longer box, or ground truth, is no answer to a problem; parsing it would only waste the time limit."""
 MAX_BATCH_TASKS = 32
-MAX_BATCH_BYTES = 32 << 10
-"""Half of what a pipe holds, so that handing out a batch never blocks."""
+MAX_BATCH_CHARACTERS = 8000
+"""At no more than 6 bytes each they fit into a pipe, so that handing out a batch never blocks."""
 MAX_FAILED_STARTS = 3
 
 
@@ -90,6 +90,8 @@ class GraderPool:
             return Grade(False, True, "error", f"the ground truth {truth!r} holds nothing to compare with")
         if len(box) > MAX_ANSWER_CHARACTERS:
             return Grade(False, True, "graded", f"a box of {len(box)} characters is taken for no answer")
+        if len(truth) > MAX_ANSWER_CHARACTERS:
+            return Grade(False, True, "error", f"a ground truth of {len(truth)} characters is taken for no answer")
         same = compare_plainly(box, truth)
         return None if same is None else Grade(same, True, "graded")
 
@@ -112,7 +114,7 @@ class GraderPool:
         """Gives every idle process a batch, and starts processes while there are fewer than could be busy."""
         for process in self._processes:
             if pending and process.idle:
-                batch = list(self._batch(pending))
+                batch = self._batch(pending)
                 process.send(batch)
                 if process.ended:
                     pending.extendleft(reversed(batch))
@@ -120,16 +122,17 @@ class GraderPool:
         for _ in range(min(self.workers - len(self._processes), len(pending) - waiting)):
             self._processes.append(GraderProcess(self.timeout_seconds))
 
-    def _batch(self, pending: deque[Task]) -> Iterator[Task]:
-        """Takes the next tasks: few enough that the processes finish together, small enough for a pipe."""
+    def _batch(self, pending: deque[Task]) -> list[Task]:
+        """Takes the next tasks, at least one: few enough that the processes finish together, and a pipe holds them."""
         count = min(MAX_BATCH_TASKS, max(1, len(pending) // (2 * self.workers)))
-        size = 0
-        while pending and count:
-            size += 4 * sum(map(len, pending[0])) + 16
-            if size > MAX_BATCH_BYTES and count < MAX_BATCH_TASKS:
-                return
-            count -= 1
-            yield pending.popleft()
+        batch = [pending.popleft()]
+        characters = sum(map(len, batch[0]))
+        while pending and len(batch) < count:
+            characters += sum(map(len, pending[0]))
+            if characters > MAX_BATCH_CHARACTERS:
+                break
+            batch.append(pending.popleft())
+        return batch
 
     def _collect(self, pending: deque[Task]) -> Iterator[tuple[Task, Grade]]:
         """Waits until a process has something to tell or is overdue, and settles what came of it."""
@@ -162,10 +165,8 @@ class GraderPool:
         elif process.tasks and code != 0:
             task = process.tasks.popleft()
             if overdue or process.stopped_itself:
-                yield (
-                    task,
-                    Grade(False, True, "timeout", f"no verdict on {task[1]!r} in {self.timeout_seconds} seconds"),
-                )
+                detail = f"no verdict on {task[1]!r} in {self.timeout_seconds} seconds"
+                yield task, Grade(False, True, "timeout", detail)
             else:
                 yield task, Grade(False, True, "error", f"the grader died (exit code {code}) on {task[1]!r}")
         pending.extendleft(reversed(process.tasks))

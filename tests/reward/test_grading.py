@@ -100,6 +100,17 @@ def test_an_empty_ground_truth_is_an_error(pool):
     assert "nothing to compare" in grade.detail
 
 
+def test_a_ground_truth_without_end_is_an_error(pool):
+    (grade,) = pool.grade([boxed("x")], ["1+" * 5000 + "1"])
+    assert (grade.correct, grade.outcome) == (False, "error")
+
+
+def test_long_answers_go_out_in_small_batches(pool):
+    long = "x" + " + 1" * 450
+    answers = [f"{long} + {n}" for n in range(4)] + ["é" * 1900]
+    assert [grade.outcome for grade in pool.grade([boxed(answer) for answer in answers], [long] * 5)] == ["graded"] * 5
+
+
 def test_an_endless_box_is_not_parsed(pool):
     (grade,) = pool.grade([boxed("1+" * 5000 + "1")], ["x"])
     assert (grade.correct, grade.outcome) == (False, "graded")
@@ -245,3 +256,12 @@ def test_a_pool_needs_workers_and_time():
         GraderPool(workers=0, timeout_seconds=1)
     with pytest.raises(ValueError, match="needs a worker"):
         GraderPool(workers=1, timeout_seconds=0)
+
+
+def test_graders_that_do_not_start_are_an_error_of_the_run(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with GraderPool(workers=2, timeout_seconds=1) as pool:
+        with pytest.raises(RuntimeError, match="do not start .exit code 1, 3 times in a row"):
+            pool.grade([boxed("1+x"), boxed("2+x")], ["x", "x"])
+        monkeypatch.undo()
+        assert pool.grade([boxed("1+x")], ["x+1"])[0].correct
