@@ -1,0 +1,211 @@
+"""What the memory costs: against a straightforward version, over shards, and at a million prompts.
+
+Times are processor seconds of one thread, so that other work on the machine does not count.
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import hdbscan
+import numpy as np
+from sklearn.neighbors import NearestNeighbors
+from threadpoolctl import threadpool_limits
+
+from meds_megatron.config import MemoryConfig
+from meds_megatron.memory.routing import shard_of
+from meds_megatron.memory.shard import MemoryShard
+
+LAYERS = 28
+HABITS = 6
+"""Distinct mistakes of a problem in the made-up data."""
+MILLION = 1_000_000
+VECTORS_PER_PROMPT = 64
+
+
+def run(
+    histories: Sequence[int] = (16, 64, 256, 1600),
+    keys: int = 512,
+    new: int = 12,
+    straightforward_keys: int = 64,
+    shard_counts: Sequence[int] = (1, 2, 4, 8),
+    shard_keys: int = 4096,
+    sample_keys: int = 8192,
+    seed: int = 0,
+) -> dict:
+    """Measure a step of `keys` prompts with `new` vectors each.
+
+    Returns `rows`, one a history: {history, ours_s, straightforward_s, speedup, lookup_s, same_partition}; the
+    straightforward version runs on `straightforward_keys` of the keys and its time is scaled to all of them, and
+    `same_partition` is the share of these keys in which both found the same clusters. `shards`, one a number of shards:
+    {shards, keys_mean, keys_max, imbalance, slowest_s, total_s} for `shard_keys` random keys. `million`: what
+    `sample_keys` prompts of 64 vectors take, scaled to a million: {prompts, vectors_per_prompt, raw_bytes_per_vector,
+    bytes_per_vector, ratio, resident_bytes_per_vector, step_s, gib_per_shard}.
+    """
+    with threadpool_limits(1):
+        # First, while the process holds nothing else.
+        million = _million(sample_keys, keys, new, shard_counts, seed)
+        return {
+            "keys": keys,
+            "new": new,
+            "straightforward_keys": min(straightforward_keys, keys),
+            "rows": [_compare(history, keys, new, min(straightforward_keys, keys), seed) for history in histories],
+            "shards": [_spread(shards, shard_keys, new, seed) for shards in shard_counts],
+            "million": million,
+        }
+
+
+class Problems:
+    """Made-up fingerprints: every key has its own few habits."""
+
+    def __init__(self, names: Sequence[str], seed: int):
+        self.names = list(names)
+        self._rng = np.random.default_rng(seed)
+        self._habits = 15 + 3 * self._rng.normal(size=(len(self.names), HABITS, LAYERS))
+
+    def draw(self, count: int) -> tuple[list[str], np.ndarray]:
+        """`count` fingerprints of each key: the keys and the array [keys * count, layers]."""
+        keys = len(self.names)
+        habits = self._rng.integers(HABITS, size=(keys, count))
+        drawn = self._habits[np.arange(keys)[:, None], habits] + self._rng.normal(size=(keys, count, LAYERS))
+        return [name for name in self.names for _ in range(count)], drawn.reshape(-1, LAYERS).astype(np.float32)
+
+
+class Straightforward:
+    """The method as one would first write it: a fit from scratch for every key, a neighbour search for every sample."""
+
+    def __init__(self, config: MemoryConfig):
+        self.config = config
+        self.vectors: dict[str, np.ndarray] = {}
+        self.labels: dict[str, np.ndarray] = {}
+
+    def lookup(self, keys: list[str], fingerprints_NL: np.ndarray) -> list[int]:
+        return [self._size(key, fingerprint) for key, fingerprint in zip(keys, fingerprints_NL, strict=True)]
+
+    def _size(self, key: str, fingerprint_L: np.ndarray) -> int:
+        search = NearestNeighbors(n_neighbors=self.config.knn, metric="cosine").fit(self.vectors[key])
+        nearest = search.kneighbors(fingerprint_L[None, -self.config.last_n_layers :], return_distance=False)[0]
+        votes = Counter(self.labels[key][nearest].tolist())
+        winner = min(votes, key=lambda label: (-votes[label], label))
+        return int(np.count_nonzero(self.labels[key] == winner))
+
+    def remember(self, keys: list[str], fingerprints_NL: np.ndarray) -> None:
+        for key in dict.fromkeys(keys):
+            rows = [row for row, other in enumerate(keys) if other == key]
+            added = fingerprints_NL[rows, -self.config.last_n_layers :]
+            self.vectors[key] = np.concatenate([self.vectors[key], added]) if key in self.vectors else added
+            self._fit(key)
+
+    def _fit(self, key: str) -> None:
+        vectors = self.vectors[key].astype(np.float64)
+        model = hdbscan.HDBSCAN(min_cluster_size=self.config.min_cluster_size, min_samples=self.config.min_samples)
+        self.labels[key] = model.fit(vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).labels_
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    begin = time.process_time()
+    action()
+    return time.process_time() - begin
+
+
+def _compare(history: int, keys: int, new: int, straightforward_keys: int, seed: int) -> dict:
+    config = MemoryConfig()
+    shard, plain = MemoryShard(config), Straightforward(config)
+    problems = Problems([f"problem {number}" for number in range(keys)], seed)
+    few = problems.names[:straightforward_keys]
+    names, fingerprints = problems.draw(history)
+    shard.remember(names, fingerprints)
+    shard.recluster()
+    for place, name in enumerate(few):
+        rows = slice(place * history, (place + 1) * history)
+        plain.vectors[name] = fingerprints[rows, -config.last_n_layers :]
+        plain.labels[name] = shard.labels(name)
+
+    names, fingerprints = problems.draw(new)
+    lookup = _seconds(lambda: shard.lookup(names, fingerprints))
+    learning = _seconds(lambda: (shard.remember(names, fingerprints), shard.recluster()))
+    few_rows = straightforward_keys * new
+    names, fingerprints = names[:few_rows], fingerprints[:few_rows]
+    straightforward = _seconds(lambda: (plain.lookup(names, fingerprints), plain.remember(names, fingerprints)))
+    straightforward *= keys / straightforward_keys
+    same = sum(_same_partition(shard.labels(name), plain.labels[name]) for name in few)
+    return {
+        "history": history,
+        "ours_s": lookup + learning,
+        "straightforward_s": straightforward,
+        "speedup": straightforward / (lookup + learning),
+        "lookup_s": lookup,
+        "same_partition": same / straightforward_keys,
+    }
+
+
+def _same_partition(one_N: np.ndarray, other_N: np.ndarray) -> bool:
+    pairs = set(zip(one_N.tolist(), other_N.tolist(), strict=True))
+    noise_agrees = all((one == -1) == (other == -1) for one, other in pairs)
+    return noise_agrees and len(pairs) == len(set(one_N.tolist())) == len(set(other_N.tolist()))
+
+
+def _spread(shards: int, keys: int, new: int, seed: int) -> dict:
+    names = [f"{number:016x}" for number in np.random.default_rng(seed).integers(2**63, size=keys)]
+    owners = [shard_of(name, shards) for name in names]
+    seconds = []
+    for owner in range(shards):
+        problems = Problems([name for name, place in zip(names, owners, strict=True) if place == owner], seed)
+        shard = MemoryShard(MemoryConfig())
+        shard.remember(*problems.draw(16))
+        shard.recluster()
+        drawn = problems.draw(new)
+        seconds.append(_seconds(lambda shard=shard, drawn=drawn: _step(shard, drawn)))
+    counts = np.bincount(owners, minlength=shards)
+    return {
+        "shards": shards,
+        "keys_mean": keys / shards,
+        "keys_max": int(counts.max()),
+        "imbalance": float(np.abs(counts / (keys / shards) - 1).max()),
+        "slowest_s": max(seconds),
+        "total_s": sum(seconds),
+    }
+
+
+def _step(shard: MemoryShard, drawn: tuple[list[str], np.ndarray]) -> None:
+    shard.lookup(*drawn)
+    shard.remember(*drawn)
+    shard.recluster()
+
+
+def _million(sample_keys: int, step_keys: int, new: int, shard_counts: Sequence[int], seed: int) -> dict:
+    shard = MemoryShard(MemoryConfig())
+    before = _resident_bytes()
+    groups = max(sample_keys // 1024, 1)
+    for group in range(groups):
+        names = [f"train/{number}#wrong" for number in range(group, sample_keys, groups)]
+        shard.remember(*Problems(names, seed + group).draw(VECTORS_PER_PROMPT))
+        shard.recluster()
+    vectors = sample_keys * VECTORS_PER_PROMPT
+    resident = (_resident_bytes() - before) / vectors
+    bytes_per_vector = shard.bytes_used() / vectors
+    step = _seconds(lambda: _step(shard, Problems(names[:step_keys], seed + groups).draw(new)))
+    raw = 4 * shard.config.last_n_layers
+    return {
+        "prompts": MILLION,
+        "vectors_per_prompt": VECTORS_PER_PROMPT,
+        "sample_prompts": sample_keys,
+        "raw_bytes_per_vector": raw,
+        "bytes_per_vector": bytes_per_vector,
+        "ratio": bytes_per_vector / raw,
+        "resident_bytes_per_vector": resident,
+        "step_s": step * step_keys / min(step_keys, len(names)),
+        "gib_per_shard": {
+            str(shards): bytes_per_vector * MILLION * VECTORS_PER_PROMPT / shards / 2**30 for shards in shard_counts
+        },
+    }
+
+
+def _resident_bytes() -> int:
+    """Memory of this process that is in RAM; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

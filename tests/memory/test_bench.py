@@ -1,0 +1,15 @@
+import json
+
+from meds_megatron.memory import bench
+
+
+def test_the_bench_compares_spreads_and_scales():
+    small = dict(histories=(16, 64), keys=24, new=12, straightforward_keys=6, shard_counts=(1, 8), sample_keys=64)
+    answer = bench.run(**small)
+    assert json.loads(json.dumps(answer)) == answer
+    for row in answer["rows"]:
+        assert set(row) == {"history", "ours_s", "straightforward_s", "speedup", "lookup_s", "same_partition"}
+        assert row["speedup"] >= 20 and row["same_partition"] == 1.0
+    assert [row["shards"] for row in answer["shards"]] == [1, 8]
+    assert max(row["imbalance"] for row in answer["shards"]) <= 0.15
+    assert answer["million"]["ratio"] <= 1.5
