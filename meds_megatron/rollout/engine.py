@@ -6,12 +6,17 @@ Importing this module does not import vLLM: that happens when an engine is made,
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from meds_megatron.config import Config
+from meds_megatron.rollout.boxed import BoxedLocator
 from meds_megatron.rollout.response import Response
 from meds_megatron.rollout.sampling import Sampling
+
+if TYPE_CHECKING:
+    from vllm import CompletionOutput
 
 
 class RolloutEngine:
@@ -27,6 +32,7 @@ class RolloutEngine:
 
         self._index = index
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self._boxed = BoxedLocator(self._tokenizer)
         self._stop_token_ids = stop_token_ids(model_dir, self._tokenizer.eos_token_id)
         self._version: int | None = None
         self._next_version: int | None = None
@@ -69,25 +75,16 @@ class RolloutEngine:
             flat_logprobs=True,
             detokenize=False,
         )
-        # A prefix that another call left in the cache takes away a part of the work, and with it the order of samples.
+        # A prefix that another call left in the cache would change what is computed, and so the order of samples.
         self._forget_prefixes()
         outputs = self.llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], parameters, use_tqdm=False)
-        responses = [
-            Response(
-                prompt_index=index,
-                token_ids=list(completion.token_ids),
-                logprobs=completion.logprobs.logprobs,
-                text="",
-                finish_reason=completion.finish_reason,
-                weights_version=self._version,
-            )
-            for index, output in zip(indices, outputs, strict=True)
-            for completion in output.outputs
+        numbered = [
+            (index, completion) for index, output in zip(indices, outputs, strict=True) for completion in output.outputs
         ]
-        texts = self._tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
-        for response, text in zip(responses, texts, strict=True):
-            response.text = text
-        return responses
+        texts = self._tokenizer.batch_decode([c.token_ids for _, c in numbered], skip_special_tokens=True)
+        return [
+            self._response(index, completion, text) for (index, completion), text in zip(numbered, texts, strict=True)
+        ]
 
     def begin_weight_update(self, version: int) -> None:
         """Makes the engine stale, ready for the buckets of `version`."""
@@ -106,6 +103,20 @@ class RolloutEngine:
         self.llm.collective_rpc("finish_weight_update")
         self._forget_prefixes()
         self._version = self._next_version
+
+    def _response(self, index: int, completion: "CompletionOutput", text: str) -> Response:
+        token_ids = list(completion.token_ids)
+        boxed = self._boxed.locate(token_ids)
+        return Response(
+            prompt_index=index,
+            token_ids=token_ids,
+            logprobs=completion.logprobs.logprobs,
+            text=text,
+            finish_reason=completion.finish_reason,
+            weights_version=self._version,
+            boxed_token=boxed.token,
+            no_fingerprint_reason=boxed.reason,
+        )
 
     def _forget_prefixes(self) -> None:
         if not self.llm.reset_prefix_cache():

@@ -82,4 +82,3 @@ def read_bucket(path: str | Path) -> Iterator[tuple[str, Tensor]]:
 def remove_bucket(bucket: BucketInfo) -> None:
     """Gives the memory back, as soon as no reader maps it any more."""
     Path(bucket.path).unlink(missing_ok=True)
-
