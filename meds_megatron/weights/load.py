@@ -3,7 +3,9 @@
 import json
 from collections.abc import Iterable
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
+from typing import Self
 
 import torch
 from megatron.core import parallel_state
@@ -13,11 +15,13 @@ from torch import Tensor, nn
 from meds_megatron.errors import UserError
 from meds_megatron.model.shape import ModelShape
 from meds_megatron.weights.chunks import local_parameters, local_table
-from meds_megatron.weights.table import LM_HEAD, Entry, HfShape
+from meds_megatron.weights.table import LM_HEAD, Entry, HfShape, row_slabs
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+MAPPED_BYTES = 32 * 2**20
 _FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
+_LARGEST_ITEM = 8
 
 
 def load_hf(
@@ -29,9 +33,9 @@ def load_hf(
 ) -> None:
     """Fills the parameters of this rank's model chunks from the safetensors in `directory`, converting their dtype.
 
-    `tp_rank` and `tp_size` default to megatron's parallel state. Rows of vocabulary padding become 0. File pages are
-    mapped one parameter at a time, so memory above the model's own stays below one parameter. Where an optimizer with
-    main weights exists already, its `reload_model_params()` must follow.
+    `tp_rank` and `tp_size` default to megatron's parallel state. Rows of vocabulary padding become 0. Memory above the
+    model's own stays below MAPPED_BYTES. Where an optimizer with main weights exists already, its
+    `reload_model_params()` must follow.
 
     Raises UserError, before any parameter is written, when a file or tensor is missing, unknown or of another shape.
     """
@@ -80,20 +84,22 @@ class HfWeights:
                     _check_tensor(handle, path, name, expected[name], present)
 
     def fill(self, local: Tensor, entry: Entry, tp_rank: int, tp_size: int) -> None:
-        """Writes rank `tp_rank`'s part of `entry` into `local`, straight from the mapped file."""
-        with ExitStack() as stack, torch.no_grad():
-            handles: dict[Path, safe_open] = {}
-            filled = 0
+        """Writes rank `tp_rank`'s part of `entry` into `local`, straight from the mapped files.
+
+        The pages that were read count as this process's memory until the file is closed: it is opened anew when they
+        would pass MAPPED_BYTES.
+        """
+        widths = {name: prod(shape[1:]) for name, shape in entry.hf_shapes().items()}
+        filled = 0
+        with torch.no_grad(), _MappedFiles() as mapped:
             for piece in entry.pieces(tp_rank, tp_size):
-                path = self.files[piece.hf_name]
-                if path not in handles:
-                    handles[path] = stack.enter_context(_open(path))
-                box = local[piece.local_slices()]
-                box.copy_(handles[path].get_slice(piece.hf_name)[piece.hf_slices()])
-                filled += box.shape[0]
-            if filled < local.shape[0]:
-                # Only the vocabulary has padding, and it has it in the last rows.
-                local[filled:].zero_()
+                for slab in row_slabs(piece, max(1, MAPPED_BYTES // (widths[piece.hf_name] * _LARGEST_ITEM))):
+                    read_bytes = slab.size[0] * widths[slab.hf_name] * _LARGEST_ITEM
+                    file = mapped.file(self.files[slab.hf_name], read_bytes)
+                    local[slab.local_slices()].copy_(file.get_slice(slab.hf_name)[slab.hf_slices()])
+                filled += piece.size[0]
+            # Only the vocabulary has padding, and it has it in the last rows.
+            local[filled:].zero_()
 
     def _indexed(self, index: Path) -> dict[str, Path]:
         try:
@@ -114,6 +120,32 @@ class HfWeights:
             )
         with _open(path) as handle:
             return dict.fromkeys(handle.keys(), path)
+
+
+class _MappedFiles:
+    """Open safetensors files; all are closed when more than MAPPED_BYTES have been read from them together."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._files: dict[Path, safe_open] = {}
+        self._read_bytes = 0
+
+    def file(self, path: Path, read_bytes: int) -> safe_open:
+        """The open file, from which the caller now reads `read_bytes`."""
+        if self._read_bytes + read_bytes > MAPPED_BYTES:
+            self._stack.close()
+            self._files.clear()
+            self._read_bytes = 0
+        self._read_bytes += read_bytes
+        if path not in self._files:
+            self._files[path] = self._stack.enter_context(_open(path))
+        return self._files[path]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
 
 
 def _open(path: Path) -> safe_open:

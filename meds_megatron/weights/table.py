@@ -164,6 +164,17 @@ class Table:
             ) from None
 
 
+def row_slabs(piece: Piece, max_rows: int) -> Iterator[Piece]:
+    """The piece cut into pieces of at most `max_rows` rows."""
+    for row in range(0, piece.size[0], max_rows):
+        yield Piece(
+            piece.hf_name,
+            (piece.hf_start[0] + row, *piece.hf_start[1:]),
+            (piece.local_start[0] + row, *piece.local_start[1:]),
+            (min(max_rows, piece.size[0] - row), *piece.size[1:]),
+        )
+
+
 def padded_vocab(vocab_size: int, tp_size: int) -> int:
     """Rows of Megatron's embedding: `vocab_size`, rounded up only where `tp_size` ranks could not share it evenly."""
     return -(-vocab_size // tp_size) * tp_size

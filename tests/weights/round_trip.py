@@ -44,7 +44,8 @@ def load(case: Case):
     for parameter in parameters:
         parameter.data.fill_(torch.nan)
     load_hf(chunks, shape, case.source)
-    assert not any(parameter.isnan().any() for parameter in parameters)
+    # A sum is NaN as soon as one element is, and needs no memory for a mask.
+    assert not any(parameter.sum().isnan() for parameter in parameters)
     return chunks, shape
 
 
@@ -62,6 +63,22 @@ def tensors_per_group(rank: int, case: Case) -> list[int]:
     form_groups(ParallelConfig(**case.parallel), seed=0)
     chunks, shape = load(case)
     return [len(tensors) for tensors in iterate_hf(chunks, shape)]
+
+
+def memory_of_loading(rank: int, case: Case) -> tuple[int, int]:
+    """Bytes of this rank's parameters, and by how much building and loading them raised the peak of its memory."""
+    form_groups(ParallelConfig(**case.parallel), seed=0)
+    # The first time also brings in code.
+    load(case)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _peak_memory()
+    chunks, _ = load(case)
+    return sum(p.nbytes for chunk in chunks for p in chunk.parameters()), _peak_memory() - before
+
+
+def _peak_memory() -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
 
 
 def failing_exports(rank: int, case: Case) -> list[str]:

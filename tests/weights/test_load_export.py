@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.model.shape import ModelShape
+from meds_megatron.weights.table import build_table
 from tests.weights import round_trip
 from tests.weights.round_trip import Case
 
@@ -172,6 +175,21 @@ def test_only_the_first_tensor_rank_gets_tensors(ranks, sources, tmp_path):
     found = ranks.run(4, round_trip.tensors_per_group, case)
     layers = [12] * 4
     assert found == [[1, *layers], [0] * 5, [*layers, 1], [0] * 5]
+
+
+def test_loading_needs_little_more_memory_than_the_weights(ranks, tmp_path):
+    sizes = dict(hidden_size=512, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=64)
+    names = dict(architectures=["Qwen3ForCausalLM"], tie_word_embeddings=False, rope_theta=1e6)
+    config = dict(**sizes, **names, intermediate_size=1024, vocab_size=60_000)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shapes = build_table(ModelShape.from_hf(tmp_path)).hf_shapes
+    save_file(
+        {name: torch.zeros(s, dtype=torch.bfloat16) for name, s in shapes.items()}, tmp_path / "model.safetensors"
+    )
+    case = Case(tmp_path, tmp_path / "none", dict(tensor=2), "bfloat16")
+    for own_bytes, peak_bytes in ranks.run(2, round_trip.memory_of_loading, case):
+        assert own_bytes > 60e6
+        assert peak_bytes < 1.3 * own_bytes
 
 
 def test_a_failed_export_fails_on_all_ranks_and_leaves_nothing(ranks, sources, tmp_path):
