@@ -14,11 +14,20 @@ KEY_BYTES = 400
 """What a key costs besides its records: its name, its entry in the shard, this object and the array's header."""
 
 
-@cache
-def record_type(features: int) -> np.dtype:
+SHORT = 2**16
+"""A key with fewer vectors than this takes the short record."""
+
+
+def record_type(features: int, vectors: int = 0) -> np.dtype:
     """A stored vector: its features, the step it was remembered in, its label, and (in every record but a key's first)
-    one edge of the key's spanning tree. One array of these per key is all that a key needs."""
-    return np.dtype([("vector", "<f4", (features,)), ("step", "<i4"), ("label", "<i4"), ("ends", "<i4", (2,))])
+    one edge of the key's spanning tree. One array of these is all that a key needs; `vectors` is its length."""
+    return _record_type(features, vectors >= SHORT)
+
+
+@cache
+def _record_type(features: int, long: bool) -> np.dtype:
+    label, end = ("<i4", "<u4") if long else ("<i2", "<u2")
+    return np.dtype([("vector", "<f4", (features,)), ("step", "<i4"), ("label", label), ("ends", end, (2,))])
 
 
 def new_records(features_NF: np.ndarray, steps_N: np.ndarray | int) -> np.ndarray:
@@ -43,6 +52,10 @@ class KeyHistory:
         return len(self.records_N)
 
     @property
+    def bytes(self) -> int:
+        return self.records_N.nbytes + KEY_BYTES
+
+    @property
     def labels_N(self) -> np.ndarray:
         return self.records_N["label"].astype(np.int64)
 
@@ -55,17 +68,16 @@ def extend(
 ) -> tuple[KeyHistory, bool]:
     """The history with new records, of all of which the newest `keep` stay, clustered; and whether that took a fresh
     fit by the package. Removing a vector can change every edge of the tree, so it is then grown from nothing."""
-    dropped = 0
-    records_N = added_N.copy()
-    ends_M2 = np.empty((0, 2), np.int32)
-    if history is not None:
-        dropped = history.dropped
-        records_N = np.concatenate([history.records_N, added_N])
-        ends_M2 = np.ascontiguousarray(history.records_N["ends"][1:])
-    if keep is not None and len(records_N) > keep:
-        dropped += len(records_N) - keep
-        records_N = records_N[len(records_N) - keep :].copy()
-        ends_M2 = np.empty((0, 2), np.int32)
+    dropped, known_N = (0, added_N[:0]) if history is None else (history.dropped, history.records_N)
+    ends_M2 = known_N["ends"][1:].astype(np.int32)
+    length = len(known_N) + len(added_N)
+    excess = 0 if keep is None else max(length - keep, 0)
+    if excess:
+        dropped += excess
+        ends_M2 = ends_M2[:0]
+    features = known_N["vector"].shape[1]
+    records_N = np.concatenate([known_N, added_N], dtype=record_type(features, length - excess), casting="same_kind")
+    records_N = records_N[excess:].copy() if excess else records_N
     clustering = cluster(unit_vectors(records_N["vector"]), ends_M2, config)
     records_N["label"] = clustering.labels_N
     if len(clustering.ends_M2):

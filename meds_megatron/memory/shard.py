@@ -16,7 +16,7 @@ from meds_megatron.memory.archive import Archive
 from meds_megatron.memory.bounds import keys_that_fit, longest_history
 from meds_megatron.memory.clustering import warm_up
 from meds_megatron.memory.features import check_settings, features_of, unit_vectors
-from meds_megatron.memory.history import KEY_BYTES, KeyHistory, extend, new_records, record_type
+from meds_megatron.memory.history import KeyHistory, extend, new_records, record_type
 from meds_megatron.memory.neighbours import vote
 from meds_megatron.memory.routing import shard_of
 from meds_megatron.memory.segments import DamagedError
@@ -54,7 +54,7 @@ class MemoryShard:
         self._histories: dict[str, KeyHistory] = {}
         self._pending: dict[str, list[np.ndarray]] = defaultdict(list)
         self._moments: Moments | None = None
-        self._vectors = self._clusters = self._noise = 0
+        self._vectors = self._clusters = self._noise = self._bytes = 0
         self._counts = StepCounts()
         self._archive = Archive()
         warm_up()
@@ -119,14 +119,15 @@ class MemoryShard:
             "vectors": self._vectors,
             "clusters": self._clusters,
             "noise_vectors": self._noise,
-            "bytes": self.bytes_used(),
+            "bytes": self._bytes,
             "moments": (moments.count, moments.sum_F, moments.outer_FF),
             **counts.as_dict(),
         }
 
+    @property
     def bytes_used(self) -> int:
         """Memory that the clustered vectors and their keys take."""
-        return self._vectors * self._record_bytes() + len(self._histories) * KEY_BYTES
+        return self._bytes
 
     def save(self, directory: str | Path) -> None:
         """Write what is new since the last save or load into `directory`, which then is whole by itself."""
@@ -200,20 +201,19 @@ class MemoryShard:
                 self._vectors += sign * len(history)
                 self._clusters += sign * history.clusters
                 self._noise += sign * history.noise
+                self._bytes += sign * history.bytes
         if after is None:
             del self._histories[key]
         else:
             self._histories[key] = after
 
-    def _record_bytes(self) -> int:
-        return record_type(self._moments.features).itemsize if self._moments else 0
-
     def _keep_to_budget(self) -> None:
         budget = (self.config.budget_gib or np.inf) * 2**30
-        if self.bytes_used() <= budget:
+        if self._bytes <= budget:
             return
+        record_bytes = record_type(self._moments.features).itemsize
         by_age = sorted(self._histories, key=lambda key: self._histories[key].records_N["step"][-1])
-        for key in by_age[: -max(keys_that_fit(budget, self._record_bytes()), 1)]:
+        for key in by_age[: -max(keys_that_fit(budget, record_bytes), 1)]:
             history = self._histories[key]
             self._moments.remove(history.records_N["vector"])
             self._counts.evicted_vectors += len(history)
@@ -221,7 +221,7 @@ class MemoryShard:
             # A key that comes back numbers its vectors from 0 again, so no older segment may speak of it.
             self._archive.start_anew()
         lengths_K = np.array([len(history) for history in self._histories.values()])
-        longest = longest_history(lengths_K, budget, self._record_bytes())
+        longest = longest_history(lengths_K, budget, record_bytes)
         nothing_added = np.empty(0, record_type(self._moments.features))
         for key in [key for key, history in self._histories.items() if len(history) > longest]:
             self._extend(key, nothing_added, longest)
@@ -255,7 +255,7 @@ class MemoryShard:
         for key, parts_of_key in parts.items():
             dropped, records_N = storage.join_parts(parts_of_key)
             if len(records_N):
-                self._histories[key] = KeyHistory(records_N[:0], dropped, 0, 0)
+                self._replace(key, None, KeyHistory(records_N[:0], dropped, 0, 0))
                 self._extend(key, records_N, keep=None)
 
 

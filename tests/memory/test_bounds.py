@@ -50,7 +50,7 @@ def test_a_budget_takes_the_oldest_vectors_of_the_longest_histories():
     for batch in many:
         shard.remember(["many"] * 30, batch)
         shard.recluster()
-        assert shard.bytes_used() <= 20_000
+        assert shard.bytes_used <= 20_000
     assert len(shard.labels("few")) == 30
     kept = np.concatenate(many)[-len(shard.labels("many")) :]
     assert partition(shard.labels("many")) == partition(fresh_labels(kept, config))
@@ -63,5 +63,16 @@ def test_a_budget_too_small_for_all_keys_forgets_those_not_seen_for_longest():
     for number in range(100):
         shard.remember([f"problem {number}"], batch)
         shard.recluster()
-    assert shard.bytes_used() <= 10_000
+    assert shard.bytes_used <= 10_000
     assert len(shard.labels("problem 99")) == 1 and len(shard.labels("problem 0")) == 0
+
+
+def test_a_key_that_outgrows_the_short_record_goes_on_as_before(monkeypatch):
+    monkeypatch.setattr("meds_megatron.memory.history.SHORT", 20)
+    config, everything = MemoryConfig(window=40), np.empty((0, 6), np.float32)
+    shard = MemoryShard(config)
+    for batch in batches(9, 7):
+        shard.remember(["problem"] * 7, batch)
+        shard.recluster()
+        everything = np.concatenate([everything, batch])[-40:]
+        assert partition(shard.labels("problem")) == partition(fresh_labels(everything, config))

@@ -231,3 +231,11 @@ def test_forgotten_keys_that_come_back_do_not_meet_their_old_vectors(tmp_path):
         fleet.step(*draw(seed, count=8)).save(tmp_path)
     assert fleet.shards[0].stats()["keys"] < len(KEYS)
     assert Fleet.load(tmp_path, 1).lookup(*draw(9)) == fleet.lookup(*draw(9))
+
+
+def test_a_loaded_shard_knows_what_it_holds(tmp_path):
+    fleet = new_fleet(1, MemoryConfig(window=9)).save(tmp_path)
+    before, after = fleet.shards[0].stats(), MemoryShard.load(tmp_path).stats()
+    for name in ("keys", "vectors", "clusters", "noise_vectors", "bytes"):
+        assert after[name] == before[name]
+    assert after["lookups"] == after["reclustered_keys"] == 0
