@@ -36,8 +36,8 @@ INIT_STD = 0.06
 class WarmUp:
     """How the embedded model is warm-started."""
 
-    steps: int = 600
-    batch: int = 96
+    steps: int = 1200
+    batch: int = 32
     lr: float = 3e-3
     lr_warmup: int = 30
     seed: int = 0

@@ -12,15 +12,24 @@ from meds_megatron.config import DataConfig, ModelConfig, RandomModelConfig
 from meds_megatron.errors import UserError
 from meds_megatron.model.shape import ModelShape
 
+REPORT_EVERY = 100
+"""Warm-up steps between two reports."""
 
-def ensure_model(config: ModelConfig, data: DataConfig, cache_dir: str | Path) -> Path:
+
+def ensure_model(
+    config: ModelConfig,
+    data: DataConfig,
+    cache_dir: str | Path,
+    report: Callable[[str], None] | None = None,
+) -> Path:
     """The Hugging Face directory of the model to train; makes it in `cache_dir` when the config says so.
 
-    Raises UserError when `model.path` is missing, holds no config.json or an unsupported architecture.
+    Warming up the arithmetic model takes a minute or two, once: `report` is told how far it is. Raises UserError when
+    `model.path` is missing, holds no config.json or an unsupported architecture.
     """
     cache = Path(cache_dir).expanduser()
     if config.make == "arithmetic":
-        return _arithmetic_model(data, cache)
+        return _arithmetic_model(data, cache, report)
     if config.make == "random":
         return _random_model(config.random, cache)
     if not config.path:
@@ -29,18 +38,23 @@ def ensure_model(config: ModelConfig, data: DataConfig, cache_dir: str | Path) -
     return Path(config.path).expanduser()
 
 
-def _arithmetic_model(data: DataConfig, cache: Path) -> Path:
+def _arithmetic_model(data: DataConfig, cache: Path, report: Callable[[str], None] | None) -> Path:
     from meds_megatron.data import arithmetic
     from meds_megatron.model import embedded
 
     warm_up = embedded.WarmUp()
+
+    def progress(step: int, loss: float) -> None:
+        if report and step % REPORT_EVERY == 0:
+            report(f"warming up the arithmetic model: step {step} of {warm_up.steps}, loss {loss:.3f}")
+
     sources = [Path(module.__file__).read_text() for module in (arithmetic, embedded)]
     key = {"rules": data.arithmetic_rules, "warm_up": asdict(warm_up), "sources": sources}
     return _cached(
         cache,
         f"arithmetic-{data.arithmetic_rules}",
         key,
-        lambda directory: embedded.make_arithmetic_model(directory, data.arithmetic_rules, warm_up),
+        lambda directory: embedded.make_arithmetic_model(directory, data.arithmetic_rules, warm_up, progress),
     )
 
 
