@@ -79,4 +79,6 @@ class PlainMemory:
     def remember(self, fingerprints_NL: np.ndarray) -> None:
         if len(fingerprints_NL):
             self.vectors += list(features(fingerprints_NL, self.config))
+            if self.config.window is not None:
+                self.vectors = self.vectors[-self.config.window :]
             self.labels = partition(fresh_labels(np.stack(self.vectors), self.config))

@@ -45,6 +45,7 @@ def streams(draw) -> Stream:
         min_cluster_size=draw(st.sampled_from([2, 2, 2, 3, 5])),
         min_samples=draw(st.sampled_from([1, 1, 1, 1, 1, 2, 4])),
         knn=draw(st.sampled_from([3, 3, 1, 5])),
+        window=draw(st.sampled_from([None, None, None, 15])),
     )
     layers = draw(st.integers(2, 18))
     centres = 3 * rng.normal(size=(1 if kind == "one_group" else int(rng.integers(1, 7)), layers))
