@@ -61,7 +61,8 @@ def _receive(pipe: Connection) -> tuple[bool, object]:
 def _serve(pipe: Connection, task: tuple) -> None:
     import torch
 
-    from meds_megatron.actor.process_group import Rendezvous, join
+    from meds_megatron.actor.messages import Rendezvous
+    from meds_megatron.actor.process_group import join
 
     rank, world_size, port, function, args = task
     torch.set_num_threads(1)

@@ -1,13 +1,13 @@
 """One rank's share of the policy: the forward pass of a step, and its updates."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from meds_megatron.actor import microbatch, optimizer, passes
 from meds_megatron.actor.fingerprint import FingerprintCollector
+from meds_megatron.actor.messages import ForwardResult, UpdateResult
 from meds_megatron.actor.process_group import speaks_for_model_replica
 from meds_megatron.actor.step_data import StepData, scatter_ragged, take_ragged
 from meds_megatron.algorithm.advantages import entropy_shaped
@@ -17,24 +17,6 @@ from meds_megatron.config import Config
 from meds_megatron.model.gpt import build_chunks, transformer_config
 from meds_megatron.model.shape import ModelShape
 from meds_megatron.weights.load import load_hf
-
-
-@dataclass
-class ForwardResult:
-    """What the forward pass of a data-parallel rank's responses found."""
-
-    logprobs_R: np.ndarray
-    entropy_R: np.ndarray
-    fingerprints_BL: np.ndarray
-
-
-@dataclass
-class UpdateResult:
-    """One optimizer step: metric sums over this data-parallel rank's tokens, and the whole model's gradient norm."""
-
-    sums: dict[str, float]
-    grad_norm: float
-    learning_rate: float
 
 
 class Policy:
@@ -49,6 +31,7 @@ class Policy:
             self.shape, model_config, config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
         )
         load_hf(self.chunks, self.shape, model_dir)
+        self.is_first_replica = parallel_state.get_data_parallel_rank() == 0
         self._wrapped = optimizer.wrap(self.chunks)
         self._optimizer = optimizer.build(self._wrapped, model_config, config.optimizer)
 
@@ -73,7 +56,7 @@ class Policy:
         )
 
     def update(self, data: StepData, step: int) -> list[UpdateResult]:
-        """Makes the optimizer steps of training step `step`, one a mini-batch. Off the last stage the sums are empty."""
+        """Makes the optimizer steps of training step `step`, one a mini-batch; off the last stage sums are empty."""
         rate = optimizer.learning_rate(step, self._config.optimizer)
         optimizer.set_learning_rate(self._optimizer, rate)
         loss = _TokenLoss(data, self._config, self._device)

@@ -1,25 +1,14 @@
 """Joins this process to the others of a run: torch.distributed, megatron-core's groups and its random states."""
 
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from meds_megatron.actor.messages import Rendezvous
 from meds_megatron.config import ParallelConfig
 from meds_megatron.model import cpu_backend
-
-
-@dataclass(frozen=True)
-class Rendezvous:
-    """Where the ranks meet, and which of them this one is."""
-
-    host: str
-    port: int
-    rank: int
-    world_size: int
-    timeout_minutes: int = 30
 
 
 def join(rendezvous: Rendezvous) -> str:

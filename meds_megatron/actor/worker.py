@@ -1,16 +1,15 @@
-"""The Ray actor of one trainer rank."""
+"""The Ray actor of one trainer rank.
+
+The driver imports this module too, so torch and megatron-core are imported when the rank starts, in its own process
+with its own environment.
+"""
 
 import socket
 from pathlib import Path
 
-import torch
-
-from meds_megatron.actor.policy import ForwardResult, Policy, UpdateResult
-from meds_megatron.actor.process_group import Rendezvous, form_groups, join
+from meds_megatron.actor.messages import ForwardResult, Rendezvous, UpdateResult
 from meds_megatron.actor.step_data import StepData
 from meds_megatron.config import Config
-from meds_megatron.weights.export import export_hf
-from meds_megatron.weights.gather import iterate_hf
 from meds_megatron.weights.shared_memory import BucketInfo, write_bucket
 
 
@@ -19,7 +18,6 @@ class PolicyWorker:
 
     def __init__(self, config: Config):
         self._config = config
-        torch.set_num_threads(config.cluster.threads_per_rank)
 
     def free_address(self) -> tuple[str, int]:
         """This node's address and a port that is free now: where rank 0 lets the others meet."""
@@ -31,6 +29,12 @@ class PolicyWorker:
 
     def start(self, rendezvous: Rendezvous, model_dir: str) -> None:
         """Meets the other ranks and loads this rank's share of the model."""
+        import torch
+
+        from meds_megatron.actor.policy import Policy
+        from meds_megatron.actor.process_group import form_groups, join
+
+        torch.set_num_threads(self._config.cluster.threads_per_rank)
         self._rank = rendezvous.rank
         device = join(rendezvous)
         form_groups(self._config.parallel, self._config.train.seed)
@@ -44,6 +48,8 @@ class PolicyWorker:
 
     def publish(self, directory: str) -> list[BucketInfo]:
         """Writes the weights for the engines, a bucket a layer; one rank of each pipeline stage has buckets to give."""
+        from meds_megatron.weights.gather import iterate_hf
+
         if not self._policy.is_first_replica:
             return []
         buckets = []
@@ -54,4 +60,6 @@ class PolicyWorker:
 
     def export(self, directory: str, source: str) -> None:
         """Writes the model as a Hugging Face directory, configuration and tokenizer taken from `source`."""
+        from meds_megatron.weights.export import export_hf
+
         export_hf(self._policy.chunks, self._policy.shape, directory, source)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from meds_megatron.actor.policy import ForwardResult
+from meds_megatron.actor.messages import ForwardResult
 from meds_megatron.actor.step_data import StepData, scatter_ragged
 from meds_megatron.algorithm.advantages import group_advantages
 from meds_megatron.config import AdvantageConfig, PenaltyConfig

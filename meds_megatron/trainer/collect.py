@@ -61,8 +61,8 @@ def collect(state: RunState, parts: Parts) -> Collected:
     collected = Collected(groups, batches, wanted)
     if collected.shortfall and config.filter.when_short == "stop":
         raise UserError(
-            f"Step {state.step}: {batches} generation batches gave {len(collected.kept)} of {wanted} prompts with both right "
-            "and wrong responses: raise filter.max_batches, or set filter.when_short to continue"
+            f"Step {state.step}: {batches} generation batches gave {len(collected.kept)} of {wanted} prompts with both "
+            "right and wrong responses: raise filter.max_batches, or set filter.when_short to continue"
         )
     return collected
 

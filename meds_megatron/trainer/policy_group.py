@@ -3,9 +3,9 @@
 import ray
 
 from meds_megatron.actor.environment import rank_environment
-from meds_megatron.actor.policy import ForwardResult, UpdateResult
-from meds_megatron.actor.process_group import Rendezvous
+from meds_megatron.actor.messages import ForwardResult, Rendezvous, UpdateResult
 from meds_megatron.actor.step_data import StepData
+from meds_megatron.actor.worker import PolicyWorker
 from meds_megatron.config import Config
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.weights.shared_memory import BucketInfo
@@ -15,8 +15,6 @@ class PolicyGroup:
     """Starts a Ray actor a rank and speaks to them together."""
 
     def __init__(self, config: Config, model_dir: str, use_gpu: bool):
-        from meds_megatron.actor.worker import PolicyWorker
-
         self.layout = ParallelLayout.from_config(config)
         self._model_dir = model_dir
         worker = ray.remote(PolicyWorker).options(

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from meds_megatron.actor.policy import UpdateResult
+from meds_megatron.actor.messages import UpdateResult
 from meds_megatron.algorithm.corrections import logprob_mismatch
 from meds_megatron.errors import UserError
 from meds_megatron.trainer.batch import Batch, memory_key
@@ -161,5 +161,5 @@ def _check_mismatch(parts: Parts, state: RunState, metrics: dict[str, float]) ->
     if limit is not None and found > limit:
         raise UserError(
             f"Step {state.step}: trainer and engine log-probs differ by {found:.4g} on average, more than "
-            f"sync.max_logprob_difference = {limit}: the engines do not run the policy's weights, or not in its precision"
+            f"sync.max_logprob_difference = {limit}: the engines run other weights, or another precision"
         )

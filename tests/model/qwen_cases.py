@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from meds_megatron.actor.policy import ForwardResult
+from meds_megatron.actor.messages import ForwardResult
 from meds_megatron.actor.step_data import StepData
 from meds_megatron.trainer.partition import balance
 

@@ -12,7 +12,7 @@ from meds_megatron.model import embedded
 from meds_megatron.model.embedded import BOX, END, WORDS, WarmUp
 from meds_megatron.model.source import ensure_model
 
-SHORT = WarmUp(steps=3, batch=4, threads=1)
+SHORT = WarmUp(steps=3, batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_warm_up_is_repeatable_and_lowers_the_loss(tokenizer):
     def losses() -> list[float]:
         values: list[float] = []
         model = embedded.build_model(tokenizer, seed=0)
-        warm_up = WarmUp(steps=12, batch=8, lr_warmup=2, threads=1)
+        warm_up = WarmUp(steps=12, batch=8, lr_warmup=2)
         embedded.train(model, tokenizer, "per_kind", warm_up, lambda step, loss: values.append(loss))
         return values
 
