@@ -41,7 +41,7 @@ class WarmUp:
     lr: float = 3e-3
     lr_warmup: int = 30
     seed: int = 0
-    threads: int = 2
+    threads: int = 1
 
 
 def make_arithmetic_model(
