@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 
@@ -104,7 +104,7 @@ def begin_hf(directory: str | Path, source: str | Path, overwrite: bool = False)
 
 
 def write_stage(
-    model_chunks: Iterable[nn.Module],
+    model_chunks: list[nn.Module],
     shape: ModelShape,
     directory: str | Path,
     stage: int,
