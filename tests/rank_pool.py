@@ -1,7 +1,9 @@
 """Real ranks for tests: a process group of fresh processes for every case, forked from one that has torch imported."""
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -75,6 +77,9 @@ def _serve(pipe: Connection, task: tuple) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port below the range that the system hands out for connections, where another process would take it first."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
