@@ -1,10 +1,7 @@
 """Real ranks for tests: a process group of fresh processes for every case, forked from one that has torch imported."""
 
-import contextlib
 import multiprocessing
 import os
-import random
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -29,11 +26,13 @@ class RankPool:
 
         `function` must be importable. An exception on any rank is raised here with that rank's traceback.
         """
-        port = _free_port()
+        from meds_megatron.actor.process_group import open_store
+
+        store = open_store("127.0.0.1", world_size)
         processes, pipes = [], []
         for rank in range(world_size):
             ours, theirs = self._context.Pipe()
-            task = (rank, world_size, port, function, args)
+            task = (rank, world_size, store.port, function, args)
             process = self._context.Process(target=_serve, args=(theirs, task), daemon=True)
             process.start()
             theirs.close()
@@ -75,11 +74,3 @@ def _serve(pipe: Connection, task: tuple) -> None:
         pipe.send((False, traceback.format_exc()))
     pipe.recv()
 
-
-def _free_port() -> int:
-    """A port below the range that the system hands out for connections, where another process would take it first."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind(("127.0.0.1", port))
-            return port

@@ -99,9 +99,9 @@ class _TokenLoss:
         self._offsets_B1 = data.response_offsets_B1
         self._config = config.policy
         self._device = device
-        self._old_R = torch.from_numpy(data.logprobs_R)
+        self._old_R = torch.tensor(data.logprobs_R)
         self._advantages_R = _token_advantages(data, config)
-        lengths_B = torch.from_numpy(data.response_lengths_B)
+        lengths_B = torch.tensor(data.response_lengths_B)
         weights_B = torch.zeros(len(data), dtype=torch.float32)
         for minibatch, (tokens, responses) in enumerate(
             zip(data.minibatch_tokens_M, data.minibatch_responses_M, strict=True)
@@ -117,7 +117,7 @@ class _TokenLoss:
         self._weights_R = weights_B.repeat_interleave(lengths_B)
         self._importance_R = None
         if config.policy.importance_cap is not None:
-            rollout_R = torch.from_numpy(data.rollout_logprobs_R)
+            rollout_R = torch.tensor(data.rollout_logprobs_R)
             self._importance_R = importance_weights(self._old_R, rollout_R, config.policy.importance_cap)
 
     def __call__(self, micro_batch, logprobs_R: Tensor, _entropy_R: Tensor) -> tuple[Tensor, dict]:
@@ -144,7 +144,7 @@ def _token_advantages(data: StepData, config: Config) -> Tensor:
     settings = config.advantage
     if settings.entropy_coefficient == 0.0:
         return advantages_R
-    entropy_R = torch.from_numpy(data.entropy_R)
+    entropy_R = torch.tensor(data.entropy_R)
     return entropy_shaped(advantages_R, entropy_R, settings.entropy_coefficient, settings.entropy_bound)
 
 

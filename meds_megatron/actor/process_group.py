@@ -11,13 +11,23 @@ from meds_megatron.config import ParallelConfig
 from meds_megatron.model import cpu_backend
 
 
-def join(rendezvous: Rendezvous) -> str:
-    """Initialises torch.distributed (NCCL on a GPU, gloo without) and returns the device this rank computes on."""
+def open_store(host: str, world_size: int) -> dist.TCPStore:
+    """The store that rank 0 keeps for the others, on a port that the system picks."""
+    return dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
+
+
+def join(rendezvous: Rendezvous, store: dist.TCPStore | None = None) -> str:
+    """Initialises torch.distributed (NCCL on a GPU, gloo without) and returns the device this rank computes on.
+
+    `store` is rank 0's own; the other ranks connect to it by the rendezvous.
+    """
     cpu_backend.install()
     on_gpu = torch.cuda.is_available()
+    if store is None:
+        store = dist.TCPStore(rendezvous.host, rendezvous.port, rendezvous.world_size, is_master=False)
     dist.init_process_group(
         backend="nccl" if on_gpu else "gloo",
-        init_method=f"tcp://{rendezvous.host}:{rendezvous.port}",
+        store=store,
         rank=rendezvous.rank,
         world_size=rendezvous.world_size,
         timeout=timedelta(minutes=rendezvous.timeout_minutes),

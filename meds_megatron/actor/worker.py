@@ -4,7 +4,8 @@ The driver imports this module too, so torch and megatron-core are imported when
 with its own environment.
 """
 
-import socket
+import logging
+import warnings
 from pathlib import Path
 
 from meds_megatron.actor.messages import ForwardResult, Rendezvous, UpdateResult
@@ -18,25 +19,31 @@ class PolicyWorker:
 
     def __init__(self, config: Config):
         self._config = config
+        self._store = None
 
-    def free_address(self) -> tuple[str, int]:
-        """This node's address and a port that is free now: where rank 0 lets the others meet."""
+    def open_rendezvous(self, world_size: int) -> tuple[str, int]:
+        """Opens the store where the ranks meet, on rank 0: its host and port."""
         import ray
 
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            return ray.util.get_node_ip_address(), listener.getsockname()[1]
+        from meds_megatron.actor.process_group import open_store
+
+        host = ray.util.get_node_ip_address()
+        self._store = open_store(host, world_size)
+        return host, self._store.port
 
     def start(self, rendezvous: Rendezvous, model_dir: str) -> None:
         """Meets the other ranks and loads this rank's share of the model."""
         import torch
 
+        # megatron-core tells at every import which optional packages it does without.
+        warnings.filterwarnings("ignore", module=r"megatron\.")
+        logging.getLogger("megatron").setLevel(logging.ERROR)
         from meds_megatron.actor.policy import Policy
         from meds_megatron.actor.process_group import form_groups, join
 
         torch.set_num_threads(self._config.cluster.threads_per_rank)
         self._rank = rendezvous.rank
-        device = join(rendezvous)
+        device = join(rendezvous, self._store)
         form_groups(self._config.parallel, self._config.train.seed)
         self._policy = Policy(self._config, model_dir, device)
 
@@ -53,9 +60,15 @@ class PolicyWorker:
         if not self._policy.is_first_replica:
             return []
         buckets = []
-        for number, tensors in enumerate(iterate_hf(self._policy.chunks, self._policy.shape)):
-            if tensors:
-                buckets.append(write_bucket(Path(directory), f"rank{self._rank:05d}-{number:05d}", tensors))
+        groups = iterate_hf(self._policy.chunks, self._policy.shape)
+        try:
+            for number, tensors in enumerate(groups):
+                if tensors:
+                    buckets.append(write_bucket(Path(directory), f"rank{self._rank:05d}-{number:05d}", tensors))
+        finally:
+            # The other tensor-parallel ranks gather to the end: a full shared memory must not leave them waiting.
+            for _ in groups:
+                pass
         return buckets
 
     def export(self, directory: str, source: str) -> None:

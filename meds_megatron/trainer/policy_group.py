@@ -27,9 +27,9 @@ class PolicyGroup:
 
     def start(self) -> None:
         """Returns when every rank has met the others and loaded its share of the model."""
-        host, port = ray.get(self._workers[0].free_address.remote())
-        timeout = self._config.cluster.collective_timeout_minutes
         world = self.layout.ranks
+        host, port = ray.get(self._workers[0].open_rendezvous.remote(world))
+        timeout = self._config.cluster.collective_timeout_minutes
         ray.get(
             [
                 worker.start.remote(Rendezvous(host, port, rank, world, timeout), self._model_dir)
