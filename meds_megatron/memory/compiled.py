@@ -9,4 +9,8 @@ def compiled(function):
     Division follows numpy (1 / 0 is infinite) and sums keep their order, so results are the same in every process.
     The interpreter lock is released, so a lookup and a recluster can run side by side.
     """
-    return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    try:
+        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    except RuntimeError:
+        # Neither the package's folder nor the user's cache can be written: compile in every process.
+        return numba.njit(nogil=True, error_model="numpy")(function)
