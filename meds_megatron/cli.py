@@ -1,5 +1,7 @@
 """The `meds` command: one thin function a sub-command. What it runs is imported only when it is asked for."""
 
+import functools
+import json
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +33,7 @@ def cli() -> None:
 def with_config(command):
     """The arguments CONFIG [KEY=VALUE]..., handed on as one checked Config."""
 
+    @functools.wraps(command)
     def run(config: str, overrides: Sequence[str], **options):
         from meds_megatron.config import load_config
         from meds_megatron.config.validate import validate
@@ -39,7 +42,6 @@ def with_config(command):
         validate(loaded)
         return command(loaded, **options)
 
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
     return click.argument("config")(click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)(run))
 
 
@@ -54,6 +56,90 @@ def train(config) -> None:
     from meds_megatron.trainer.main import train
 
     train(config)
+
+
+@cli.group()
+def bench() -> None:
+    """Measure a part of a run on this machine."""
+
+
+def with_json(command):
+    """Shows the dict that the command returns: as tables, or with --json as one JSON object on the last line."""
+
+    @functools.wraps(command)
+    def run(as_json: bool, **arguments) -> None:
+        result = command(**arguments)
+        if as_json:
+            click.echo(json.dumps(result))
+        else:
+            show(result)
+
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object, last.")(run)
+
+
+@bench.command(cls=Command, example="meds bench rollout configs/quickstart.yaml --json")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Generations of each engine after the warm-up.",
+)
+@with_json
+@with_config
+def rollout(config, rounds: int) -> dict:
+    """Tokens a second of a run's engine against plain vLLM.
+
+    Both generate the responses of one step's prompts, in turn, with the same model and sampling.
+    """
+    from meds_megatron.trainer.bench import rollout
+
+    return rollout(config, rounds)
+
+
+@bench.command(cls=Command, example="meds bench memory --history 64 --history 1600 --json")
+@click.option(
+    "--history",
+    "histories",
+    type=click.IntRange(min=2),
+    multiple=True,
+    default=(16, 64, 256, 1600),
+    show_default=True,
+    help="Vectors already stored of a problem; can be given several times.",
+)
+@click.option("--keys", type=click.IntRange(min=1), default=512, show_default=True, help="Problems in a step.")
+@click.option("--new", type=click.IntRange(min=1), default=12, show_default=True, help="Vectors a problem adds.")
+@with_json
+def memory(histories: Sequence[int], keys: int, new: int) -> dict:
+    """What the memory of mistakes costs a step.
+
+    Against a version that clusters from scratch, over several shards, and with a million problems; in processor seconds
+    of one thread.
+    """
+    from meds_megatron.memory.bench import run
+
+    return run(histories=histories, keys=keys, new=new)
+
+
+def show(result: dict, indent: str = "") -> None:
+    """A result on the terminal: a line a number, a table for a list of rows."""
+    for name, value in result.items():
+        if isinstance(value, dict):
+            click.echo(f"{indent}{name}")
+            show(value, indent + "  ")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            click.echo(f"{indent}{name}")
+            rows = [list(value[0]), *([_cell(cell) for cell in row.values()] for row in value)]
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            for row in rows:
+                cells = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+                click.echo(f"{indent}  {'  '.join(cells)}")
+        else:
+            click.echo(f"{indent + name:<28} {_cell(value)}")
+
+
+def _cell(value: object) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 import pytest
 
-from meds_megatron.cli import cli, main
+from meds_megatron.cli import cli, main, show
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 
@@ -37,6 +37,8 @@ def test_every_command_explains_itself(path, capsys):
         (["train", QUICKSTART, "train.mini_batch_prompts=0"], "train.mini_batch_prompts"),
         (["train"], "CONFIG"),
         (["trian"], "No such command"),
+        (["bench", "memory", "--keys", "none"], "--keys"),
+        (["bench", "rollout", QUICKSTART, "rollout.tensr=2"], "rollout.tensor"),
     ],
 )
 def test_a_mistake_is_told_without_a_traceback(arguments, said, capsys):
@@ -66,3 +68,16 @@ heavy = {{"torch", "ray", "vllm", "transformers"}} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=60)
+
+
+def test_results_are_shown_as_lines_and_tables(capsys):
+    show({"keys": 512, "rows": [{"history": 16, "ours_s": 0.25}, {"history": 1600, "ours_s": 12.0}], "by": {"a": 1.5}})
+    assert capsys.readouterr().out.splitlines() == [
+        "keys                         512",
+        "rows",
+        "  history  ours_s",
+        "       16    0.25",
+        "     1600      12",
+        "by",
+        "  a                          1.5",
+    ]
