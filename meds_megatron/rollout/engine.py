@@ -36,6 +36,7 @@ class RolloutEngine:
         self._stop_token_ids = stop_token_ids(model_dir, self._tokenizer.eos_token_id)
         self._version: int | None = None
         self._next_version: int | None = None
+        self._failed = False
         self.llm = make_llm(config, model_dir, use_gpu)
 
     def ready(self) -> None:
@@ -88,21 +89,34 @@ class RolloutEngine:
 
     def begin_weight_update(self, version: int) -> None:
         """Makes the engine stale, ready for the buckets of `version`."""
+        if self._failed:
+            raise RuntimeError(f"engine {self._index} failed in a weight update: start it anew")
         self._version, self._next_version = None, version
-        self.llm.collective_rpc("start_weight_update")
+        self._update("start_weight_update")
 
     def load_bucket(self, path: str) -> None:
         """Loads one bucket; the file is not needed any more when this returns.
 
         Raises an error that names the tensor when the model has no such parameter or got it before in this update.
+        The engine can then only be ended.
         """
-        self.llm.collective_rpc("update_weights", kwargs={"update_info": {"path": path}})
+        self._update("update_weights", update_info={"path": path})
 
     def finish_weight_update(self) -> None:
-        """Makes the new weights the ones in use. Raises an error that names the parameters no bucket brought."""
-        self.llm.collective_rpc("finish_weight_update")
+        """Makes the new weights the ones in use.
+
+        Raises an error that names the parameters no bucket brought. The engine can then only be ended.
+        """
+        self._update("finish_weight_update")
         self._forget_prefixes()
         self._version = self._next_version
+
+    def _update(self, method: str, **arguments) -> None:
+        try:
+            self.llm.collective_rpc(method, kwargs=arguments)
+        except Exception:
+            self._failed = True
+            raise
 
     def _response(self, index: int, completion: "CompletionOutput", text: str) -> Response:
         token_ids = list(completion.token_ids)

@@ -37,7 +37,7 @@ class EngineGroup:
     def __init__(self, config: Config, model_dir: str, use_gpu: bool, placement_group: PlacementGroup | None = None):
         actor = ray.remote(RolloutEngine)
         environment = {"env_vars": engine_environment(config, use_gpu)}
-        self._engines = [
+        self.engines = [
             actor.options(
                 num_cpus=0,
                 num_gpus=config.rollout.tensor if use_gpu else 0,
@@ -63,8 +63,8 @@ class EngineGroup:
         `seed` makes the responses repeatable: give every call of a step its own.
         """
         parts = []
-        for number, engine in enumerate(self._engines):
-            indices = list(range(number, len(prompts), len(self._engines)))
+        for number, engine in enumerate(self.engines):
+            indices = list(range(number, len(prompts), len(self.engines)))
             if indices:
                 parts.append(engine.generate.remote([prompts[i] for i in indices], indices, sampling, seed))
         return PendingResponses(parts)
@@ -90,11 +90,11 @@ class EngineGroup:
 
     def close(self) -> None:
         """Ends the engines."""
-        for engine in self._engines:
+        for engine in self.engines:
             ray.kill(engine)
 
     def _on_all(self, method: str, *args) -> list:
-        return ray.get([getattr(engine, method).remote(*args) for engine in self._engines])
+        return ray.get([getattr(engine, method).remote(*args) for engine in self.engines])
 
 
 def _place(placement_group: PlacementGroup | None, index: int):

@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from meds_megatron.weights.ledger import UpdateLedger
 from meds_megatron.weights.shared_memory import read_bucket
 
 BACKEND = "meds_shared_memory"
@@ -48,56 +49,43 @@ class SharedMemoryWeightTransfer(WeightTransferEngine[NoInitInfo, BucketUpdate])
     """Loads buckets of full Hugging Face tensors; vLLM's own weight loaders cut out this rank's part.
 
     An update holds every parameter of the model exactly once, in any order and any cut into buckets. A tensor that the
-    model does not have or that came before fails its bucket, and one that never came fails the end of the update; the
-    engine's weights are then of no use until an update has gone through.
+    model does not have or that came before fails its bucket, and one that never came fails the end of the update. The
+    engine is then of no use any more: vLLM cannot take a failed update back.
     """
 
     init_info_cls = NoInitInfo
     update_info_cls = BucketUpdate
     supports_draft_weight_update = False
-    _unfinished = False
 
     def init_transfer_engine(self, init_info: NoInitInfo) -> None:
         pass
 
     def start_weight_update(self) -> None:
-        if self._unfinished:
-            # Some layers still hold the first part of an update that failed, which must not mix with this one.
-            finalize_layerwise_reload(self.model, self.model_config)
-        self._unfinished = True
         initialize_layerwise_reload(self.model)
-        self._missing = expected_names(self.model)
-        self._loaded: set[str] = set()
+        self._ledger = UpdateLedger(expected_names(self.model))
 
     def update_weights(self, update_info: dict) -> None:
         self.receive_weights(self.parse_update_info(update_info))
-        # The caller may remove the bucket or overwrite it when this returns.
+        # Copies from the mapped file to the device may still be under way.
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: BucketUpdate) -> None:
-        self.model.load_weights(self._checked(read_bucket(update_info.path)))
+        self.model.load_weights(self._counted_off(read_bucket(update_info.path)))
 
     def finish_weight_update(self) -> None:
-        if self._missing:
-            raise ValueError(f"the update lacks {_listed(sorted(self._missing))}")
+        self._ledger.check_complete()
         finalize_layerwise_reload(self.model, self.model_config)
         if self.model.config.tie_word_embeddings:
-            # On CPU a tied head computes with a packed copy of its own, which only loading a tensor would renew.
+            # On CPU a tied head computes with a packed copy of the embedding, which vLLM leaves as it was.
             self.model.lm_head.quant_method.process_weights_after_loading(self.model.lm_head)
-        self._unfinished = False
 
     def shutdown(self) -> None:
         pass
 
-    def _checked(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _counted_off(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
-            if name in self._loaded:
-                raise ValueError(f"{name} came twice in one weight update")
-            if name not in self._missing:
-                raise ValueError(f"the model has no parameter {name}")
-            self._missing.remove(name)
-            self._loaded.add(name)
+            self._ledger.take(name)
             yield name, tensor
 
 
@@ -113,8 +101,3 @@ def expected_names(model: nn.Module) -> set[str]:
         path, _, module = parents.rpartition(".")
         names.update(f"{path}.{part}.{leaf}" for part in fused[module]) if module in fused else names.add(name)
     return names - {"lm_head.weight"} if model.config.tie_word_embeddings else names
-
-
-def _listed(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

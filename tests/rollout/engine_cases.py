@@ -1,0 +1,77 @@
+"""Small models for engines, and what transformers makes of their responses."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from meds_megatron.config import Config
+from meds_megatron.model.embedded import build_tokenizer
+from meds_megatron.rollout.response import Response
+
+PROMPTS = [[40 + (7 * i + 11 * j) % 90 for j in range(3 + 2 * i)] for i in range(5)]
+
+
+def make_model(directory: Path, name: str, seed: int) -> Path:
+    """Writes a random model, "qwen2 untied" or "qwen3 tied" for instance, with a tokenizer.
+
+    Norms and biases are away from their initial values, and the logits far apart, so that every weight matters.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = build_tokenizer()
+    sizes = dict(
+        vocab_size=len(tokenizer) + 3,
+        hidden_size=128,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=name.endswith(" tied"),
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    if name.startswith("qwen2"):
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=32))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def engine_config(engines: int = 1, tensor: int = 1) -> Config:
+    config = Config()
+    config.model.dtype = "float32"
+    config.rollout.engines = engines
+    config.rollout.tensor = tensor
+    config.rollout.max_prompt_tokens = 300
+    config.rollout.max_response_tokens = 100
+    config.rollout.max_num_seqs = 64
+    config.rollout.enforce_eager = True
+    config.rollout.cpu_kv_cache_gib = 0.0625
+    return config
+
+
+def logprob_error(
+    directory: Path, prompts: list[list[int]], responses: Iterable[Response], temperature: float = 1.0
+) -> float:
+    """Largest difference between the responses' log-probabilities and those of the model in `directory`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    worst = 0.0
+    for response in responses:
+        prompt = prompts[response.prompt_index]
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([prompt + response.token_ids])).logits[0, len(prompt) - 1 : -1]
+        logprobs_TV = (logits_TV / temperature).log_softmax(-1)
+        expected_T = logprobs_TV.gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
+        worst = max(worst, (expected_T - torch.tensor(response.logprobs)).abs().max().item())
+    return worst

@@ -1,0 +1,8 @@
+"""What can be said of the backend without an engine; tests/rollout/test_weight_update.py has it at work."""
+
+from importlib.metadata import entry_points
+
+
+def test_every_vllm_process_finds_the_backend():
+    (entry,) = entry_points(group="vllm.general_plugins", name="meds_weights")
+    assert entry.value == "meds_megatron.weights.vllm_backend:register"
