@@ -53,7 +53,6 @@ class Console:
         self._accuracy: list[float] = []
         self._validation: list[tuple[int, float]] = []
         self._started = time.monotonic()
-        self._steps_here = 0
         self._progress = Progress(
             SpinnerColumn(finished_text="✓"),
             TextColumn("[bold]{task.fields[run]}[/]"),
@@ -81,16 +80,12 @@ class Console:
         self._progress.update(self._task, phase=name)
 
     def note(self, text: str) -> None:
-        if self._live:
-            self._rich.print(Text(f"! {text}", style="yellow"))
-        else:
-            self._rich.print(Text(f"note: {text}"))
+        self._rich.print(Text(f"note: {text}", style="yellow"))
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         if "validation/accuracy" in metrics:
             self._validation.append((step, metrics["validation/accuracy"]))
         if step > 0:
-            self._steps_here += 1
             self._rows.append((step, metrics))
             self._accuracy.append(metrics.get("accuracy/mean", 0.0))
         self._progress.update(self._task, completed=step)
@@ -109,11 +104,11 @@ class Console:
 
     def _clock(self) -> str:
         elapsed = time.monotonic() - self._started
-        step = self._rows[-1][0] if self._rows else 0
-        if not self._steps_here or step >= self._steps:
+        times = [metrics["time/step"] for _, metrics in self._rows if "time/step" in metrics]
+        steps_left = self._steps - self._rows[-1][0] if self._rows else 0
+        if not times or not steps_left:
             return _duration(elapsed)
-        left = elapsed / self._steps_here * (self._steps - step)
-        return f"{_duration(elapsed)}, {_duration(left)} left"
+        return f"{_duration(elapsed)}, {_duration(sum(times) / len(times) * steps_left)} left"
 
     def _table(self) -> Table:
         table = Table(box=None, padding=(0, 2), header_style="bold", expand=False)
