@@ -47,7 +47,7 @@ class Console:
     def __init__(self, config: Config, file: TextIO | None = None, rich: RichConsole | None = None):
         """`file` (default: the standard output) or a console of rich's own is where it is shown."""
         self._name = config.name
-        self._rich = rich or RichConsole(file=file, highlight=False, soft_wrap=file is not None)
+        self._rich = rich or RichConsole(file=file, highlight=False)
         self._steps = config.train.steps
         self._rows: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=TABLE_ROWS)
         self._accuracy: list[float] = []
@@ -80,7 +80,7 @@ class Console:
         self._progress.update(self._task, phase=name)
 
     def note(self, text: str) -> None:
-        self._rich.print(Text(f"note: {text}", style="yellow"))
+        self._rich.print(Text(f"note: {text}", style="yellow"), soft_wrap=True)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         if "validation/accuracy" in metrics:
@@ -90,7 +90,7 @@ class Console:
             self._accuracy.append(metrics.get("accuracy/mean", 0.0))
         self._progress.update(self._task, completed=step)
         if not self._live:
-            self._rich.print(Text(self._line(step, metrics)))
+            self._rich.print(Text(self._line(step, metrics)), soft_wrap=True)
 
     def __rich__(self) -> Group:
         """The live view, as it is now."""
