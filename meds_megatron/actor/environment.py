@@ -12,4 +12,6 @@ def rank_environment(config: Config) -> dict[str, str]:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "NCCL_CUMEM_ENABLE": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        # What goes wrong is raised; what torch and megatron-core warn of at every start would bury the run's own lines.
+        "PYTHONWARNINGS": "ignore::UserWarning,ignore::FutureWarning",
     }

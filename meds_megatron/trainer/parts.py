@@ -1,5 +1,6 @@
 """The parts of a run, started together and ended together."""
 
+import logging
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -120,5 +121,7 @@ def start_ray(config: Config, stack: ExitStack) -> None:
     if config.cluster.address is not None:
         ray.init(address=config.cluster.address, log_to_driver=True, logging_level="warning")
     else:
+        # Ray guards its own cluster with a token, and says so at every start.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         ray.init(include_dashboard=False, logging_level="warning", log_to_driver=True)
     stack.callback(ray.shutdown)
