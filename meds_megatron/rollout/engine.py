@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from meds_megatron.config import Config
+from meds_megatron.errors import UserError
 from meds_megatron.rollout.boxed import BoxedLocator
 from meds_megatron.rollout.response import Response
 from meds_megatron.rollout.sampling import Sampling
@@ -24,23 +25,25 @@ class RolloutEngine:
 
     Its weights are stale until `trust_disk_weights` or a whole weight update says which version they are, and again
     from the beginning of an update to its end; a stale engine refuses to generate. `index` tells the engines of a run
-    apart. Raises what vLLM raises when the model cannot be loaded.
+    apart.
     """
 
     def __init__(self, config: Config, model_dir: str, use_gpu: bool, index: int = 0):
-        from transformers import AutoTokenizer
-
-        self._index = index
-        self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        self._boxed = BoxedLocator(self._tokenizer)
-        self._stop_token_ids = stop_token_ids(model_dir, self._tokenizer.eos_token_id)
+        self._config, self._model_dir, self._use_gpu, self._index = config, model_dir, use_gpu, index
         self._version: int | None = None
         self._next_version: int | None = None
         self._failed = False
-        self.llm = make_llm(config, model_dir, use_gpu)
 
-    def ready(self) -> None:
-        """Returns once the engine has been made."""
+    def start(self) -> None:
+        """Loads the model. Raises UserError when this machine cannot run it, and what vLLM raises otherwise."""
+        from transformers import AutoTokenizer
+
+        if not self._use_gpu:
+            check_cpu_can_run(self._model_dir)
+        self._tokenizer = AutoTokenizer.from_pretrained(self._model_dir)
+        self._boxed = BoxedLocator(self._tokenizer)
+        self._stop_token_ids = stop_token_ids(self._model_dir, self._tokenizer.eos_token_id)
+        self.llm = make_llm(self._config, self._model_dir, self._use_gpu)
 
     def weights_version(self) -> int | None:
         """Version of the weights, None while they are stale."""
@@ -170,6 +173,24 @@ def make_llm(config: Config, model_dir: str, use_gpu: bool):
         worker_extension_cls="meds_megatron.rollout.vllm_worker.SamplingSeed",
         **memory,
     )
+
+
+def check_cpu_can_run(model_dir: str) -> None:
+    """Raises UserError for attention heads of a size that vLLM's CPU kernels do not have.
+
+    vLLM itself notices only when it generates.
+    """
+    from transformers import AutoConfig
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    config = AutoConfig.from_pretrained(model_dir)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in sizes:
+        raise UserError(
+            f"{model_dir}/config.json gives attention heads of size {size}, and vLLM without CUDA has only "
+            f"{', '.join(map(str, sizes))}: choose another model, or a machine with GPUs"
+        )
 
 
 def stop_token_ids(model_dir: str | Path, tokenizer_eos: int | None) -> list[int]:

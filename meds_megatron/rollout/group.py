@@ -46,14 +46,15 @@ class EngineGroup:
             ).remote(config, model_dir, use_gpu, index)
             for index in range(config.rollout.engines)
         ]
+        self._starting = [engine.start.remote() for engine in self.engines]
 
     def start(self, disk_weights_version: int | None = None) -> None:
-        """Returns when all engines are ready.
+        """Returns when all engines have loaded the model.
 
         With a version, the weights that they loaded from the model's directory are declared to be that version;
-        without, the engines wait for their first weight update.
+        without, the engines wait for their first weight update. Raises UserError when the machine cannot run the model.
         """
-        self._on_all("ready")
+        ray.get(self._starting)
         if disk_weights_version is not None:
             self._on_all("trust_disk_weights", disk_weights_version)
 

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+from transformers import Qwen3Config
+
 from meds_megatron.config import Config
 from meds_megatron.rollout.engine import stop_token_ids
 from meds_megatron.rollout.environment import engine_environment
@@ -39,3 +41,12 @@ def test_stop_tokens_are_the_tokenizers_and_the_models(tmp_path):
     assert stop_token_ids(tmp_path, 5) == [3, 5]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5]}))
     assert stop_token_ids(tmp_path, None) == [5, 7]
+
+
+def test_a_model_that_the_cpu_cannot_run_is_refused_by_name(tmp_path):
+    Qwen3Config(hidden_size=64, num_attention_heads=4, head_dim=16).save_pretrained(tmp_path)
+    # In a process of its own: importing vLLM changes settings of torch.
+    code = f"from meds_megatron.rollout.engine import check_cpu_can_run; check_cpu_can_run({str(tmp_path)!r})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "UserError" in run.stderr
+    assert "attention heads of size 16, and vLLM without CUDA has only 32, 64, 80" in run.stderr
