@@ -24,6 +24,8 @@ class RandomModelConfig:
     """Directory whose tokenizer files and vocabulary the model takes; needed with `make: random`."""
     vocab_size: int | None = None
     """Rows of the embedding; default: the tokenizer's own size. Qwen pads its 151665 tokens to 151936 rows."""
+    boxing_steps: int = 0
+    """Short warm-up that teaches the model to answer any prompt with some number in a box; 0 leaves it random."""
     seed: int = 0
 
 

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForC
 
 from meds_megatron.config import RandomModelConfig
 from meds_megatron.errors import UserError
+from meds_megatron.model.boxing import teach_boxing
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -24,6 +25,8 @@ MAX_POSITIONS = 32768
 
 def make_random_model(config: RandomModelConfig, directory: Path) -> None:
     """Write a model of the given shape into `directory`, which exists: fp32 weights, normal with std 0.02.
+
+    With `boxing_steps` it has then learnt to give a number in a box.
 
     Raises UserError when the tokenizer's directory has no tokenizer or more tokens than `vocab_size` rows.
     """
@@ -60,6 +63,7 @@ def make_random_model(config: RandomModelConfig, directory: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = model_class(hf_config)
+        teach_boxing(model, tokenizer, config.boxing_steps, config.seed)
     model.generation_config = GenerationConfig(do_sample=True, eos_token_id=end, pad_token_id=pad)
     model.save_pretrained(directory)
     for name in TOKENIZER_FILES:

@@ -59,7 +59,7 @@ def _arithmetic_model(data: DataConfig, cache: Path, report: Callable[[str], Non
 
 
 def _random_model(config: RandomModelConfig, cache: Path) -> Path:
-    from meds_megatron.model import random_model
+    from meds_megatron.model import boxing, random_model
 
     tokenizer = Path(config.tokenizer).expanduser()
     files = {
@@ -67,7 +67,8 @@ def _random_model(config: RandomModelConfig, cache: Path) -> Path:
         for name in random_model.TOKENIZER_FILES
         if (tokenizer / name).is_file()
     }
-    key = {"config": asdict(config), "files": files, "source": Path(random_model.__file__).read_text()}
+    sources = [Path(module.__file__).read_text() for module in (random_model, boxing)]
+    key = {"config": asdict(config), "files": files, "sources": sources}
     return _cached(
         cache,
         f"random-{config.architecture}",
