@@ -104,6 +104,7 @@ class PlainEngine:
             logprobs=0,
         )
         began = time.perf_counter()
-        outputs = self._llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], parameters)
+        tokens = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+        outputs = self._llm.generate(tokens, parameters, use_tqdm=False)
         seconds = time.perf_counter() - began
         return sum(len(completion.token_ids) for output in outputs for completion in output.outputs), seconds
