@@ -97,6 +97,22 @@ def rollout(config, rounds: int) -> dict:
     return rollout(config, rounds)
 
 
+@bench.command(cls=Command, example="meds bench step configs/quickstart.yaml --steps 5 --json")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps measured after one of warm-up."
+)
+@with_json
+@with_config
+def step(config, steps: int) -> dict:
+    """Seconds of a training step, by phase.
+
+    Trains as `meds train` would, and keeps neither the model nor the run.
+    """
+    from meds_megatron.trainer.bench import step
+
+    return step(config, steps)
+
+
 @bench.command(cls=Command, example="meds bench memory --history 64 --history 1600 --json")
 @click.option(
     "--history",

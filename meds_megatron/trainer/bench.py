@@ -1,5 +1,8 @@
 """Benchmarks of the parts as a run uses them."""
 
+import copy
+import json
+import tempfile
 from contextlib import ExitStack
 
 from meds_megatron.config import Config
@@ -7,8 +10,9 @@ from meds_megatron.config.validate import validate_model
 from meds_megatron.model.shape import ModelShape
 from meds_megatron.model.source import ensure_model
 from meds_megatron.rollout import bench as rollout_bench
-from meds_megatron.trainer.main import resolve_device
+from meds_megatron.trainer.main import resolve_device, train
 from meds_megatron.trainer.parts import read_prompts, start_ray
+from meds_megatron.trainer.run_dir import RunDirectory
 
 
 def rollout(config: Config, rounds: int) -> dict:
@@ -21,3 +25,23 @@ def rollout(config: Config, rounds: int) -> dict:
         start_ray(config, stack)
         token_ids = [prompt.token_ids for prompt in prompts]
         return rollout_bench.run(config, str(model_dir), token_ids, config.cluster.device == "cuda", rounds)
+
+
+def step(config: Config, steps: int) -> dict:
+    """Trains for `steps` steps after one of warm-up, and leaves nothing behind.
+
+    Keys: `steps`, and the means over them of every `time/...` (seconds) and `throughput/...` of metrics.jsonl.
+    """
+    config = copy.deepcopy(config)
+    config.train.steps = steps + 1
+    config.train.validate_every = config.train.checkpoint_every = 0
+    config.train.export_hf = config.wandb.enabled = False
+    with tempfile.TemporaryDirectory(prefix="meds-bench-") as directory:
+        config.run_dir = directory
+        train(config)
+        lines = RunDirectory(directory).metrics.read_text().splitlines()
+    measured = [line for line in map(json.loads, lines) if line["step"] > 1]
+    names = [name for name in measured[-1] if name.startswith(("time/", "throughput/"))]
+    return {"steps": len(measured)} | {
+        name: sum(line.get(name, 0.0) for line in measured) / len(measured) for name in names
+    }
