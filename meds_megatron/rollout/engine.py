@@ -32,7 +32,7 @@ class RolloutEngine:
         self._config, self._model_dir, self._use_gpu, self._index = config, model_dir, use_gpu, index
         self._version: int | None = None
         self._next_version: int | None = None
-        self._failed = False
+        self._failed = self._started = False
 
     def start(self) -> None:
         """Loads the model. Raises UserError when this machine cannot run it, and what vLLM raises otherwise."""
@@ -44,6 +44,7 @@ class RolloutEngine:
         self._boxed = BoxedLocator(self._tokenizer)
         self._stop_token_ids = stop_token_ids(self._model_dir, self._tokenizer.eos_token_id)
         self.llm = make_llm(self._config, self._model_dir, self._use_gpu)
+        self._started = True
 
     def weights_version(self) -> int | None:
         """Version of the weights, None while they are stale."""
@@ -113,6 +114,11 @@ class RolloutEngine:
         self._update("finish_weight_update")
         self._forget_prefixes()
         self._version = self._next_version
+
+    def close(self) -> None:
+        """Ends vLLM's own processes and gives back the shared memory they speak through."""
+        if self._started:
+            self.llm.llm_engine.engine_core.shutdown()
 
     def _update(self, method: str, **arguments) -> None:
         try:

@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ray
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from meds_megatron.config import Config
+from meds_megatron.launch.placement import Placement, engine_places
 from meds_megatron.rollout.engine import RolloutEngine
 from meds_megatron.rollout.environment import engine_environment
 from meds_megatron.rollout.response import Response
 from meds_megatron.rollout.sampling import Sampling
 from meds_megatron.weights.shared_memory import BucketInfo, remove_bucket
+
+CLOSE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,15 @@ class PendingResponses:
 class EngineGroup:
     """Starts a Ray actor an engine and speaks to them together.
 
-    The constructor returns at once, so that engines and trainer ranks can start side by side; `start` waits. With
-    `placement_group`, engine i takes its GPUs from bundle i; this has not been run on GPUs yet.
+    The constructor returns at once, so that engines and trainer ranks can start side by side; `start` waits.
     """
 
-    def __init__(self, config: Config, model_dir: str, use_gpu: bool, placement_group: PlacementGroup | None = None):
+    def __init__(self, config: Config, model_dir: str, use_gpu: bool, placement: Placement):
         actor = ray.remote(RolloutEngine)
-        environment = {"env_vars": engine_environment(config, use_gpu)}
+        environment = engine_environment(config, use_gpu)
         self.engines = [
-            actor.options(
-                num_cpus=0,
-                num_gpus=config.rollout.tensor if use_gpu else 0,
-                runtime_env=environment,
-                scheduling_strategy=_place(placement_group, index),
-            ).remote(config, model_dir, use_gpu, index)
-            for index in range(config.rollout.engines)
+            actor.options(**placement.options(place, environment)).remote(config, model_dir, use_gpu, index)
+            for index, place in enumerate(engine_places(config.cluster, config.rollout))
         ]
         self._starting = [engine.start.remote() for engine in self.engines]
 
@@ -90,15 +85,11 @@ class EngineGroup:
         self._on_all("finish_weight_update")
 
     def close(self) -> None:
-        """Ends the engines."""
+        """Ends the engines; one that is still at work after CLOSE_SECONDS is killed."""
+        ray.wait([e.close.remote() for e in self.engines], num_returns=len(self.engines), timeout=CLOSE_SECONDS)
         for engine in self.engines:
             ray.kill(engine)
 
     def _on_all(self, method: str, *args) -> list:
         return ray.get([getattr(engine, method).remote(*args) for engine in self.engines])
 
-
-def _place(placement_group: PlacementGroup | None, index: int):
-    if placement_group is None:
-        return "DEFAULT"
-    return PlacementGroupSchedulingStrategy(placement_group, placement_group_bundle_index=index)
