@@ -9,6 +9,7 @@ from statistics import median
 import ray
 
 from meds_megatron.config import Config
+from meds_megatron.launch.placement import Placement, engine_places
 from meds_megatron.rollout.environment import engine_environment
 from meds_megatron.rollout.group import EngineGroup
 from meds_megatron.rollout.sampling import Sampling
@@ -27,18 +28,13 @@ def run(config: Config, model_dir: str, prompts: Sequence[list[int]], use_gpu: b
     config = copy.deepcopy(config)
     config.rollout.engines = 1
     sampling = Sampling.training(config.rollout)
-    plain = (
-        ray.remote(PlainEngine)
-        .options(
-            num_cpus=0,
-            num_gpus=config.rollout.tensor if use_gpu else 0,
-            runtime_env={"env_vars": engine_environment(config, use_gpu)},
-        )
-        .remote(config, model_dir, use_gpu)
-    )
+    placement = Placement(config.cluster, use_gpu)
+    (place,) = engine_places(config.cluster, config.rollout)
+    options = placement.options(place, engine_environment(config, use_gpu))
+    plain = ray.remote(PlainEngine).options(**options).remote(config, model_dir, use_gpu)
     ray.get(plain.ready.remote())
     began = time.perf_counter()
-    ours = EngineGroup(config, model_dir, use_gpu)
+    ours = EngineGroup(config, model_dir, use_gpu, placement)
     ours.start(disk_weights_version=0)
     start_s = time.perf_counter() - began
 
@@ -54,6 +50,7 @@ def run(config: Config, model_dir: str, prompts: Sequence[list[int]], use_gpu: b
             our_rates.append(our_tokens / our_s)
             tokens += our_tokens
     ours.close()
+    ray.get(plain.close.remote())
     ray.kill(plain)
     responses = len(prompts) * sampling.responses
     return {
@@ -108,3 +105,6 @@ class PlainEngine:
         outputs = self._llm.generate(tokens, parameters, use_tqdm=False)
         seconds = time.perf_counter() - began
         return sum(len(completion.token_ids) for output in outputs for completion in output.outputs), seconds
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()

@@ -92,4 +92,3 @@ class EngineGroup:
 
     def _on_all(self, method: str, *args) -> list:
         return ray.get([getattr(engine, method).remote(*args) for engine in self.engines])
-

@@ -1,11 +1,14 @@
-"""The memory as the driver sees it: one shard actor a data-parallel rank, keys spread over them by a stable hash."""
+"""The memory as the driver sees it: a shard actor on the node of each data-parallel rank, keys spread over them by a
+stable hash."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import ray
 
-from meds_megatron.config import MemoryConfig
+from meds_megatron.config import Config
+from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.launch.placement import Place, Placement, rank_places
 from meds_megatron.memory.routing import shard_of
 from meds_megatron.memory.shard import MemoryShard
 from meds_megatron.memory.statistics import step_metrics
@@ -14,9 +17,16 @@ from meds_megatron.memory.statistics import step_metrics
 class MemoryGroup:
     """Looks up and remembers fingerprints. Remembering runs in the shards while the policy updates."""
 
-    def __init__(self, config: MemoryConfig, shards: int):
-        shard = ray.remote(MemoryShard).options(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
-        self._shards = [shard.remote(config, rank, shards) for rank in range(shards)]
+    def __init__(self, config: Config, placement: Placement):
+        layout = ParallelLayout.from_config(config)
+        ranks = [layout.rank(tensor=0, data=data, pipeline=0) for data in range(layout.data)]
+        nodes = [rank_places(config.cluster)[rank].node for rank in ranks]
+        self._shards = [
+            ray.remote(MemoryShard)
+            .options(**placement.options(Place(node, gpus=()), {"OMP_NUM_THREADS": "1"}))
+            .remote(config.memory, number, layout.data)
+            for number, node in enumerate(nodes)
+        ]
         self._pending: list[ray.ObjectRef] = []
 
     def lookup(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> np.ndarray:

@@ -9,9 +9,10 @@ from pathlib import Path
 import ray
 
 from meds_megatron.config import Config
-from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.data.problems import load_problems
 from meds_megatron.data.prompts import Prompt, build_prompts
+from meds_megatron.errors import UserError
+from meds_megatron.launch.placement import Placement
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.rollout.group import EngineGroup
 from meds_megatron.trainer.console import Console
@@ -20,6 +21,8 @@ from meds_megatron.trainer.metrics import MetricsLog, PhaseTimer
 from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.trainer.run_dir import RunDirectory
 from meds_megatron.weights.shared_memory import make_bucket_directory
+
+PLACEMENT_SECONDS = 120
 
 
 @dataclass
@@ -87,11 +90,12 @@ def start_parts(
 ) -> Parts:
     """Starts all parts side by side and returns when each is ready; `stack` ends them."""
     use_gpu = config.cluster.device == "cuda"
-    policy = PolicyGroup(config, str(model_dir), use_gpu)
+    placement = reserve_nodes(config, use_gpu)
+    policy = PolicyGroup(config, str(model_dir), placement)
     stack.callback(policy.close)
-    engines = EngineGroup(config, str(model_dir), use_gpu)
+    engines = EngineGroup(config, str(model_dir), use_gpu, placement)
     stack.callback(engines.close)
-    memory = MemoryGroup(config.memory, ParallelLayout.from_config(config).data)
+    memory = MemoryGroup(config, placement)
     stack.callback(memory.close)
     graders = stack.enter_context(GraderPool(config.reward.workers, config.reward.timeout_seconds))
     log = stack.enter_context(MetricsLog(run, config))
@@ -114,6 +118,18 @@ def start_parts(
         timer=PhaseTimer(on_phase=console.phase),
         bucket_directory=bucket_directory,
     )
+
+
+def reserve_nodes(config: Config, use_gpu: bool) -> Placement:
+    """The nodes of the run. Raises UserError when the Ray cluster does not have them."""
+    placement = Placement(config.cluster, use_gpu)
+    if not placement.wait(PLACEMENT_SECONDS):
+        cluster, kind = config.cluster, f" with {config.cluster.ranks_per_node} free GPUs each" if use_gpu else ""
+        raise UserError(
+            f"The Ray cluster did not have {cluster.nodes} nodes{kind} within {PLACEMENT_SECONDS} s: lower "
+            "cluster.nodes or cluster.ranks_per_node, or start Ray on more nodes"
+        )
+    return placement
 
 
 def start_ray(config: Config, stack: ExitStack) -> None:

@@ -8,21 +8,21 @@ from meds_megatron.actor.step_data import StepData
 from meds_megatron.actor.worker import PolicyWorker
 from meds_megatron.config import Config
 from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.launch.placement import Placement, rank_places
 from meds_megatron.weights.shared_memory import BucketInfo
 
 
 class PolicyGroup:
     """Starts a Ray actor a rank and speaks to them together."""
 
-    def __init__(self, config: Config, model_dir: str, use_gpu: bool):
+    def __init__(self, config: Config, model_dir: str, placement: Placement):
         self.layout = ParallelLayout.from_config(config)
         self._model_dir = model_dir
-        worker = ray.remote(PolicyWorker).options(
-            num_cpus=0,
-            num_gpus=1 if use_gpu else 0,
-            runtime_env={"env_vars": rank_environment(config)},
-        )
-        self._workers = [worker.remote(config) for _ in range(self.layout.ranks)]
+        worker, environment = ray.remote(PolicyWorker), rank_environment(config)
+        self._workers = [
+            worker.options(**placement.options(place, environment)).remote(config)
+            for place in rank_places(config.cluster)
+        ]
         self._config = config
 
     def start(self) -> None:

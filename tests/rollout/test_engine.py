@@ -2,6 +2,7 @@
 
 import pytest
 
+from meds_megatron.launch.placement import Placement
 from meds_megatron.rollout.group import EngineGroup
 from meds_megatron.rollout.sampling import Sampling
 from tests.rollout.engine_cases import PROMPTS, engine_config, logprob_error, make_model
@@ -16,7 +17,8 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stale_engines(ray_cluster, model_dir):
-    group = EngineGroup(engine_config(engines=2), str(model_dir), use_gpu=False)
+    config = engine_config(engines=2)
+    group = EngineGroup(config, str(model_dir), use_gpu=False, placement=Placement(config.cluster, use_gpu=False))
     group.start()
     yield group
     group.close()

@@ -4,6 +4,7 @@ import pytest
 import ray
 from safetensors.torch import load_file
 
+from meds_megatron.launch.placement import Placement
 from meds_megatron.rollout.group import EngineGroup
 from meds_megatron.rollout.sampling import Sampling
 from meds_megatron.weights.shared_memory import write_bucket
@@ -21,7 +22,8 @@ def case(request, ray_cluster, tmp_path_factory):
     """An engine with the weights of one directory and another directory with weights to come."""
     name, tensor = request.param
     old, new = (make_model(tmp_path_factory.mktemp("model"), name, seed) for seed in (0, 1))
-    group = EngineGroup(engine_config(tensor=tensor), str(old), use_gpu=False)
+    config = engine_config(tensor=tensor)
+    group = EngineGroup(config, str(old), use_gpu=False, placement=Placement(config.cluster, use_gpu=False))
     group.start(disk_weights_version=0)
     yield group, old, new
     group.close()

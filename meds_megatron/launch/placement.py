@@ -1,0 +1,73 @@
+"""Where ranks and engines run: pure functions of the config, and their translation into Ray's terms.
+
+A run owns its nodes whole. Trainer ranks and engines share the GPUs: rank r has one GPU to itself among the ranks, and
+every engine takes `rollout.tensor` neighbouring GPUs of one node. Without GPUs only the node matters.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from meds_megatron.config import ClusterConfig, RolloutConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """A node of the run, counted from 0, and GPUs of it."""
+
+    node: int
+    gpus: tuple[int, ...]
+
+
+def rank_places(cluster: ClusterConfig) -> list[Place]:
+    """The place of each trainer rank: neighbouring ranks, and with them tensor-parallel groups, stay on one node."""
+    return [
+        Place(rank // cluster.ranks_per_node, (rank % cluster.ranks_per_node,))
+        for rank in range(cluster.nodes * cluster.ranks_per_node)
+    ]
+
+
+def engine_places(cluster: ClusterConfig, rollout: RolloutConfig) -> list[Place]:
+    """The place of each engine; the nodes take turns, so that a few engines spread over all of them.
+
+    `config.validate` has seen to it that engines fit the GPUs.
+    """
+    places = []
+    for engine in range(rollout.engines):
+        node, slot = engine % cluster.nodes, engine // cluster.nodes
+        places.append(Place(node, tuple(range(slot * rollout.tensor, (slot + 1) * rollout.tensor))))
+    return places
+
+
+class Placement:
+    """The reserved nodes of a run."""
+
+    def __init__(self, cluster: ClusterConfig, use_gpu: bool):
+        """Reserves the nodes; `wait` returns when Ray has found them."""
+        from ray.util.placement_group import placement_group
+
+        self._use_gpu = use_gpu
+        bundle = {"GPU": cluster.ranks_per_node} if use_gpu else {"CPU": 1}
+        self._group = placement_group([bundle] * cluster.nodes, strategy="STRICT_SPREAD")
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the nodes could be reserved within `seconds`."""
+        return self._group.wait(seconds)
+
+    def options(self, place: Place, environment: dict[str, str]) -> dict[str, Any]:
+        """Options of a Ray actor at `place`, with the variables of its process."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        if self._use_gpu:
+            # The run owns the reserved GPUs and hands them out itself: several actors share one.
+            environment = environment | {
+                "CUDA_VISIBLE_DEVICES": ",".join(map(str, place.gpus)),
+                "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            }
+        return {
+            "num_cpus": 0,
+            "num_gpus": 0,
+            "runtime_env": {"env_vars": environment},
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=place.node
+            ),
+        }

@@ -1,0 +1,43 @@
+"""Who runs where, and that Ray does as it is told."""
+
+import os
+
+import pytest
+import ray
+
+from meds_megatron.config import ClusterConfig, RolloutConfig
+from meds_megatron.launch.placement import Place, Placement, engine_places, rank_places
+
+
+def test_ranks_fill_one_node_after_the_other():
+    places = rank_places(ClusterConfig(nodes=2, ranks_per_node=4))
+    assert places[:5] == [Place(0, (0,)), Place(0, (1,)), Place(0, (2,)), Place(0, (3,)), Place(1, (0,))]
+
+
+@pytest.mark.parametrize(("engines", "tensor"), [(2, 4), (4, 2), (8, 1), (3, 2), (1, 1)])
+def test_engines_never_share_a_gpu_or_leave_their_node(engines, tensor):
+    cluster = ClusterConfig(nodes=2, ranks_per_node=4)
+    places = engine_places(cluster, RolloutConfig(engines=engines, tensor=tensor))
+    taken = [(place.node, gpu) for place in places for gpu in place.gpus]
+    assert len(set(taken)) == len(taken) == engines * tensor
+    assert all(node < 2 and gpu < 4 for node, gpu in taken)
+    assert len({place.node for place in places}) == min(engines, 2)
+
+
+def test_actors_see_the_gpus_of_their_place():
+    """On GPUs that Ray is only told of: what a process may see is decided by its environment alone."""
+
+    class Looker:
+        def look(self) -> str:
+            return os.environ["CUDA_VISIBLE_DEVICES"]
+
+    ray.init(num_cpus=1, num_gpus=4, include_dashboard=False, logging_level="error")
+    try:
+        cluster = ClusterConfig(nodes=1, ranks_per_node=4)
+        placement = Placement(cluster, use_gpu=True)
+        assert placement.wait(30)
+        places = [*rank_places(cluster), *engine_places(cluster, RolloutConfig(engines=2, tensor=2))]
+        actors = [ray.remote(Looker).options(**placement.options(place, {})).remote() for place in places]
+        assert ray.get([actor.look.remote() for actor in actors]) == ["0", "1", "2", "3", "0,1", "2,3"]
+    finally:
+        ray.shutdown()
