@@ -97,7 +97,7 @@ class Console:
         self._progress.update(self._task, clock=self._clock())
         parts = [self._progress]
         if self._rows:
-            parts += ["", self._table(), self._curve(), self._phase_bar(self._rows[-1][1])]
+            parts += ["", self._table(), "", self._curve(), self._phase_bar(self._rows[-1][1])]
         if self._validation:
             parts.append(self._validation_line())
         return Group(*parts)
@@ -125,14 +125,15 @@ class Console:
         return Text.assemble(("  accuracy  ", "bold"), (sparks, "green"), f"  {recent[-1]:.3f}")
 
     def _phase_bar(self, metrics: Mapping[str, float]) -> Text:
-        """The last step's time as one bar, cut by phase."""
+        """The last step's time as one bar, cut by phase; a phase too short to be seen in it is left out."""
         phases = _phases(metrics)
         total = max(metrics.get("time/step", 0.0), sum(phases.values()), 1e-9)
         bar, legend = Text.assemble(("  time      ", "bold")), Text(" " * 12)
         for name, seconds in phases.items():
-            colour = PHASE_COLOURS.get(name, "white")
-            bar.append("█" * round(BAR_WIDTH * seconds / total), style=colour)
-            legend.append("■ ", style=colour).append(f"{name} {seconds:.1f}s  ")
+            if length := round(BAR_WIDTH * seconds / total):
+                colour = PHASE_COLOURS.get(name, "white")
+                bar.append("█" * length, style=colour)
+                legend.append("■ ", style=colour).append(f"{name} {seconds:.1f}s  ")
         return bar.append("\n").append_text(legend)
 
     def _validation_line(self) -> Text:

@@ -13,7 +13,7 @@ def train(parts: Parts, state: RunState) -> None:
     """Trains from `state.step` to `train.steps`; `parts` are the machines and graders that do the work."""
     config, timer = parts.config, parts.timer
     if state.step == 0 and parts.validation_due(0):
-        parts.report(0, validate(parts, step=0))
+        parts.report(0, validate(parts, step=0) | timer.take())
 
     while state.step < config.train.steps:
         state.step += 1
