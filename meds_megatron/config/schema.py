@@ -225,7 +225,7 @@ class PolicyConfig:
 class OptimizerConfig:
     lr: float = 1e-6
     warmup_steps: int = 10
-    """Optimizer steps over which the learning rate rises linearly from 0; constant afterwards."""
+    """Training steps (not optimizer updates) over which the learning rate rises linearly; constant afterwards."""
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.999
@@ -246,11 +246,11 @@ class TrainConfig:
     seed: int = 0
     validate_every: int = 2
     """Steps between validations; 0 is never. Step 0 (before training) and the last step are validated too."""
-    checkpoint_every: int = 50
-    """Steps between checkpoints; 0 is never."""
+    export_every: int = 50
+    """Steps between exports of the policy as a Hugging Face directory; 0 leaves only the one after the last step."""
     save_rollouts: bool = True
     export_hf: bool = True
-    """Write a Hugging Face directory at the end."""
+    """False writes no Hugging Face directory, not even at the end."""
 
 
 @dataclass

@@ -56,7 +56,7 @@ NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "optimizer.clip_grad",
     "train.validate_every",
-    "train.checkpoint_every",
+    "train.export_every",
     "sync.max_logprob_difference",
 )
 SHARES = ("rollout.top_p", "rollout.validation_top_p", "rollout.gpu_memory_utilization", "policy.clip_low")

@@ -34,7 +34,7 @@ def step(config: Config, steps: int) -> dict:
     """
     config = copy.deepcopy(config)
     config.train.steps = steps + 1
-    config.train.validate_every = config.train.checkpoint_every = 0
+    config.train.validate_every = 0
     config.train.export_hf = config.wandb.enabled = False
     with tempfile.TemporaryDirectory(prefix="meds-bench-") as directory:
         config.run_dir = directory

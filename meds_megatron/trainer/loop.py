@@ -46,4 +46,7 @@ def train(parts: Parts, state: RunState) -> None:
 
         if parts.validation_due(state.step):
             metrics |= validate(parts, state.step)
+        if parts.export_due(state.step):
+            with timer("export"):
+                parts.policy.export(str(parts.run.hf_export(state.step)))
         report_step(parts, state, collected, batch, updates, metrics)

@@ -32,8 +32,6 @@ def train(config: Config) -> None:
         state = RunState(PromptSampler(len(parts.prompts), config.train.seed, config.data.shuffle))
         loop.train(parts, state)
         if config.train.export_hf:
-            console.phase("exporting")
-            parts.policy.export(str(run.hf_export(state.step)))
             console.note(f"the trained model is in {run.hf_export(state.step)}")
 
 

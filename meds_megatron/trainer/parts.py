@@ -59,6 +59,12 @@ class Parts:
             return False
         return step % every == 0 or step == self.config.train.steps
 
+    def export_due(self, step: int) -> bool:
+        """Every `export_every` steps and after the last one."""
+        train = self.config.train
+        on_time = train.export_every and step % train.export_every == 0
+        return train.export_hf and bool(on_time or step == train.steps)
+
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Shows and stores the metrics of a step."""
         self.log.log(step, metrics)

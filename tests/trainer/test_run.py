@@ -45,6 +45,7 @@ def run(small_model, tmp_path_factory) -> Path:
         "train.mini_batch_prompts": PROMPTS // 2,
         "train.micro_batch_responses": 4,
         "train.validate_every": STEPS,
+        "train.export_every": 2,
         "optimizer.lr": 1e-4,
     }
     command += [f"{key}={value}" for key, value in settings.items()]
@@ -142,6 +143,8 @@ def test_fingerprints_of_the_first_step_are_those_of_transformers(run, small_mod
 
 def test_export_is_a_model_that_transformers_loads(run, small_model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert [path.name for path in sorted((run / "hf").iterdir())] == ["step_000002", "step_000003"]
 
     export = run / "hf" / f"step_{STEPS:06d}"
     trained = AutoModelForCausalLM.from_pretrained(export).state_dict()
