@@ -9,6 +9,7 @@ import click
 
 from meds_megatron.errors import UserError
 
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -158,6 +159,12 @@ def _cell(value: object) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
+def _is_dead_actor(error: Exception) -> bool:
+    """Whether Ray lost an actor; Ray is only asked where it has been imported, which a quick command never does."""
+    ray = sys.modules.get("ray")
+    return ray is not None and isinstance(error, ray.exceptions.RayActorError)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; a mistake of the user is one line, without a traceback."""
     try:
@@ -169,6 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Where an actor of Ray found the mistake, `cause` is its own error, without Ray's traceback in the text.
         print(f"meds: {getattr(error, 'cause', error)}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Exception as error:
+        if not _is_dead_actor(error):
+            raise
+        print(f"meds: a process of the run died; what it said is above, or in Ray's logs: {error}", file=sys.stderr)
+        return EXIT_FAILURE
     except (KeyboardInterrupt, click.Abort):
         print("meds: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

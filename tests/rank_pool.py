@@ -17,7 +17,8 @@ class RankPool:
     """
 
     def __init__(self):
-        os.environ["OMP_NUM_THREADS"] = "1"
+        # Ranks of tests compute on the CPU, also where there are GPUs.
+        os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["meds_megatron.actor.policy", "tests.rank_pool"])
 

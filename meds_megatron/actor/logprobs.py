@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-CHUNK_TOKENS = 2048
+CHUNK_TOKENS = 512
 _NEVER = -1e30
 """Logit of a padded vocabulary row: probability 0, and 0 * _NEVER stays 0 in the entropy."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from meds_megatron.actor.messages import ForwardResult, Rendezvous, UpdateResult
 from meds_megatron.actor.step_data import StepData
 from meds_megatron.config import Config
+from meds_megatron.errors import UserError
 from meds_megatron.weights.shared_memory import BucketInfo, write_bucket
 
 
@@ -65,6 +66,11 @@ class PolicyWorker:
             for number, tensors in enumerate(groups):
                 if tensors:
                     buckets.append(write_bucket(Path(directory), f"rank{self._rank:05d}-{number:05d}", tensors))
+        except OSError as error:
+            raise UserError(
+                f"{directory}: no room for the engines' weights ({error.strerror}); give the machine, or its "
+                "container, shared memory for one copy of the model"
+            ) from error
         finally:
             # The other tensor-parallel ranks gather to the end: a full shared memory must not leave them waiting.
             for _ in groups:

@@ -168,7 +168,7 @@ class MemoryConfig:
     """Memory each shard may use. When it is passed, the longest histories lose their oldest vectors until 7/8 of it is
     used; when even one vector a key is too much, the keys not remembered for longest go. Null is no limit."""
     skip_damaged: bool = False
-    """On resume, leave out segments of the saved memory that are damaged, naming each; false stops."""
+    """When a saved memory is loaded, leave out its damaged segments and name them; false refuses it."""
 
 
 @dataclass

@@ -45,8 +45,17 @@ POSITIVE = (
     "train.prompts_per_step",
     "train.mini_batch_prompts",
     "train.micro_batch_responses",
+    "filter.generation_prompts",
+    "model.random.hidden_size",
+    "model.random.num_layers",
+    "model.random.num_heads",
+    "model.random.num_kv_heads",
+    "model.random.head_dim",
+    "model.random.ffn_size",
 )
 NOT_NEGATIVE = (
+    "train.seed",
+    "model.random.boxing_steps",
     "rollout.validation_temperature",
     "reward.overlong.factor",
     "penalty.alpha",
@@ -170,7 +179,7 @@ def _check_ranks(config: Config) -> None:
         f"parallel.virtual_pipeline = {parallel.virtual_pipeline} needs more than one pipeline stage",
         "raise parallel.pipeline or set parallel.virtual_pipeline=1",
     )
-    if cluster.device == "cpu":
+    if cluster.device != "cuda":
         return
     ranks = cluster.nodes * cluster.ranks_per_node
     _require(

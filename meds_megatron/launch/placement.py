@@ -57,7 +57,9 @@ class Placement:
         """Options of a Ray actor at `place`, with the variables of its process."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        if self._use_gpu:
+        if not self._use_gpu:
+            environment = environment | {"CUDA_VISIBLE_DEVICES": ""}
+        else:
             # The run owns the reserved GPUs and hands them out itself: several actors share one.
             environment = environment | {
                 "CUDA_VISIBLE_DEVICES": ",".join(map(str, place.gpus)),

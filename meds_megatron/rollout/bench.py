@@ -27,6 +27,8 @@ def run(config: Config, model_dir: str, prompts: Sequence[list[int]], use_gpu: b
     """
     config = copy.deepcopy(config)
     config.rollout.engines = 1
+    # Two engines share what a run gives to one.
+    config.rollout.gpu_memory_utilization /= 2
     sampling = Sampling.training(config.rollout)
     placement = Placement(config.cluster, use_gpu)
     (place,) = engine_places(config.cluster, config.rollout)

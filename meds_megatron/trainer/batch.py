@@ -14,6 +14,7 @@ from meds_megatron.trainer.groups import PromptGroup
 from meds_megatron.trainer.partition import balance, minibatches_of
 
 TARGETS = {"wrong": (False,), "right": (True,), "both": (False, True), "none": ()}
+UNJUDGED = ("timeout", "error")
 
 
 @dataclass
@@ -26,6 +27,8 @@ class Batch:
     keys: list[str]
     """The memory key of each response: its problem and whether it is right."""
     correct_B: np.ndarray
+    judged_B: np.ndarray
+    """False where grading failed: nobody knows whether such a response is a mistake."""
     scores_B: np.ndarray
     sizes_B: np.ndarray
     """Earlier mistakes in the cluster that a response falls into."""
@@ -55,6 +58,7 @@ class Batch:
             rows=balance(data.lengths_B, data.minibatches_B, data_parallel),
             keys=[memory_key(group, place) for _, group, place in members],
             correct_B=correct_B,
+            judged_B=np.array([group.grades[place].outcome not in UNJUDGED for _, group, place in members], dtype=bool),
             scores_B=scores_B,
             sizes_B=np.zeros(len(members), dtype=np.int64),
             penalties_B=np.zeros(len(members)),
@@ -76,7 +80,8 @@ class Batch:
 
     def targeted(self, target: str) -> np.ndarray:
         """The responses that the memory looks up and remembers: of the target's correctness, with a fingerprint."""
-        return np.flatnonzero(np.isin(self.correct_B, TARGETS[target]) & (self.data.answer_positions_B >= 0))
+        has_fingerprint_B = self.data.answer_positions_B >= 0
+        return np.flatnonzero(np.isin(self.correct_B, TARGETS[target]) & self.judged_B & has_fingerprint_B)
 
     def shape(self, rows: np.ndarray, sizes_N: np.ndarray, config: PenaltyConfig) -> None:
         """Punishes the responses `rows` for how often their mistake was made before."""

@@ -27,6 +27,11 @@ class PromptGroup:
         return [float(grade.correct) for grade in self.grades]
 
 
+def failed_gradings(groups: list[PromptGroup]) -> int:
+    """Responses whose grading timed out or broke; they count as wrong in the scores."""
+    return sum(grade.outcome in ("timeout", "error") for group in groups for grade in group.grades)
+
+
 def grade_groups(
     prompts: list[Prompt], responses: list[Response], graders: GraderPool, config: Config
 ) -> list[PromptGroup]:

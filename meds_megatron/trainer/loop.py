@@ -43,6 +43,8 @@ def train(parts: Parts, state: RunState) -> None:
                 updates = parts.policy.update(batch.shards(), state.step - 1)
             with timer("sync"):
                 sync_weights(parts, state)
+        else:
+            parts.memory.remember_nothing()
 
         if parts.validation_due(state.step):
             metrics |= validate(parts, state.step)

@@ -43,14 +43,18 @@ class MemoryGroup:
         return sizes_N
 
     def remember(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> None:
-        """Starts storing and reclustering; the next lookup (or `wait`) sees it finished. Called once a step, also when
-        there is nothing to remember: it moves the clock by which memories age."""
+        """Starts storing and reclustering; the next lookup (or `wait`) sees it finished. Called once a step: it moves
+        the clock by which memories age."""
         rows_of = dict(self._routed(keys))
         for number, shard in enumerate(self._shards):
             if number in rows_of:
                 rows = rows_of[number]
                 self._pending.append(shard.remember.remote([keys[row] for row in rows], fingerprints_NL[rows]))
             self._pending.append(shard.recluster.remote())
+
+    def remember_nothing(self) -> None:
+        """Moves the clock of a step that had nothing to remember."""
+        self._pending += [shard.recluster.remote() for shard in self._shards]
 
     def wait(self) -> None:
         """Returns when all that was remembered is clustered."""

@@ -99,6 +99,9 @@ def start_parts(
     placement = reserve_nodes(config, use_gpu)
     policy = PolicyGroup(config, str(model_dir), placement)
     stack.callback(policy.close)
+    if use_gpu:
+        # vLLM measures the free memory of a GPU that a trainer rank shares with it: the rank has to be there first.
+        policy.start()
     engines = EngineGroup(config, str(model_dir), use_gpu, placement)
     stack.callback(engines.close)
     memory = MemoryGroup(config, placement)
@@ -107,7 +110,8 @@ def start_parts(
     log = stack.enter_context(MetricsLog(run, config))
     bucket_directory = make_bucket_directory()
     stack.callback(shutil.rmtree, bucket_directory, ignore_errors=True)
-    policy.start()
+    if not use_gpu:
+        policy.start()
     # Trainer and engines have read the same directory: the first rollouts need no transfer.
     engines.start(disk_weights_version=0)
     return Parts(

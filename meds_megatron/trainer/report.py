@@ -10,7 +10,7 @@ from meds_megatron.algorithm.corrections import logprob_mismatch
 from meds_megatron.errors import UserError
 from meds_megatron.trainer.batch import Batch, memory_key
 from meds_megatron.trainer.collect import Collected
-from meds_megatron.trainer.groups import PromptGroup
+from meds_megatron.trainer.groups import PromptGroup, failed_gradings
 from meds_megatron.trainer.parts import Parts
 from meds_megatron.trainer.state import RunState
 
@@ -30,16 +30,21 @@ def report_step(
     metrics = {**sampling_metrics(collected), **metrics}
     if len(batch.data):
         metrics |= reward_metrics(batch) | mismatch_metrics(batch) | update_metrics(updates)
+    with parts.timer("memory"):
+        parts.memory.wait()
         metrics |= parts.memory.metrics()
     state.prompts_seen += len(collected.groups)
     state.tokens_seen += len(batch.data.rollout_logprobs_R)
     metrics |= parts.timer.take()
     generated = metrics["response/length_mean"] * metrics["response/count"]
-    metrics["throughput/tokens_per_second"] = generated / metrics["time/step"]
+    training_s = metrics["time/step"] - metrics.get("time/validation", 0.0) - metrics.get("time/export", 0.0)
+    metrics["throughput/tokens_per_second"] = generated / training_s
     metrics["throughput/rollout_tokens_per_second"] = generated / metrics["time/rollout"]
     metrics |= {"progress/prompts": state.prompts_seen, "progress/tokens": state.tokens_seen}
     if collected.shortfall:
         parts.console.note(f"step {state.step}: {collected.shortfall}")
+    if failed := failed_gradings(collected.groups):
+        parts.console.note(f"step {state.step}: grading failed for {failed} responses, not remembered")
     parts.report(state.step, metrics)
     if parts.config.train.save_rollouts:
         parts.run.save_rollouts(state.step, rollout_columns(collected, batch))

@@ -1,6 +1,7 @@
 """The directory of a run: its config, metrics, rollouts, checkpoints and exports, and who may write there."""
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -58,6 +59,11 @@ class RunDirectory:
             ) from error
         save_config(config, run.config)
         return run
+
+    def discard_if_empty(self) -> None:
+        """Removes the directory of a run that ended before its first line of metrics: its name is free again."""
+        if not self.metrics.exists() or self.metrics.stat().st_size == 0:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     @property
     def config(self) -> Path:

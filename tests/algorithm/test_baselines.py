@@ -23,7 +23,7 @@ PUBLISHED = CONFIGS / "meds_qwen2.5_math_7b.yaml"
 CORRECT_B = np.array([True, False, False, False])
 LENGTHS_B = torch.tensor([1, 1, 1, 3])
 CLUSTER_SIZES_B = np.array([0, 0, 1, 7])
-HISTORY_SIZES_B = np.array([0, 12, 12, 12])
+HISTORY_SIZES_B = np.array([0, 0, 12, 12])
 MAX_RESPONSE_TOKENS = 10
 
 
@@ -57,8 +57,13 @@ def advantages_and_loss(config: Config) -> tuple[list[float], float]:
         ("dr_grpo", [0.75, -0.25, -0.25, -0.25], (-0.75 * 1.2 + 5 * 0.25) / 10 / 4),
         # 0.4 H = 0.4 fits under half of 1.5; half of 0.5 is the bound of the others.
         ("grpo_entropy", [1.9, -0.25, -0.25, -0.25], (-1.9 * 1.2 + 5 * 0.25) / 6),
-        # All wrong answers have 12 predecessors, p = 0.2. Scores 1, -0.2 three times: mean 0.1, deviation 0.6.
-        ("meds_single_cluster", [1.5, -0.5, -0.5, -0.5], (-1.5 * 1.28 + 5 * 0.5) / 6),
+        # The first wrong answer has no box, the others have 12 predecessors, p = 0.2. Scores 1, 0, -0.2, -0.2: mean
+        # 0.15, standard deviation 0.5744563.
+        (
+            "meds_single_cluster",
+            [1.4796602, -0.2611165, -0.6092718, -0.6092718],
+            (-1.4796602 * 1.28 + 0.2611165 + 4 * 0.6092718) / 6,
+        ),
     ],
 )
 def test_baselines_by_hand(name, advantages, loss):

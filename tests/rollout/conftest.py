@@ -2,7 +2,7 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def ray_cluster():
+def ray_cluster(cpu_engines):
     """A Ray of the module's own, with this directory's modules importable in its actors."""
     import ray
 

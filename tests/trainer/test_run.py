@@ -1,6 +1,7 @@
 """A whole run of real parts: engines, trainer ranks, graders and memory shards, from the command line to the export."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def small_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(small_model, tmp_path_factory) -> Path:
+def run(small_model, tmp_path_factory, cpu_engines) -> Path:
     """The directory of a finished run over the same few problems in every step, on PP2 x DP2."""
     directory = tmp_path_factory.mktemp("run") / "small"
     command = [sys.executable, "-m", "meds_megatron.cli", "train", "configs/quickstart.yaml"]
@@ -35,6 +36,7 @@ def run(small_model, tmp_path_factory) -> Path:
         "run_dir": directory,
         "model.make": "no",
         "model.path": small_model,
+        "cluster.device": "cpu",
         "cluster.ranks_per_node": 4,
         "data.limit_train": PROMPTS,
         "data.limit_validation": 4,
@@ -154,6 +156,39 @@ def test_export_is_a_model_that_transformers_loads(run, small_model):
     assert all(trained[name].shape == before[name].shape for name in before)
     moved = [name for name in before if not torch.equal(trained[name], before[name])]
     assert len(moved) == len(before)
+
+
+def test_export_is_a_model_that_vllm_loads(run):
+    import ray
+
+    from meds_megatron.config import load_config
+    from meds_megatron.launch.placement import Placement
+    from meds_megatron.rollout.group import EngineGroup
+    from meds_megatron.rollout.sampling import Sampling
+
+    config = load_config("configs/quickstart.yaml", ["cluster.device=cpu"])
+    ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
+    try:
+        export = str(run / "hf" / f"step_{STEPS:06d}")
+        engines = EngineGroup(config, export, use_gpu=False, placement=Placement(config.cluster, use_gpu=False))
+        engines.start(disk_weights_version=0)
+        responses = engines.generate([[40, 41, 42]], Sampling(responses=3, max_tokens=20), seed=0)
+        assert len(responses) == 3 and all(response.token_ids for response in responses)
+        engines.close()
+    finally:
+        ray.shutdown()
+
+
+def test_a_run_that_cannot_start_leaves_nothing_behind(small_model, tmp_path):
+    broken = tmp_path / "model"
+    shutil.copytree(small_model, broken)
+    (broken / "model.safetensors").write_bytes(b"not safetensors")
+    command = [sys.executable, "-m", "meds_megatron.cli", "train", "configs/quickstart.yaml"]
+    command += [f"run_dir={tmp_path / 'run'}", "model.make=no", f"model.path={broken}", "cluster.device=cpu"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 2
+    assert "model.safetensors" in refused.stderr and "Traceback" not in refused.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_run_does_not_write_into_the_first(run):
