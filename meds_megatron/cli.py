@@ -114,6 +114,24 @@ def step(config, steps: int) -> dict:
     return step(config, steps)
 
 
+@bench.command(cls=Command, example="meds bench fingerprint --responses 8 --tokens 64 --json")
+@click.option(
+    "--responses", type=click.IntRange(min=1), default=8, show_default=True, help="Answers with a fingerprint."
+)
+@click.option("--tokens", type=click.IntRange(min=4), default=64, show_default=True, help="Length of each sequence.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Forward passes of each kind.")
+@with_json
+def fingerprint(responses: int, tokens: int, rounds: int) -> dict:
+    """What fingerprints cost a forward pass.
+
+    At the shape of Qwen2.5-0.5B with random weights, on two CPU pipeline stages: the pass without, with ours, and with
+    all hidden states kept and the full head run on every layer.
+    """
+    from meds_megatron.actor.bench import run
+
+    return run(responses=responses, tokens=tokens, rounds=rounds)
+
+
 @bench.command(cls=Command, example="meds bench memory --history 64 --history 1600 --json")
 @click.option(
     "--history",

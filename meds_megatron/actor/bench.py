@@ -3,12 +3,16 @@
 The published way keeps the hidden states of all layers and tokens and runs the full head on each layer's.
 """
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from meds_megatron.actor import passes
 from meds_megatron.actor.fingerprint import FingerprintCollector
@@ -35,82 +39,132 @@ QWEN25_05B = ModelShape(
 )
 
 
-def run(responses: int = 8, tokens: int = 128, rounds: int = 5, shape: ModelShape = QWEN25_05B) -> dict:
-    """Measures `rounds` forward passes of each kind in turn, in this process, on random weights in float32.
+def run(
+    pipeline: int = 2,
+    responses: int = 8,
+    tokens: int = 64,
+    rounds: int = 5,
+    published_rounds: int = 1,
+    shape: ModelShape = QWEN25_05B,
+) -> dict:
+    """Measures forward passes on `pipeline` CPU ranks of one thread each, random float32 weights, kinds in turn.
 
-    `responses` sequences of `tokens` tokens, half of them prompt, each with a fingerprint. Keys: `forward_s`, `ours_s`,
-    `published_s` (medians), `overhead`, `published_overhead` (medians of the rounds' ratios to the forward pass, minus
-    1), `extra_bytes` (peak memory with ours minus without, as torch's allocator counts it), `extra_bytes_bound`
-    (2 N L H 4 + N H 4), `published_extra_bytes`, and `sent_bytes` / `sent_bytes_expected` for one rank.
+    `responses` sequences of `tokens` tokens, half of them prompt, each with a fingerprint, two to a micro-batch. Keys:
+    `forward_s`, `ours_s`, `published_s` (medians), `overhead`, `published_overhead` (medians of the rounds' ratios to
+    the forward pass, minus 1); `extra_bytes` (peak memory with ours minus without, as torch's own allocator counts it,
+    of the rank where it is largest), `extra_bytes_bound` (2 N L H 4 + N H 4), `published_extra_bytes`; `sent_bytes`
+    between stages and `sent_bytes_expected` (the head's rows to the other stages, each stage's part of the result).
     """
-    device = join(Rendezvous("127.0.0.1", 0, 0, 1), open_store("127.0.0.1", 1))
-    parallel = ParallelConfig()
-    form_groups(parallel, seed=0)
-    chunks = build_chunks(shape, transformer_config(shape, ModelConfig(dtype="float32"), parallel), tokens)
-    torch.manual_seed(0)
-    for parameter in chunks[0].parameters():
-        torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
-    data = _random_data(shape, responses, tokens)
-    sent: list[int] = []
-
-    def plain() -> None:
-        _forward(chunks, data, shape, device)
-
-    def ours() -> None:
-        collector = FingerprintCollector(chunks, data, "last", device)
-        with collector.hooked():
-            _forward(chunks, data, shape, device, before_chunk=collector.begin)
-        collector.gather(len(data))
-        sent.append(collector.sent_bytes)
-
-    def published() -> None:
-        states: list[torch.Tensor] = []
-        layers = [layer for _, layer in chunk_layers(chunks[0])]
-        sources = [*layers[:-1], chunks[0].decoder.final_layernorm]
-        hooks = [s.register_forward_hook(lambda _m, _i, o: states.append(_hidden(o))) for s in sources]
-        _forward(chunks, data, shape, device)
-        for hook in hooks:
-            hook.remove()
-        for hidden_SBH in states:
-            hidden_SBH @ chunks[0].head_weight().T
-
-    kinds = {"forward": plain, "ours": ours, "published": published}
-    with torch.no_grad():
-        peaks = {name: _peak_bytes(kind) for name, kind in kinds.items()}
-        seconds = {name: [] for name in kinds}
-        for _ in range(rounds):
-            for name, kind in kinds.items():
-                began = time.perf_counter()
-                kind()
-                seconds[name].append(time.perf_counter() - began)
+    store = open_store("127.0.0.1", pipeline)
+    context = multiprocessing.get_context("spawn")
+    ranks, pipes = [], []
+    for rank in range(pipeline):
+        ours, theirs = context.Pipe()
+        settings = (pipeline, responses, tokens, rounds, published_rounds, shape)
+        meeting = Rendezvous("127.0.0.1", store.port, rank, pipeline)
+        ranks.append(context.Process(target=_rank, args=(theirs, meeting, *settings), daemon=True))
+        ranks[-1].start()
+        theirs.close()
+        pipes.append(ours)
+    reports = [pipe.recv() for pipe in pipes]
+    for process in ranks:
+        process.join()
+    seconds = reports[-1]["seconds"]
+    extra = {kind: max(r["peaks"][kind] - r["peaks"]["forward"] for r in reports) for kind in ("ours", "published")}
     layers, hidden = shape.num_layers, shape.hidden_size
     return {
         **{f"{name}_s": statistics.median(values) for name, values in seconds.items()},
         "overhead": _overhead(seconds["ours"], seconds["forward"]),
         "published_overhead": _overhead(seconds["published"], seconds["forward"]),
-        "extra_bytes": peaks["ours"] - peaks["forward"],
+        "extra_bytes": extra["ours"],
         "extra_bytes_bound": 4 * responses * (2 * layers * hidden + hidden),
-        "published_extra_bytes": peaks["published"] - peaks["forward"],
-        "sent_bytes": sent[-1],
-        "sent_bytes_expected": 4 * responses * (2 * hidden + 2 * layers),
+        "published_extra_bytes": extra["published"],
+        "sent_bytes": sum(report["sent_bytes"] for report in reports),
+        "sent_bytes_expected": 4 * responses * ((pipeline - 1) * hidden + pipeline * layers) if pipeline > 1 else 0,
+        "pipeline": pipeline,
         "responses": responses,
         "tokens": tokens,
         "rounds": rounds,
     }
 
 
-def _forward(chunks: list[PolicyModel], data: StepData, shape: ModelShape, device: str, before_chunk=None) -> None:
-    passes.run(
-        chunks,
-        data,
-        [np.arange(len(data))],
-        lambda _batch, logprobs_R, _entropy_R: (logprobs_R.sum(), {}),
-        temperature=1.0,
-        vocab_size=shape.vocab_size,
-        device=device,
-        forward_only=True,
-        before_chunk=before_chunk,
-    )
+def _rank(
+    pipe: Connection,
+    meeting: Rendezvous,
+    pipeline: int,
+    responses: int,
+    tokens: int,
+    rounds: int,
+    published_rounds: int,
+    shape: ModelShape,
+) -> None:
+    torch.set_num_threads(1)
+    device = join(meeting)
+    parallel = ParallelConfig(pipeline=pipeline)
+    form_groups(parallel, seed=0)
+    (chunk,) = build_chunks(shape, transformer_config(shape, ModelConfig(dtype="float32"), parallel), tokens)
+    torch.manual_seed(0)
+    for parameter in chunk.parameters():
+        nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else nn.init.ones_(parameter)
+    kinds = _Kinds(chunk, shape, _random_data(shape, responses, tokens), device)
+    with torch.no_grad():
+        # The first pass of each kind is also its warm-up.
+        peaks = {name: _peak_bytes(kind) for name, kind in kinds.by_name().items()}
+        seconds: dict[str, list[float]] = {name: [] for name in kinds.by_name()}
+        for number in range(rounds):
+            for name, kind in kinds.by_name().items():
+                if name != "published" or number < published_rounds:
+                    seconds[name].append(_seconds(kind))
+    pipe.send({"peaks": peaks, "seconds": seconds, "sent_bytes": kinds.sent_bytes})
+
+
+class _Kinds:
+    """The three ways to make a forward pass."""
+
+    def __init__(self, chunk: PolicyModel, shape: ModelShape, data: StepData, device: str):
+        self._chunk, self._shape, self._data, self._device = chunk, shape, data, device
+        self.sent_bytes = 0
+
+    def by_name(self) -> dict[str, Callable[[], None]]:
+        return {"forward": self._forward, "ours": self._ours, "published": self._published}
+
+    def _forward(self, before_chunk: Callable | None = None) -> None:
+        passes.run(
+            [self._chunk],
+            self._data,
+            np.array_split(np.arange(len(self._data)), max(1, len(self._data) // 2)),
+            lambda _batch, logprobs_R, _entropy_R: (logprobs_R.sum(), {}),
+            temperature=1.0,
+            vocab_size=self._shape.vocab_size,
+            device=self._device,
+            forward_only=True,
+            before_chunk=before_chunk,
+        )
+
+    def _ours(self) -> None:
+        collector = FingerprintCollector([self._chunk], self._data, "last", self._device)
+        with collector.hooked():
+            self._forward(before_chunk=collector.begin)
+        collector.gather(len(self._data))
+        self.sent_bytes = collector.sent_bytes
+
+    def _published(self) -> None:
+        states: list[Tensor] = []
+        sources = [layer for _, layer in chunk_layers(self._chunk)]
+        if self._chunk.post_process:
+            sources[-1] = self._chunk.decoder.final_layernorm
+        hooks = [
+            source.register_forward_hook(lambda _m, _i, output: states.append(_hidden(output))) for source in sources
+        ]
+        self._forward()
+        for hook in hooks:
+            hook.remove()
+        for hidden_SBH in states:
+            hidden_SBH @ self._chunk.head_weight().T
+
+
+def _hidden(output: Tensor | tuple) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _random_data(shape: ModelShape, responses: int, tokens: int) -> StepData:
@@ -121,17 +175,20 @@ def _random_data(shape: ModelShape, responses: int, tokens: int) -> StepData:
     return StepData.of_responses(prompts, answers, [[0.0] * half] * responses, positions, list(range(responses)))
 
 
-def _hidden(output: torch.Tensor | tuple) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def _seconds(kind: Callable[[], None]) -> float:
+    dist.barrier()
+    began = time.perf_counter()
+    kind()
+    dist.barrier()
+    return time.perf_counter() - began
 
 
 def _overhead(seconds: list[float], reference: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(seconds, reference, strict=True)) - 1
+    return statistics.median(a / b for a, b in zip(seconds, reference, strict=False)) - 1
 
 
 def _peak_bytes(kind: Callable[[], None]) -> int:
     """The most that torch had allocated above the start, by its own record of every allocation and release."""
-    kind()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         kind()
     held = peak = 0

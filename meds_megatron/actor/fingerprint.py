@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from meds_megatron.actor.microbatch import MicroBatch
 from meds_megatron.actor.step_data import StepData
+from meds_megatron.errors import UserError
 from meds_megatron.model.gpt import PolicyModel, chunk_layers
 
 
@@ -27,14 +28,19 @@ class FingerprintCollector:
     """
 
     def __init__(self, chunks: list[PolicyModel], data: StepData, norm: str, device: str):
+        """Looks up the head's rows of all target tokens. Raises UserError under context parallelism."""
+        if parallel_state.get_context_parallel_world_size() > 1:
+            raise UserError("Fingerprints need whole sequences on a rank: context parallelism is not supported yet")
         self._chunks = chunks
         self._norm = norm
         self._num_layers = chunks[0].config.num_layers
         self._rows_B = np.flatnonzero(data.answer_positions_B >= 0)
         self._place_of_row = {int(row): place for place, row in enumerate(self._rows_B)}
         self._values_NL = torch.zeros(len(self._rows_B), self._num_layers, dtype=torch.float32, device=device)
-        self._head_NH = _head_rows(chunks[-1], _target_tokens(data, self._rows_B), device)
-        self._final_norm = _FinalNorm(chunks[-1], device) if norm == "all" else None
+        self.sent_bytes = 0
+        """What this rank has sent to other pipeline stages."""
+        self._head_NH = self._head_rows(_target_tokens(data, self._rows_B))
+        self._final_norm_H = self._final_norm_weight() if norm == "all" else None
         self._micro_batch: MicroBatch | None = None
         self._places_N: Tensor | None = None
 
@@ -66,7 +72,7 @@ class FingerprintCollector:
             position_N, mine_N = self._owned(hidden_SBH.shape[0])
             hidden_NH = hidden_SBH[position_N, self._micro_batch.answer_sequence_N].float()
             if normed:
-                hidden_NH = self._final_norm(hidden_NH)
+                hidden_NH = rms_norm(hidden_NH, self._final_norm_H, self._chunks[0].config.layernorm_epsilon)
             values_N = (hidden_NH * self._head_NH[self._places_N]).sum(-1)
             self._values_NL[self._places_N, layer] = values_N * mine_N
 
@@ -92,45 +98,51 @@ class FingerprintCollector:
         Each value has one owner and is zero elsewhere, so sums over the ranks are exact.
         """
         dist.all_reduce(self._values_NL, group=parallel_state.get_tensor_model_parallel_group())
-        dist.all_reduce(self._values_NL, group=parallel_state.get_pipeline_model_parallel_group())
+        stages = parallel_state.get_pipeline_model_parallel_group()
+        if stages.size() > 1:
+            dist.all_reduce(self._values_NL, group=stages)
+            self.sent_bytes += self._values_NL.nbytes
         fingerprints_BL = np.zeros((count, self._num_layers), dtype=np.float32)
         fingerprints_BL[self._rows_B] = self._values_NL.cpu().numpy()
         return fingerprints_BL
+
+    def _head_rows(self, targets_N: np.ndarray) -> Tensor:
+        """The head's row of each target token, float32 [N, H]: looked up on the last stage, sent to all."""
+        last_chunk, device = self._chunks[-1], self._values_NL.device
+        rows_NH = torch.zeros(len(targets_N), last_chunk.config.hidden_size, dtype=torch.float32, device=device)
+        if last_chunk.post_process:
+            weight_VH = last_chunk.head_weight().detach()
+            first_row = parallel_state.get_tensor_model_parallel_rank() * weight_VH.shape[0]
+            local_N = torch.from_numpy(targets_N).to(device) - first_row
+            mine_N = (local_N >= 0) & (local_N < weight_VH.shape[0])
+            rows_NH[mine_N] = weight_VH[local_N[mine_N]].float()
+            dist.all_reduce(rows_NH, group=parallel_state.get_tensor_model_parallel_group())
+        self._broadcast_from_last_stage(rows_NH)
+        return rows_NH
+
+    def _final_norm_weight(self) -> Tensor:
+        """The weight of the model's final RMSNorm in float32, [H], on every stage."""
+        last_chunk = self._chunks[-1]
+        weight_H = torch.zeros(last_chunk.config.hidden_size, dtype=torch.float32, device=self._values_NL.device)
+        if last_chunk.post_process:
+            weight_H.copy_(last_chunk.decoder.final_layernorm.weight.detach())
+        self._broadcast_from_last_stage(weight_H)
+        return weight_H
+
+    def _broadcast_from_last_stage(self, values: Tensor) -> None:
+        stages = parallel_state.get_pipeline_model_parallel_group()
+        if stages.size() == 1:
+            return
+        dist.broadcast(values, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=stages)
+        if stages.rank() == stages.size() - 1:
+            self.sent_bytes += values.nbytes * (stages.size() - 1)
+
+
+def rms_norm(hidden_NH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm of float32 states, as the model's last layer has it."""
+    return hidden_NH * torch.rsqrt(hidden_NH.square().mean(-1, keepdim=True) + epsilon) * weight_H
 
 
 def _target_tokens(data: StepData, rows_N: np.ndarray) -> np.ndarray:
     """The token after the answer's position: the answer's first token."""
     return data.tokens_T[data.offsets_B1[rows_N] + data.answer_positions_B[rows_N] + 1]
-
-
-def _head_rows(last_chunk: PolicyModel, targets_N: np.ndarray, device: str) -> Tensor:
-    """The head's row of each target token, float32 [N, H]: looked up vocab-parallel on the last stage, sent to all."""
-    rows_NH = torch.zeros(len(targets_N), last_chunk.config.hidden_size, dtype=torch.float32, device=device)
-    if last_chunk.post_process:
-        weight_VH = last_chunk.head_weight()
-        first_row = parallel_state.get_tensor_model_parallel_rank() * weight_VH.shape[0]
-        local_N = torch.from_numpy(targets_N).to(device) - first_row
-        mine_N = (local_N >= 0) & (local_N < weight_VH.shape[0])
-        rows_NH[mine_N] = weight_VH.detach()[local_N[mine_N]].float()
-        dist.all_reduce(rows_NH, group=parallel_state.get_tensor_model_parallel_group())
-    _broadcast_from_last_stage(rows_NH)
-    return rows_NH
-
-
-class _FinalNorm:
-    """The model's final RMSNorm in float32, on every stage."""
-
-    def __init__(self, last_chunk: PolicyModel, device: str):
-        self._epsilon = last_chunk.config.layernorm_epsilon
-        self._weight_H = torch.zeros(last_chunk.config.hidden_size, dtype=torch.float32, device=device)
-        if last_chunk.post_process:
-            self._weight_H.copy_(last_chunk.decoder.final_layernorm.weight.detach())
-        _broadcast_from_last_stage(self._weight_H)
-
-    def __call__(self, hidden_NH: Tensor) -> Tensor:
-        return hidden_NH * torch.rsqrt(hidden_NH.square().mean(-1, keepdim=True) + self._epsilon) * self._weight_H
-
-
-def _broadcast_from_last_stage(values: Tensor) -> None:
-    group = parallel_state.get_pipeline_model_parallel_group()
-    dist.broadcast(values, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)

@@ -12,18 +12,19 @@ from meds_megatron.trainer.partition import balance
 MODELS = ["qwen2 tied", "qwen2 untied", "qwen3 tied", "qwen3 untied"]
 VOCAB = 260
 LAYERS = 4
+HIDDEN = 64
 RESPONSES = 7
 WITH_ANSWER = 5
 
 
-def make_model(directory: Path, name: str) -> Path:
+def make_model(directory: Path, name: str, spread: float = 0.1) -> Path:
     """Writes a random model with norms and biases away from their initial values, so that each one matters."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(MODELS.index(name))
     sizes = dict(
         vocab_size=VOCAB,
-        hidden_size=64,
+        hidden_size=HIDDEN,
         intermediate_size=96,
         num_hidden_layers=LAYERS,
         num_attention_heads=8,
@@ -38,7 +39,7 @@ def make_model(directory: Path, name: str) -> Path:
         model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter += spread * torch.randn_like(parameter)
     model.save_pretrained(directory)
     return directory
 
@@ -62,10 +63,35 @@ def step_data() -> StepData:
     return data
 
 
-def forward(rank: int, directory: str, parallel: dict, micro_batch: int = 2) -> ForwardResult | None:
+def forward(
+    rank: int, directory: str, parallel: dict, micro_batch: int = 2, norm: str = "last", dtype: str = "float32"
+) -> ForwardResult | None:
     """What our policy makes of `step_data`, on one rank of a layout."""
-    policy = make_policy(directory, parallel, micro_batch)
-    return policy.forward(step_data())
+    return make_policy(directory, parallel, micro_batch, norm=norm, dtype=dtype).forward(step_data())
+
+
+def forward_in_order(rank: int, directory: str, parallel: dict, micro_batch: int, order) -> ForwardResult | None:
+    """The same for the responses in another order."""
+    return make_policy(directory, parallel, micro_batch).forward(step_data().select(order))
+
+
+def bytes_sent(rank: int, directory: str, parallel: dict) -> int:
+    """What taking the fingerprints sends from this rank to other stages."""
+    from meds_megatron.actor.fingerprint import FingerprintCollector
+
+    collector = FingerprintCollector(make_policy(directory, parallel).chunks, step_data(), "last", "cpu")
+    collector.gather(RESPONSES)
+    return collector.sent_bytes
+
+
+_one_rank: dict[Path, ForwardResult] = {}
+
+
+def on_one_rank(ranks, directory: Path) -> ForwardResult:
+    """What a single rank makes of `step_data`."""
+    if directory not in _one_rank:
+        (_one_rank[directory],) = ranks.run(1, forward, str(directory), {})
+    return _one_rank[directory]
 
 
 def forward_and_update(rank: int, directory: str, parallel: dict, micro_batch: int, loss: str) -> list[dict]:
@@ -101,13 +127,20 @@ def add_up(results: list[list[dict]]) -> list[dict]:
     return whole
 
 
-def make_policy(directory: str, parallel: dict, micro_batch: int = 2, loss: str = "token_mean"):
+def make_policy(
+    directory: str,
+    parallel: dict,
+    micro_batch: int = 2,
+    loss: str = "token_mean",
+    norm: str = "last",
+    dtype: str = "float32",
+):
     from meds_megatron.actor.policy import Policy
     from meds_megatron.actor.process_group import form_groups
     from meds_megatron.config import Config, ParallelConfig
 
     config = Config(parallel=ParallelConfig(**parallel))
-    config.model.dtype = "float32"
+    config.model.dtype, config.memory.norm = dtype, norm
     config.rollout.max_prompt_tokens = config.rollout.max_response_tokens = 16
     config.train.micro_batch_responses = micro_batch
     config.policy.loss = loss
@@ -127,7 +160,7 @@ def cached_model(tmp_path_factory, name: str) -> Path:
     return _models[name]
 
 
-def transformers_answers(directory: Path) -> ForwardResult:
+def transformers_answers(directory: Path, norm: str = "last") -> ForwardResult:
     """The same numbers from transformers, one sequence at a time."""
     from transformers import AutoModelForCausalLM
 
@@ -136,8 +169,12 @@ def transformers_answers(directory: Path) -> ForwardResult:
     logprobs, entropies, fingerprints_BL = [], [], np.zeros((RESPONSES, LAYERS), dtype=np.float32)
     for row in range(RESPONSES):
         tokens_T = torch.from_numpy(data.tokens_T[data.offsets_B1[row] : data.offsets_B1[row + 1]])
+        # What enters the final norm is the one state that transformers does not hand out.
+        unnormed = []
+        hook = model.model.norm.register_forward_pre_hook(lambda _m, inputs, kept=unnormed: kept.append(inputs[0]))
         with torch.no_grad():
             output = model(tokens_T[None], output_hidden_states=True)
+        hook.remove()
         prompt = int(data.prompt_lengths_B[row])
         all_TV = output.logits[0].log_softmax(-1)
         logprobs.append(all_TV[:-1].gather(1, tokens_T[1:, None])[prompt - 1 :, 0])
@@ -145,6 +182,11 @@ def transformers_answers(directory: Path) -> ForwardResult:
         position = data.answer_positions_B[row]
         if position >= 0:
             head_row_H = model.lm_head.weight[tokens_T[position + 1]]
-            hidden_LH = torch.stack([h[0, position] for h in output.hidden_states[1:]])
+            states = list(output.hidden_states[1:])
+            if norm == "none":
+                states[-1] = unnormed[0]
+            if norm == "all":
+                states[:-1] = [model.model.norm(state) for state in states[:-1]]
+            hidden_LH = torch.stack([h[0, position] for h in states])
             fingerprints_BL[row] = (hidden_LH @ head_row_H).detach().numpy()
     return ForwardResult(torch.cat(logprobs).numpy(), torch.cat(entropies).numpy(), fingerprints_BL)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from meds_megatron.actor.step_data import scatter_ragged
 from tests.model import qwen_cases as cases
 
 LAYOUTS = {
@@ -31,6 +32,55 @@ def test_logprobs_entropy_and_fingerprints_match_transformers(ranks, model_dirs,
     assert np.abs(found.entropy_R - expected.entropy_R).max() < 1e-4
     assert np.abs(found.fingerprints_BL - expected.fingerprints_BL).max() < 1e-4
     assert expected.fingerprints_BL.any(axis=1).sum() == cases.WITH_ANSWER
+    one_rank = cases.on_one_rank(ranks, model_dirs[model])
+    assert np.abs(found.fingerprints_BL - one_rank.fingerprints_BL).max() < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["TP1", "PP2 uneven", "TP2xPP2+SP", "TP2xPP2xVPP2+SP"])
+@pytest.mark.parametrize("norm", ["all", "none"])
+def test_which_layers_pass_the_final_norm_can_be_chosen(ranks, model_dirs, norm, layout):
+    directory, parallel = model_dirs["qwen3 untied"], LAYOUTS[layout]
+    world_size = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
+    expected = cases.transformers_answers(directory, norm)
+    results = ranks.run(world_size, cases.forward, str(directory), parallel, 2, norm)
+    (found,) = [result for result in results if result is not None]
+    assert np.abs(found.fingerprints_BL - expected.fingerprints_BL).max() < 1e-4
+    assert np.abs(expected.fingerprints_BL - cases.transformers_answers(directory).fingerprints_BL).max() > 0.1
+
+
+@pytest.mark.parametrize("layout", ["TP1", "PP2xVPP2", "TP2xPP2+SP"])
+@pytest.mark.parametrize("micro_batch", [1, 3, 7])
+def test_values_belong_to_their_responses_in_any_order(ranks, model_dirs, micro_batch, layout):
+    directory, parallel = model_dirs["qwen2 tied"], LAYOUTS[layout]
+    world_size = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
+    order = np.random.default_rng(micro_batch).permutation(cases.RESPONSES)
+    results = ranks.run(world_size, cases.forward_in_order, str(directory), parallel, micro_batch, order)
+    (found,) = [result for result in results if result is not None]
+    expected = cases.on_one_rank(ranks, directory)
+    assert np.abs(found.fingerprints_BL - expected.fingerprints_BL[order]).max() < 1e-5
+    lengths_B = cases.step_data().response_lengths_B[order]
+    back = scatter_ragged([found.logprobs_R], [order], lengths_B[np.argsort(order)])
+    assert np.abs(back - expected.logprobs_R).max() < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2xPP2+SP"])
+def test_bfloat16_weights_give_float32_values(ranks, tmp_path, layout):
+    directory = cases.make_model(tmp_path / "model", "qwen3 untied", spread=0.0)
+    parallel = LAYOUTS[layout]
+    world_size = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
+    results = ranks.run(world_size, cases.forward, str(directory), parallel, 2, "last", "bfloat16")
+    (found,) = [result for result in results if result is not None]
+    expected = cases.transformers_answers(directory).fingerprints_BL
+    assert np.abs(found.fingerprints_BL - expected).max() < 2e-2
+    values_N = torch.from_numpy(found.fingerprints_BL[found.fingerprints_BL != 0])
+    assert (values_N.bfloat16().float() != values_N).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_bytes_between_stages_are_what_the_shapes_say(ranks, model_dirs, stages):
+    sent = sum(ranks.run(stages, cases.bytes_sent, str(model_dirs["qwen2 untied"]), {"pipeline": stages}))
+    rows, result = cases.WITH_ANSWER * cases.HIDDEN * 4, cases.WITH_ANSWER * cases.LAYERS * 4
+    assert sent == (rows * (stages - 1) + result * stages if stages > 1 else 0)
 
 
 @pytest.fixture(scope="module")
