@@ -109,7 +109,7 @@ def _rank(
     kinds = _Kinds(chunk, shape, _random_data(shape, responses, tokens), device)
     with torch.no_grad():
         # The first pass of each kind is also its warm-up.
-        peaks = {name: _peak_bytes(kind) for name, kind in kinds.by_name().items()}
+        peaks = {name: peak_bytes(kind) for name, kind in kinds.by_name().items()}
         seconds: dict[str, list[float]] = {name: [] for name in kinds.by_name()}
         for number in range(rounds):
             for name, kind in kinds.by_name().items():
@@ -187,7 +187,7 @@ def _overhead(seconds: list[float], reference: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds, reference, strict=False)) - 1
 
 
-def _peak_bytes(kind: Callable[[], None]) -> int:
+def peak_bytes(kind: Callable[[], None]) -> int:
     """The most that torch had allocated above the start, by its own record of every allocation and release."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         kind()

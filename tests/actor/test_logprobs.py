@@ -1,0 +1,80 @@
+"""Log-probs, entropy and their gradient in chunks, against plain log-softmax."""
+
+import pytest
+import torch
+
+from meds_megatron.actor import logprobs
+
+TOKENS, HIDDEN, VOCAB = 37, 16, 50
+
+
+def inputs(padded_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states [R, H], a head of VOCAB rows with padding behind them, and targets."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_RH = torch.randn(TOKENS, HIDDEN, generator=generator)
+    head_VH = torch.randn(VOCAB + padded_rows, HIDDEN, generator=generator)
+    return hidden_RH, head_VH, torch.randint(0, VOCAB, (TOKENS,), generator=generator)
+
+
+def chunked(rank: int, tensor: int, chunk_tokens: int, temperature: float) -> list[torch.Tensor]:
+    """Values and gradients on one tensor-parallel rank that holds its rows of the head."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    from meds_megatron.actor.process_group import form_groups
+    from meds_megatron.config import ParallelConfig
+
+    form_groups(ParallelConfig(tensor=tensor), seed=0)
+    hidden_RH, head_VH, targets_R = inputs(padded_rows=2)
+    mine_VH = head_VH.chunk(tensor)[parallel_state.get_tensor_model_parallel_rank()].clone().requires_grad_()
+    hidden_RH.requires_grad_()
+    values_R, entropy_R = logprobs.logprobs_and_entropy(
+        tensor_parallel.copy_to_tensor_model_parallel_region(hidden_RH),
+        mine_VH,
+        targets_R,
+        temperature=temperature,
+        vocab_size=VOCAB,
+        chunk_tokens=chunk_tokens,
+    )
+    (values_R * torch.linspace(-1, 1, TOKENS)).sum().backward()
+    return [t.detach().numpy() for t in (values_R, entropy_R, hidden_RH.grad, mine_VH.grad)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("tensor", "chunk_tokens"), [(1, 512), (1, 5), (2, 5), (4, 1)])
+def test_values_and_gradients_are_those_of_log_softmax(ranks, tensor, chunk_tokens, temperature):
+    hidden_RH, head_VH, targets_R = inputs(padded_rows=2)
+    hidden_RH.requires_grad_()
+    head_VH.requires_grad_()
+    all_RV = (hidden_RH @ head_VH[:VOCAB].T / temperature).log_softmax(-1)
+    expected_R = all_RV.gather(1, targets_R[:, None]).squeeze(1)
+    (expected_R * torch.linspace(-1, 1, TOKENS)).sum().backward()
+    entropy_R = -(all_RV.exp() * all_RV).sum(-1)
+
+    found = ranks.run(tensor, chunked, tensor, chunk_tokens, temperature)
+    for values_R, entropies_R, grad_hidden_RH, _ in found:
+        assert torch.from_numpy(values_R) == pytest.approx(expected_R.detach(), abs=1e-5)
+        assert torch.from_numpy(entropies_R) == pytest.approx(entropy_R.detach(), abs=1e-5)
+        assert torch.allclose(torch.from_numpy(grad_hidden_RH), hidden_RH.grad, atol=1e-5)
+    grad_VH = torch.cat([torch.from_numpy(result[3]) for result in found])
+    assert torch.allclose(grad_VH, head_VH.grad, atol=1e-5)
+
+
+def peak_bytes(rank: int, tokens: int) -> int:
+    """The most that the log-probs of `tokens` tokens have allocated at once."""
+    from meds_megatron.actor.bench import peak_bytes
+    from meds_megatron.actor.process_group import form_groups
+    from meds_megatron.config import ParallelConfig
+
+    form_groups(ParallelConfig(), seed=0)
+    hidden_RH, head_VH = torch.randn(tokens, 8), torch.randn(2000, 8)
+    targets_R = torch.zeros(tokens, dtype=torch.int64)
+    options = dict(temperature=1.0, vocab_size=2000, chunk_tokens=64)
+    return peak_bytes(lambda: logprobs.logprobs_and_entropy(hidden_RH, head_VH, targets_R, **options))
+
+
+def test_no_logits_outlive_their_chunk(ranks):
+    """Ten times the tokens must not take ten times the memory: only what is kept a token grows."""
+    (few,), (many,) = (ranks.run(1, peak_bytes, tokens) for tokens in (128, 1280))
+    chunk = 64 * 2000 * 4
+    assert chunk <= few <= 5 * chunk
+    assert many - few < 1280 * 8 * 8
