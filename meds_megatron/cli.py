@@ -194,14 +194,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Where an actor of Ray found the mistake, `cause` is its own error, without Ray's traceback in the text.
         print(f"meds: {getattr(error, 'cause', error)}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except (KeyboardInterrupt, click.Abort):
+        print("meds: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except Exception as error:
         if not _is_dead_actor(error):
             raise
         print(f"meds: a process of the run died; what it said is above, or in Ray's logs: {error}", file=sys.stderr)
         return EXIT_FAILURE
-    except (KeyboardInterrupt, click.Abort):
-        print("meds: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ class RankPool:
     """
 
     def __init__(self):
-        # Ranks of tests compute on the CPU, also where there are GPUs.
-        os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        os.environ["OMP_NUM_THREADS"] = "1"
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["meds_megatron.actor.policy", "tests.rank_pool"])
 
@@ -61,6 +60,8 @@ def _receive(pipe: Connection) -> tuple[bool, object]:
 
 
 def _serve(pipe: Connection, task: tuple) -> None:
+    # Ranks of tests compute on the CPU, also where there are GPUs.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
     from meds_megatron.actor.messages import Rendezvous

@@ -63,8 +63,14 @@ def test_every_checked_key_exists():
         (dict(parallel__tensor=3), "make the number of ranks a multiple of 3"),
         (dict(parallel__sequence=True), "parallel.tensor = 1"),
         (dict(parallel__virtual_pipeline=2), "needs more than one pipeline stage"),
-        (dict(rollout__engines=9), "rollout.engines x rollout.tensor = 9 x 1 is more than the 8 ranks"),
-        (dict(cluster__nodes=2, rollout__tensor=16), "would spread an engine over nodes of 8 ranks"),
+        (
+            dict(cluster__device="cuda", rollout__engines=9),
+            "rollout.engines x rollout.tensor = 9 x 1 is more than the 8 ranks",
+        ),
+        (
+            dict(cluster__device="cuda", cluster__nodes=2, rollout__tensor=16),
+            "would spread an engine over nodes of 8 ranks",
+        ),
         (dict(train__mini_batch_prompts=24), "512 is not a multiple of train.mini_batch_prompts = 24"),
         (dict(train__micro_batch_responses=64), "16 x 16 responses is smaller than train.micro_batch_responses x"),
         (dict(train__micro_batch_responses=3), "is not a multiple of train.micro_batch_responses x data-parallel"),

@@ -37,8 +37,9 @@ def test_real_text_passes_through_every_part(run):
 
 def test_answers_in_boxes_have_fingerprints(run):
     rows = pq.read_table(run / "rollouts" / "step_000001.parquet").to_pylist()
-    boxed = [row for row in rows if row["response"].rstrip("$.").endswith("}") and "\\boxed{" in row["response"]]
-    assert len(boxed) > len(rows) // 2
+    boxed = [row for row in rows if row["fingerprint"] is not None]
+    assert len(boxed) >= 4
     for row in boxed:
-        assert np.isfinite(row["fingerprint"]).all() and len(row["fingerprint"]) == 4
-    assert {row["prompt"] for row in rows} and all("?" in row["prompt"] or "." in row["prompt"] for row in rows)
+        assert "\\boxed{" in row["response"]
+        assert len(row["fingerprint"]) == 4 and np.isfinite(row["fingerprint"]).all()
+    assert all(row["fingerprint"] is None for row in rows if "boxed{" not in row["response"])
