@@ -13,7 +13,7 @@ from meds_megatron.actor import microbatch
 from meds_megatron.actor.logprobs import logprobs_and_entropy
 from meds_megatron.actor.microbatch import MicroBatch
 from meds_megatron.actor.step_data import StepData
-from meds_megatron.model.gpt import PolicyModel
+from meds_megatron.weights.chunks import unwrapped
 
 OnLastStage = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, dict]]
 """Takes a micro-batch and its tokens' log-probs and entropy; gives the loss (already normalised) and what to keep."""
@@ -75,8 +75,3 @@ def micro_batch_multiple() -> int:
     if parallel_state.get_virtual_pipeline_model_parallel_world_size() is None:
         return 1
     return parallel_state.get_pipeline_model_parallel_world_size()
-
-
-def unwrapped(chunk: nn.Module) -> PolicyModel:
-    """The model inside its data-parallel wrapper, if it has one."""
-    return chunk if isinstance(chunk, PolicyModel) else chunk.module
