@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from meds_megatron.actor import microbatch, optimizer, passes
@@ -24,20 +23,19 @@ class Policy:
 
     def __init__(self, config: Config, model_dir: str, device: str):
         self._config = config
-        self._device = device
+        self.device = device
         self.shape = ModelShape.from_hf(model_dir)
         model_config = transformer_config(self.shape, config.model, config.parallel)
         self.chunks = build_chunks(
             self.shape, model_config, config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
         )
         load_hf(self.chunks, self.shape, model_dir)
-        self.is_first_replica = parallel_state.get_data_parallel_rank() == 0
         self._wrapped = optimizer.wrap(self.chunks)
         self._optimizer = optimizer.build(self._wrapped, model_config, config.optimizer)
 
     def forward(self, data: StepData) -> ForwardResult | None:
         """Log-probs, entropies and fingerprints of the rank's responses; None on ranks that do not speak for them."""
-        fingerprints = FingerprintCollector(self.chunks, data, self._config.memory.norm, self._device)
+        fingerprints = FingerprintCollector(self.chunks, data, self._config.memory.norm, self.device)
         plan = [rows for minibatch in self._plan(data) for rows in minibatch]
         for chunk in self._wrapped:
             chunk.eval()
@@ -59,7 +57,7 @@ class Policy:
         """Makes the optimizer steps of training step `step`, one a mini-batch; off the last stage sums are empty."""
         rate = optimizer.learning_rate(step, self._config.optimizer)
         optimizer.set_learning_rate(self._optimizer, rate)
-        loss = _TokenLoss(data, self._config, self._device)
+        loss = _TokenLoss(data, self._config, self.device)
         results = []
         for plan in self._plan(data):
             for chunk in self._wrapped:
@@ -87,7 +85,7 @@ class Policy:
             on_last_stage,
             temperature=self._config.rollout.temperature,
             vocab_size=self.shape.vocab_size,
-            device=self._device,
+            device=self.device,
             **settings,
         )
 

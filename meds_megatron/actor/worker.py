@@ -6,13 +6,15 @@ with its own environment.
 
 import logging
 import warnings
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from meds_megatron.actor.messages import ForwardResult, Rendezvous, UpdateResult
 from meds_megatron.actor.step_data import StepData
 from meds_megatron.config import Config
-from meds_megatron.errors import UserError
-from meds_megatron.weights.shared_memory import BucketInfo, write_bucket
+from meds_megatron.weights.messages import Checksums, Staged, SyncSpec
+
+if TYPE_CHECKING:
+    from meds_megatron.weights.transport.network import Meeting
 
 
 class PolicyWorker:
@@ -54,28 +56,47 @@ class PolicyWorker:
     def update(self, data: StepData, step: int) -> list[UpdateResult]:
         return self._policy.update(data, step)
 
-    def publish(self, directory: str) -> list[BucketInfo]:
-        """Writes the weights for the engines, a bucket a layer; one rank of each pipeline stage has buckets to give."""
-        from meds_megatron.weights.gather import iterate_hf
+    def prepare_sync(self, spec: SyncSpec) -> None:
+        """Makes the rank ready to send its share of the weights to engines."""
+        from meds_megatron.weights.chunks import shares
+        from meds_megatron.weights.sender import WeightSender
+        from meds_megatron.weights.transport import local_transport
 
-        if not self._policy.is_first_replica:
-            return []
-        buckets = []
-        groups = iterate_hf(self._policy.chunks, self._policy.shape)
+        self._meetings, device = {}, self._policy.device
+        place = spec.layout.coordinates(self._rank)
+        parameters = shares(self._policy.chunks, self._policy.shape, spec.layout.tensor)
+        self._sender = WeightSender(spec, self._rank, place.tensor, parameters, local_transport(device, spec.directory))
+
+    def open_meeting(self, engine: int, senders: int, receivers: int) -> "Meeting":
+        """Opens the meeting of an engine and the trainer ranks, with this one, that serve it over the network."""
+        import ray
+
+        from meds_megatron.weights.transport.network import open_meeting
+
+        host, timeout = ray.util.get_node_ip_address(), self._config.cluster.collective_timeout_minutes
+        meeting, self._meetings[engine] = open_meeting(host, senders, receivers, timeout)
+        return meeting
+
+    def join(self, engine: int, meeting: "Meeting", member: int) -> None:
+        """Meets the engine, as `member` of the meeting."""
+        from meds_megatron.weights.transport.network import Link
+
+        store = self._meetings.pop(engine, None)
+        self._sender.connect(engine, Link(meeting, member, self._policy.device, store))
+
+    def stage(self, group: int, checksums: bool) -> Staged:
+        return self._sender.stage(group, checksums)
+
+    def release(self, group: int) -> None:
+        self._sender.release(group)
+
+    def send(self, group: int, engine: int, checksums: bool) -> Checksums:
+        """Sends the rank's part of a group to an engine; what cannot reach it is missed there, not here."""
         try:
-            for number, tensors in enumerate(groups):
-                if tensors:
-                    buckets.append(write_bucket(Path(directory), f"rank{self._rank:05d}-{number:05d}", tensors))
-        except OSError as error:
-            raise UserError(
-                f"{directory}: no room for the engines' weights ({error.strerror}); give the machine, or its "
-                "container, shared memory for one copy of the model"
-            ) from error
-        finally:
-            # The other tensor-parallel ranks gather to the end: a full shared memory must not leave them waiting.
-            for _ in groups:
-                pass
-        return buckets
+            return self._sender.send(group, engine, checksums)
+        except RuntimeError as error:
+            logging.getLogger(__name__).warning("engine %d cannot be reached: %s", engine, error)
+            return {}
 
     def export(self, directory: str, source: str) -> None:
         """Writes the model as a Hugging Face directory, configuration and tokenizer taken from `source`."""

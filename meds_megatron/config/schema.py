@@ -100,6 +100,11 @@ class RolloutConfig:
     engines: int = 1
     tensor: int = 1
     """Tensor-parallel size of each engine."""
+    nodes: int | None = None
+    """Nodes that the engines have to themselves, beside cluster.nodes (disaggregated). Null: engines and trainer ranks
+    share nodes and GPUs (colocated), and engines sleep while the policy learns."""
+    max_failures: int = 3
+    """How often in a row an engine may fail, and be started anew, without having generated anything in between."""
     responses_per_prompt: int = 16
     max_prompt_tokens: int = 1024
     max_response_tokens: int = 3072
@@ -257,6 +262,11 @@ class TrainConfig:
 class SyncConfig:
     """Weights from trainer to engines."""
 
+    transport: Literal["auto", "network"] = "auto"
+    """`auto`: through a node's memory where trainer rank and engine share the node, over the network elsewhere;
+    `network`: over the network everywhere (needs nodes of the engines' own on GPUs, which NCCL does not let share)."""
+    checksum_every: int = 50
+    """Weight updates between comparisons of checksums on both sides; 0 leaves only the one before the first step."""
     max_logprob_difference: float | None = None
     """Stop when the mean |trainer - rollout| log-prob of a step exceeds this; null only reports it."""
 

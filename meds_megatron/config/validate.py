@@ -20,6 +20,7 @@ POSITIVE = (
     "data.limit_validation",
     "rollout.engines",
     "rollout.tensor",
+    "rollout.nodes",
     "rollout.max_prompt_tokens",
     "rollout.max_response_tokens",
     "rollout.temperature",
@@ -57,6 +58,7 @@ NOT_NEGATIVE = (
     "train.seed",
     "model.random.boxing_steps",
     "rollout.validation_temperature",
+    "rollout.max_failures",
     "reward.overlong.factor",
     "penalty.alpha",
     "advantage.entropy_coefficient",
@@ -66,6 +68,7 @@ NOT_NEGATIVE = (
     "optimizer.clip_grad",
     "train.validate_every",
     "train.export_every",
+    "sync.checksum_every",
     "sync.max_logprob_difference",
 )
 SHARES = ("rollout.top_p", "rollout.validation_top_p", "rollout.gpu_memory_utilization", "policy.clip_low")
@@ -181,17 +184,24 @@ def _check_ranks(config: Config) -> None:
     )
     if cluster.device != "cuda":
         return
-    ranks = cluster.nodes * cluster.ranks_per_node
-    _require(
-        rollout.engines * rollout.tensor <= ranks,
-        f"rollout.engines x rollout.tensor = {rollout.engines} x {rollout.tensor} is more than the {ranks} ranks of "
-        "cluster.nodes x cluster.ranks_per_node",
-        "lower one of them",
-    )
+    key = "cluster.nodes" if rollout.nodes is None else "rollout.nodes"
+    nodes = rollout.nodes or cluster.nodes
     _require(
         rollout.tensor <= cluster.ranks_per_node,
         f"rollout.tensor = {rollout.tensor} would spread an engine over nodes of {cluster.ranks_per_node} ranks",
         "lower rollout.tensor",
+    )
+    engines = nodes * (cluster.ranks_per_node // rollout.tensor)
+    _require(
+        rollout.engines <= engines,
+        f"rollout.engines = {rollout.engines} engines of rollout.tensor = {rollout.tensor} GPUs are more than the "
+        f"{engines} that {key} x cluster.ranks_per_node = {nodes} x {cluster.ranks_per_node} GPUs hold",
+        "lower one of them",
+    )
+    _require(
+        rollout.nodes is not None or config.sync.transport != "network",
+        "sync.transport = network connects trainer ranks and engines by NCCL, which does not let them share a GPU",
+        "give the engines nodes of their own with rollout.nodes, or set sync.transport=auto",
     )
 
 

@@ -1,7 +1,8 @@
 """Where ranks and engines run: pure functions of the config, and their translation into Ray's terms.
 
-A run owns its nodes whole. Trainer ranks and engines share the GPUs: rank r has one GPU to itself among the ranks, and
-every engine takes `rollout.tensor` neighbouring GPUs of one node. Without GPUs only the node matters.
+A run owns its nodes whole. The trainer's nodes come first: rank r has one GPU of them to itself among the ranks. Every
+engine takes `rollout.tensor` neighbouring GPUs of one node: of those that the ranks have, too, or with `rollout.nodes`
+of further nodes. Without GPUs only the node matters, and one machine may stand in for several.
 """
 
 from dataclasses import dataclass
@@ -31,23 +32,32 @@ def engine_places(cluster: ClusterConfig, rollout: RolloutConfig) -> list[Place]
 
     `config.validate` has seen to it that engines fit the GPUs.
     """
+    first, nodes = (0, cluster.nodes) if rollout.nodes is None else (cluster.nodes, rollout.nodes)
     places = []
     for engine in range(rollout.engines):
-        node, slot = engine % cluster.nodes, engine // cluster.nodes
-        places.append(Place(node, tuple(range(slot * rollout.tensor, (slot + 1) * rollout.tensor))))
+        node, slot = engine % nodes, engine // nodes
+        places.append(Place(first + node, tuple(range(slot * rollout.tensor, (slot + 1) * rollout.tensor))))
     return places
+
+
+def visible_gpus(place: Place, gpus_per_node: int) -> list[int]:
+    """All GPUs of the node, those of the place first: a process uses the first ones, and may open memory that a
+    neighbour shares on any other."""
+    return [*place.gpus, *(gpu for gpu in range(gpus_per_node) if gpu not in place.gpus)]
 
 
 class Placement:
     """The reserved nodes of a run."""
 
-    def __init__(self, cluster: ClusterConfig, use_gpu: bool):
-        """Reserves the nodes; `wait` returns when Ray has found them."""
+    def __init__(self, cluster: ClusterConfig, use_gpu: bool, engine_nodes: int = 0):
+        """Reserves the trainer's nodes and `engine_nodes` more; `wait` returns when Ray has found them."""
         from ray.util.placement_group import placement_group
 
         self._use_gpu = use_gpu
-        bundle = {"GPU": cluster.ranks_per_node} if use_gpu else {"CPU": 1}
-        self._group = placement_group([bundle] * cluster.nodes, strategy="STRICT_SPREAD")
+        self._gpus_per_node = cluster.ranks_per_node
+        bundle = {"GPU": cluster.ranks_per_node} if use_gpu else {"CPU": 1e-3}
+        self.nodes = cluster.nodes + engine_nodes
+        self._group = placement_group([bundle] * self.nodes, strategy="STRICT_SPREAD" if use_gpu else "SPREAD")
 
     def wait(self, seconds: float) -> bool:
         """Whether the nodes could be reserved within `seconds`."""
@@ -61,8 +71,9 @@ class Placement:
             environment = environment | {"CUDA_VISIBLE_DEVICES": ""}
         else:
             # The run owns the reserved GPUs and hands them out itself: several actors share one.
+            gpus = visible_gpus(place, self._gpus_per_node)
             environment = environment | {
-                "CUDA_VISIBLE_DEVICES": ",".join(map(str, place.gpus)),
+                "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
                 "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             }
         return {

@@ -6,7 +6,7 @@ Importing this module does not import vLLM: that happens when an engine is made,
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from meds_megatron.rollout.sampling import Sampling
 if TYPE_CHECKING:
     from vllm import CompletionOutput
 
+    from meds_megatron.weights.messages import Checksums, Staged, SyncSpec
+    from meds_megatron.weights.transport.network import Meeting
+
 
 class RolloutEngine:
     """Generates responses with the weights it was last given.
@@ -28,8 +31,11 @@ class RolloutEngine:
     apart.
     """
 
-    def __init__(self, config: Config, model_dir: str, use_gpu: bool, index: int = 0):
+    def __init__(self, config: Config, model_dir: str, use_gpu: bool, index: int = 0, read_weights: bool = True):
+        """Without `read_weights` the engine does not read the model's weights from disk, only what kind it is: a weight
+        update has to bring them."""
         self._config, self._model_dir, self._use_gpu, self._index = config, model_dir, use_gpu, index
+        self._read_weights = read_weights
         self._version: int | None = None
         self._next_version: int | None = None
         self._failed = self._started = False
@@ -43,7 +49,7 @@ class RolloutEngine:
         self._tokenizer = AutoTokenizer.from_pretrained(self._model_dir)
         self._boxed = BoxedLocator(self._tokenizer)
         self._stop_token_ids = stop_token_ids(self._model_dir, self._tokenizer.eos_token_id)
-        self.llm = make_llm(self._config, self._model_dir, self._use_gpu)
+        self.llm = make_llm(self._config, self._model_dir, self._use_gpu, self._read_weights)
         self._started = True
 
     def weights_version(self) -> int | None:
@@ -51,7 +57,7 @@ class RolloutEngine:
         return self._version
 
     def trust_disk_weights(self, version: int = 0) -> None:
-        """Declares that the weights loaded from the model's directory are `version`."""
+        """Declares that the weights read from the model's directory are `version`."""
         self._version = version
 
     def generate(self, prompts: list[list[int]], indices: list[int], sampling: Sampling, seed: int) -> list[Response]:
@@ -67,7 +73,7 @@ class RolloutEngine:
         from vllm import SamplingParams, TokensPrompt
 
         (engine_seed,) = np.random.SeedSequence([seed, self._index]).generate_state(1)
-        self.llm.collective_rpc("seed_sampling", args=(int(engine_seed),))
+        self._on_ranks("seed_sampling", seed=int(engine_seed))
         parameters = SamplingParams(
             n=sampling.responses,
             max_tokens=sampling.max_tokens,
@@ -91,38 +97,58 @@ class RolloutEngine:
             self._response(index, completion, text) for (index, completion), text in zip(numbered, texts, strict=True)
         ]
 
+    def connect(self, spec: "SyncSpec", meeting: "Meeting | None", senders: dict[tuple[int, int], int]) -> None:
+        """Tells the engine's ranks where their weights come from; returns when those they meet over the network are
+        there."""
+        self._on_ranks("init_weight_transfer_engine", init_info=dict(spec=spec, meeting=meeting, senders=senders))
+
     def begin_weight_update(self, version: int) -> None:
-        """Makes the engine stale, ready for the buckets of `version`."""
+        """Makes the engine stale, ready for the groups of `version`."""
         if self._failed:
             raise RuntimeError(f"engine {self._index} failed in a weight update: start it anew")
         self._version, self._next_version = None, version
         self._update("start_weight_update")
 
-    def load_bucket(self, path: str) -> None:
-        """Loads one bucket; the file is not needed any more when this returns.
+    def load_group(self, group: int, checksums: bool, *staged: "Staged") -> "Checksums":
+        """Loads one group of the resharding plan, what is staged on this node and what comes over the network.
 
-        Raises an error that names the tensor when the model has no such parameter or got it before in this update.
-        The engine can then only be ended.
+        Returns the checksums of what was loaded, where they are wanted. Raises an error that names the tensor when the
+        model has no such parameter or got it before in this update. The engine can then only be ended.
         """
-        self._update("update_weights", update_info={"path": path})
+        handles = {place: handle for part in staged for place, handle in part.handles.items()}
+        self._update("update_weights", update_info=dict(group=group, handles=handles, checksums=checksums))
+        if not checksums:
+            return {}
+        return {key: value for part in self._on_ranks("weight_checksums") for key, value in part.items()}
 
     def finish_weight_update(self) -> None:
         """Makes the new weights the ones in use.
 
-        Raises an error that names the parameters no bucket brought. The engine can then only be ended.
+        Raises an error that names the parameters that never came. The engine can then only be ended.
         """
         self._update("finish_weight_update")
         self._forget_prefixes()
         self._version = self._next_version
+
+    def sleep(self) -> None:
+        """Gives the GPU's memory to others: the weights wait in the machine's memory, the KV cache is thrown away."""
+        self.llm.sleep(level=1)
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Takes the memory back, first for the weights, then for the KV cache."""
+        self.llm.wake_up(tags=[part])
 
     def close(self) -> None:
         """Ends vLLM's own processes and gives back the shared memory they speak through."""
         if self._started:
             self.llm.llm_engine.engine_core.shutdown()
 
+    def _on_ranks(self, method: str, **arguments) -> list:
+        return self.llm.collective_rpc(method, kwargs=arguments)
+
     def _update(self, method: str, **arguments) -> None:
         try:
-            self.llm.collective_rpc(method, kwargs=arguments)
+            self._on_ranks(method, **arguments)
         except Exception:
             self._failed = True
             raise
@@ -146,8 +172,11 @@ class RolloutEngine:
             raise RuntimeError(f"engine {self._index} could not reset its prefix cache: a request is still running")
 
 
-def make_llm(config: Config, model_dir: str, use_gpu: bool):
-    """A `vllm.LLM` that takes our weight updates and gives the log-probabilities that samples were drawn with."""
+def make_llm(config: Config, model_dir: str, use_gpu: bool, read_weights: bool = True):
+    """A `vllm.LLM` that takes our weight updates and gives the log-probabilities that samples were drawn with.
+
+    Without `read_weights` its weights are random until the first update.
+    """
     from vllm import LLM
     from vllm.config import WeightTransferConfig
 
@@ -155,13 +184,14 @@ def make_llm(config: Config, model_dir: str, use_gpu: bool):
 
     rollout = config.rollout
     memory = (
-        {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+        {"gpu_memory_utilization": rollout.gpu_memory_utilization} | {"enable_sleep_mode": rollout.nodes is None}
         if use_gpu
         else {"kv_cache_memory_bytes": int(rollout.cpu_kv_cache_gib * 2**30)}
     )
     return LLM(
         model=model_dir,
-        dtype=config.model.dtype if rollout.dtype == "auto" else rollout.dtype,
+        load_format="auto" if read_weights else "dummy",
+        dtype=engine_dtype(config),
         seed=config.train.seed,
         max_model_len=rollout.max_prompt_tokens + rollout.max_response_tokens,
         max_num_seqs=rollout.max_num_seqs,
@@ -176,9 +206,14 @@ def make_llm(config: Config, model_dir: str, use_gpu: bool):
         disable_log_stats=True,
         use_tqdm_on_load=False,
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-        worker_extension_cls="meds_megatron.rollout.vllm_worker.SamplingSeed",
+        worker_extension_cls="meds_megatron.rollout.vllm_worker.EngineRank",
         **memory,
     )
+
+
+def engine_dtype(config: Config) -> str:
+    """Type of the engines' weights, without the `torch.`."""
+    return config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
 
 
 def check_cpu_can_run(model_dir: str) -> None:

@@ -5,7 +5,6 @@ from meds_megatron.trainer.collect import collect
 from meds_megatron.trainer.parts import Parts
 from meds_megatron.trainer.report import report_step
 from meds_megatron.trainer.state import RunState
-from meds_megatron.trainer.sync import sync_weights
 from meds_megatron.trainer.validation import validate
 
 
@@ -24,7 +23,8 @@ def train(parts: Parts, state: RunState) -> None:
         batch = Batch.of_groups(collected.kept, config.train.mini_batch_prompts, parts.policy.layout.data)
         updates = []
         if len(batch.data):
-            # One forward pass gives the old log-probs and the fingerprints.
+            # The GPUs are the trainer's. One forward pass gives the old log-probs and the fingerprints.
+            parts.engines.sleep()
             with timer("forward"):
                 batch.take_forward(parts.policy.forward(batch.shards()))
 
@@ -42,7 +42,8 @@ def train(parts: Parts, state: RunState) -> None:
             with timer("update"):
                 updates = parts.policy.update(batch.shards(), state.step - 1)
             with timer("sync"):
-                sync_weights(parts, state)
+                state.weights_version += 1
+                parts.sync.update(state.weights_version)
         else:
             parts.memory.remember_nothing()
 

@@ -50,11 +50,6 @@ def _run(config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory) -
 def check_machine(config: Config) -> None:
     """Raises UserError for a run that this machine cannot hold."""
     cluster = config.cluster
-    if cluster.nodes > 1:
-        raise UserError(
-            f"cluster.nodes = {cluster.nodes}: weights pass from trainer to engines through the shared memory of one "
-            "machine, so a run has one node so far; set cluster.nodes=1"
-        )
     if cluster.device == "cuda" and cluster.address is None:
         import torch
 

@@ -1,6 +1,7 @@
 """The parts of a run, started together and ended together."""
 
 import logging
+import secrets
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from meds_megatron.data.problems import load_problems
 from meds_megatron.data.prompts import Prompt, build_prompts
 from meds_megatron.errors import UserError
 from meds_megatron.launch.placement import Placement
+from meds_megatron.model.shape import ModelShape
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.rollout.group import EngineGroup
 from meds_megatron.trainer.console import Console
@@ -20,7 +22,8 @@ from meds_megatron.trainer.memory_group import MemoryGroup
 from meds_megatron.trainer.metrics import MetricsLog, PhaseTimer
 from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.trainer.run_dir import RunDirectory
-from meds_megatron.weights.shared_memory import make_bucket_directory
+from meds_megatron.trainer.sync import WeightSync
+from meds_megatron.weights.transport.shared_memory import ROOT as SHARED_MEMORY
 
 PLACEMENT_SECONDS = 120
 
@@ -50,7 +53,7 @@ class Parts:
     log: MetricsLog
     console: Console
     timer: PhaseTimer
-    bucket_directory: Path
+    sync: WeightSync
 
     def validation_due(self, step: int) -> bool:
         """Before the first step, every `validate_every` steps and after the last one, if there are prompts for it."""
@@ -102,18 +105,19 @@ def start_parts(
     if use_gpu:
         # vLLM measures the free memory of a GPU that a trainer rank shares with it: the rank has to be there first.
         policy.start()
-    engines = EngineGroup(config, str(model_dir), use_gpu, placement)
+    engines = EngineGroup(config, str(model_dir), use_gpu, placement, read_weights=False)
     stack.callback(engines.close)
+    engines.on_failure = console.note
     memory = MemoryGroup(config, placement)
     stack.callback(memory.close)
     graders = stack.enter_context(GraderPool(config.reward.workers, config.reward.timeout_seconds))
     log = stack.enter_context(MetricsLog(run, config))
-    bucket_directory = make_bucket_directory()
-    stack.callback(shutil.rmtree, bucket_directory, ignore_errors=True)
     if not use_gpu:
         policy.start()
-    # Trainer and engines have read the same directory: the first rollouts need no transfer.
-    engines.start(disk_weights_version=0)
+    engines.start()
+    sync = WeightSync(config, ModelShape.from_hf(model_dir), policy, engines, shared_directory(stack))
+    engines.refill = sync.fill
+    sync.update(version=0)
     return Parts(
         config=config,
         prompts=prompts.train,
@@ -126,20 +130,27 @@ def start_parts(
         log=log,
         console=console,
         timer=PhaseTimer(on_phase=console.phase),
-        bucket_directory=bucket_directory,
+        sync=sync,
     )
 
 
 def reserve_nodes(config: Config, use_gpu: bool) -> Placement:
     """The nodes of the run. Raises UserError when the Ray cluster does not have them."""
-    placement = Placement(config.cluster, use_gpu)
+    placement = Placement(config.cluster, use_gpu, config.rollout.nodes or 0)
     if not placement.wait(PLACEMENT_SECONDS):
-        cluster, kind = config.cluster, f" with {config.cluster.ranks_per_node} free GPUs each" if use_gpu else ""
+        kind = f" with {config.cluster.ranks_per_node} free GPUs each" if use_gpu else ""
         raise UserError(
-            f"The Ray cluster did not have {cluster.nodes} nodes{kind} within {PLACEMENT_SECONDS} s: lower "
-            "cluster.nodes or cluster.ranks_per_node, or start Ray on more nodes"
+            f"The Ray cluster did not have {placement.nodes} nodes{kind} within {PLACEMENT_SECONDS} s: lower "
+            "cluster.nodes, rollout.nodes or cluster.ranks_per_node, or start Ray on more nodes"
         )
     return placement
+
+
+def shared_directory(stack: ExitStack) -> str:
+    """A name in the shared memory of every node; `stack` clears what is left there on this one."""
+    directory = SHARED_MEMORY / f"meds-weights-{secrets.token_hex(8)}"
+    stack.callback(shutil.rmtree, directory, ignore_errors=True)
+    return str(directory)
 
 
 def start_ray(config: Config, stack: ExitStack) -> None:

@@ -9,7 +9,8 @@ from meds_megatron.actor.worker import PolicyWorker
 from meds_megatron.config import Config
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.launch.placement import Placement, rank_places
-from meds_megatron.weights.shared_memory import BucketInfo
+from meds_megatron.weights.messages import SyncSpec
+from meds_megatron.weights.transport.network import Meeting
 
 
 class PolicyGroup:
@@ -47,9 +48,17 @@ class PolicyGroup:
         results = self._on_shards("update", shards, step)
         return [max(replica, key=lambda steps: len(steps[0].sums)) for replica in results]
 
-    def publish(self, directory: str) -> list[BucketInfo]:
-        """Buckets with all weights under Hugging Face names, each tensor once."""
-        return [info for infos in self._on_all("publish", directory) for info in infos]
+    def prepare_sync(self, spec: SyncSpec) -> None:
+        """Makes every rank ready to send its share of the weights."""
+        self._on_all("prepare_sync", spec)
+
+    def open_meeting(self, rank: int, engine: int, senders: int, receivers: int) -> Meeting:
+        """Where trainer ranks and the ranks of an engine meet: at trainer rank `rank`."""
+        return ray.get(self.on_rank(rank, "open_meeting", engine, senders, receivers))
+
+    def on_rank(self, rank: int, method: str, *args) -> ray.ObjectRef:
+        """Calls a method of one rank."""
+        return getattr(self._workers[rank], method).remote(*args)
 
     def export(self, directory: str) -> None:
         self._on_all("export", directory, self._model_dir)

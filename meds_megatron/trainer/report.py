@@ -27,7 +27,7 @@ def report_step(
 
     Raises UserError when trainer and engines disagree by more than `sync.max_logprob_difference`.
     """
-    metrics = {**sampling_metrics(collected), **metrics}
+    metrics = {**sampling_metrics(collected), **parts.engines.metrics(), **metrics}
     if len(batch.data):
         metrics |= reward_metrics(batch) | mismatch_metrics(batch) | update_metrics(updates)
     with parts.timer("memory"):

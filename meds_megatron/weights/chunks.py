@@ -37,3 +37,9 @@ def local_parameters(chunks: Iterable[nn.Module], table: Table, tp_size: int) ->
                     f" the table at TP={tp_size}: the model was built for another shape"
                 )
             yield entry, parameter
+
+
+def shares(chunks: Iterable[nn.Module], shape: ModelShape, tp_size: int) -> dict[str, Tensor]:
+    """This rank's parameters by the names of their entries; a tied head, which is a copy, is left out."""
+    held = local_parameters(chunks, local_table(shape, tp_size), tp_size)
+    return {entry.name: parameter for entry, parameter in held if not entry.copy}

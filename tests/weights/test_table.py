@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.errors import UserError
+from meds_megatron.model.catalogue import QWEN
 from meds_megatron.weights.table import build_table, canonical_name, chunk_groups, padded_vocab
-from tests.weights.qwen_shapes import QWEN
 
 LAYOUTS = {
     "Qwen2.5-0.5B": [(1, 1, 1), (2, 2, 2), (2, 4, 3)],

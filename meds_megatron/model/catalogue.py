@@ -1,13 +1,18 @@
-"""The Qwen models that the project trains, at full size."""
+"""The sizes of the Qwen models that can be trained, for plans and benchmarks that have no model directory.
+
+A run reads its model's own config.json instead. Source: the config.json of each model on Hugging Face.
+"""
 
 from meds_megatron.model.shape import ModelShape
 
 
-def _qwen2(hidden, layers, heads, kv_heads, head_dim, ffn, vocab, tied):
+def _qwen2(
+    hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, ffn: int, vocab: int, tied: bool
+) -> ModelShape:
     return ModelShape("qwen2", hidden, layers, heads, kv_heads, head_dim, ffn, vocab, tied, 1e6, 1e-6, 32768)
 
 
-def _qwen3(hidden, layers, heads, kv_heads, ffn, tied):
+def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: bool) -> ModelShape:
     return ModelShape("qwen3", hidden, layers, heads, kv_heads, 128, ffn, 151936, tied, 1e6, 1e-6, 40960)
 
 
