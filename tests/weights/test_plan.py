@@ -1,0 +1,128 @@
+"""The resharding plan at full size, against a plain picture of what vLLM's ranks hold."""
+
+from math import prod
+
+import numpy as np
+import pytest
+import torch
+
+from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.model.catalogue import QWEN
+from meds_megatron.model.shape import ModelShape
+from meds_megatron.weights.plan import Range, ReshardPlan, engine_box, interleaved
+
+# (trainer TP, PP, VPP, engine TP): alike on both sides, more and fewer engine ranks than trainer ranks.
+LAYOUTS = {
+    "Qwen2.5-0.5B": [(1, 1, 1, 1), (2, 2, 2, 2), (2, 4, 3, 1), (1, 2, 1, 2)],
+    "Qwen2.5-1.5B": [(1, 1, 1, 2), (2, 2, 1, 1), (2, 4, 1, 4)],
+    "Qwen2.5-3B": [(1, 1, 1, 1), (2, 2, 1, 2), (2, 4, 3, 4)],
+    "Qwen2.5-7B": [(1, 1, 1, 4), (4, 2, 1, 4), (4, 4, 7, 2)],
+    "Qwen2.5-14B": [(2, 1, 1, 8), (4, 2, 2, 4), (8, 4, 1, 2)],
+    "Qwen2.5-32B": [(8, 1, 1, 8), (8, 2, 2, 4), (4, 8, 1, 8)],
+    "Qwen2.5-72B": [(8, 4, 1, 8), (8, 2, 2, 8), (4, 8, 1, 8), (8, 4, 2, 4)],
+    "Qwen3-0.6B": [(1, 1, 1, 1), (2, 2, 1, 4), (8, 4, 1, 2)],
+    "Qwen3-1.7B": [(1, 1, 1, 16), (2, 2, 7, 2), (8, 1, 1, 8)],
+    "Qwen3-4B": [(1, 1, 1, 1), (2, 2, 1, 4), (8, 4, 3, 8)],
+    "Qwen3-8B": [(1, 1, 1, 2), (4, 2, 1, 4), (8, 4, 1, 1)],
+    "Qwen3-14B": [(2, 1, 1, 2), (4, 2, 2, 8), (8, 4, 1, 4)],
+    "Qwen3-32B": [(8, 1, 1, 8), (8, 4, 2, 4), (4, 8, 1, 8)],
+}
+CASES = [(name, layout) for name in QWEN for layout in LAYOUTS[name]]
+
+
+def plan_of(name: str, layout: tuple[int, int, int, int]) -> ReshardPlan:
+    tensor, pipeline, virtual, engine = layout
+    return ReshardPlan(QWEN[name], ParallelLayout(tensor=tensor, pipeline=pipeline, virtual=virtual), engine)
+
+
+def vllm_rows(shape: ModelShape, hf_name: str, rank: int, size: int) -> np.ndarray | None:
+    """Indices along the cut dimension that vLLM's rank holds, by its rules for heads; None: all of them."""
+    head, heads = shape.head_dim, shape.num_heads // size
+    if "q_proj" in hf_name or "o_proj" in hf_name:
+        return np.arange(rank * heads * head, (rank + 1) * heads * head)
+    if "k_proj" in hf_name or "v_proj" in hf_name:
+        # Each query head needs the key and value head of its group, and no other is there.
+        group = shape.num_heads // shape.num_kv_heads
+        kv = sorted({query // group for query in range(rank * heads, (rank + 1) * heads)})
+        return np.concatenate([np.arange(k * head, (k + 1) * head) for k in kv])
+    if "mlp." in hf_name:
+        return np.arange(rank * shape.ffn_size // size, (rank + 1) * shape.ffn_size // size)
+    if "embed_tokens" in hf_name or "lm_head" in hf_name:
+        rows = np.array_split(np.arange(-(-shape.vocab_size // 64) * 64), size)[rank]
+        return rows[rows < shape.vocab_size]
+    return None
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_every_element_that_an_engine_rank_needs_is_sent_to_it_exactly_once(name, layout):
+    plan = plan_of(name, layout)
+    for engine_rank in range(plan.engine_tensor):
+        received: dict[str, list[Range]] = {}
+        for group in plan.groups:
+            for parcel in plan.parcels(group):
+                if parcel.engine_rank == engine_rank:
+                    for box in parcel.boxes:
+                        received.setdefault(box.hf_name, []).append(box.range)
+        assert set(received) == set(plan.table.hf_shapes)
+        for hf_name, ranges in received.items():
+            assert_they_cover_once(ranges, plan, hf_name, engine_rank)
+
+
+def assert_they_cover_once(ranges: list[Range], plan: ReshardPlan, hf_name: str, engine_rank: int) -> None:
+    """The boxes of a tensor lie side by side along one dimension and hold what the rank needs, each index once."""
+    hf_shape = plan.table.hf_shapes[hf_name]
+    cut = 1 if "o_proj" in hf_name or "down_proj" in hf_name else 0
+    for box in ranges:
+        across = [
+            (start, size) for axis, (start, size) in enumerate(zip(box.start, box.size, strict=True)) if axis != cut
+        ]
+        assert across == [(0, length) for axis, length in enumerate(hf_shape) if axis != cut]
+    held = np.sort(np.concatenate([np.arange(box.start[cut], box.start[cut] + box.size[cut]) for box in ranges]))
+    wanted = vllm_rows(plan.shape, hf_name, engine_rank, plan.engine_tensor)
+    assert np.array_equal(held, np.arange(hf_shape[cut]) if wanted is None else wanted)
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_boxes_lie_within_the_senders_parameter_and_no_buffer_is_above_the_bound(name, layout):
+    plan = plan_of(name, layout)
+    for group in plan.groups:
+        shapes = plan.hf_shapes(group)
+        assert sum(map(prod, shapes.values())) <= plan.largest_group
+        for parcel in plan.parcels(group):
+            assert parcel.elements <= plan.largest_group
+            for box in parcel.boxes:
+                local = torch.empty(plan.table.entries[box.entry].local_shape(plan.layout.tensor), device="meta")
+                whole = torch.empty(shapes[box.hf_name], device="meta")
+                assert local[box.local_slices()].shape == whole[box.hf_slices()].shape == box.range.size
+
+
+def test_the_bound_is_the_embedding_of_the_largest_model():
+    plan = plan_of("Qwen2.5-72B", (8, 4, 1, 8))
+    assert plan.largest_group == 152064 * 8192 + 8192
+    assert (plan.largest_group - 8192) * 2 == 2376 * 2**20
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_each_group_has_one_stage_and_turns_keep_a_stages_order(name, layout):
+    plan = plan_of(name, layout)
+    order = interleaved(plan)
+    assert sorted(order) == list(plan.groups)
+    assert {plan.stage(group) for group in plan.groups} == set(range(plan.layout.pipeline))
+    first = order[: plan.layout.pipeline * plan.layout.virtual]
+    assert {plan.stage(group) for group in first} == set(range(plan.layout.pipeline))
+
+
+def test_where_both_sides_cut_alike_a_rank_hears_from_one_rank_alone():
+    for name, layout in [("Qwen2.5-72B", (8, 4, 1, 8)), ("Qwen2.5-7B", (4, 2, 1, 4)), ("Qwen3-1.7B", (2, 2, 7, 2))]:
+        plan = plan_of(name, layout)
+        for group in plan.groups:
+            assert all(parcel.trainer_rank == parcel.engine_rank for parcel in plan.parcels(group))
+
+
+def test_a_rank_that_has_padding_alone_gets_nothing_of_the_vocabulary():
+    shape = ModelShape("qwen3", 8, 1, 4, 4, 2, 8, 100, True, 1e6, 1e-6, 64)
+    parts = [engine_box(shape, "model.embed_tokens.weight", (100, 8), rank, 4) for rank in range(4)]
+    assert [(part.start[0], part.size[0]) for part in parts] == [(0, 32), (32, 32), (64, 32), (96, 4)]
+    shape = ModelShape("qwen3", 8, 1, 4, 4, 2, 8, 65, True, 1e6, 1e-6, 64)
+    parts = [engine_box(shape, "lm_head.weight", (65, 8), rank, 4) for rank in range(4)]
+    assert [(part.start[0], part.size[0]) for part in parts] == [(0, 32), (32, 32), (64, 1), (65, 0)]
