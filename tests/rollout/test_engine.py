@@ -1,6 +1,11 @@
 """Two real engines on one small model."""
 
+import os
+import signal
+import time
+
 import pytest
+import ray
 
 from meds_megatron.launch.placement import Placement
 from meds_megatron.rollout.group import EngineGroup
@@ -26,9 +31,7 @@ def stale_engines(ray_cluster, model_dir):
 
 @pytest.fixture(scope="module")
 def engines(stale_engines):
-    with pytest.raises(
-        RuntimeError, match="engine 0 has stale weights: finish a weight update, or trust the ones on disk"
-    ):
+    with pytest.raises(RuntimeError, match="all engines have stale weights: update them, or trust the ones on disk"):
         stale_engines.generate(PROMPTS, SAMPLING, seed=0)
     stale_engines.start(disk_weights_version=0)
     return stale_engines
@@ -93,3 +96,25 @@ def test_engines_draw_differently_from_one_seed(engines):
 def test_batches_can_be_handed_in_ahead(engines):
     pending = [engines.submit(PROMPTS[:3], SAMPLING, seed=7), engines.submit(PROMPTS[3:4], SAMPLING, seed=8)]
     assert [len(batch.result()) for batch in pending] == [12, 4]
+
+
+def test_what_a_killed_engine_had_not_finished_is_generated_by_the_others(engines, model_dir):
+    told = []
+    engines.on_failure = told.append
+    victim, _ = engines.engines
+    process = ray.get(victim.__ray_call__.remote(lambda _: os.getpid()))
+    pending = engines.submit(PROMPTS, Sampling(responses=40, max_tokens=100), seed=9)
+    os.kill(process, signal.SIGKILL)
+    responses = pending.result()
+    assert [response.prompt_index for response in responses] == [i for i in range(len(PROMPTS)) for _ in range(40)]
+    assert logprob_error(model_dir, PROMPTS, responses[::17]) < 1e-4
+    assert (engines.fleet.restarts, engines.regenerated_prompts) == (1, 3)
+    assert len(told) == 1 and told[0].startswith("engine 0 failed and is started anew: ")
+
+
+def test_an_engine_that_was_started_anew_works_again(engines, model_dir):
+    while len(engines.ready()) < 2:
+        time.sleep(0.1)
+    assert engines.usable() == [0, 1]
+    assert logprob_error(model_dir, PROMPTS, engines.generate(PROMPTS, SAMPLING, seed=10)) < 1e-4
+    assert engines.fleet.restarts == 1
