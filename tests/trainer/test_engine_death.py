@@ -1,0 +1,68 @@
+"""Engines that are killed while they generate and while they are given weights: the run goes on."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+STEPS = 5
+PROMPTS = 6
+RESPONSES = 8
+SETTINGS = {
+    "two engines, weights through memory": ["rollout.engines=2"],
+    "one engine of two ranks, weights over the network": ["rollout.tensor=2", "sync.transport=network"],
+}
+
+
+@pytest.fixture(scope="module", params=SETTINGS.values(), ids=SETTINGS)
+def run(request, small_model, tmp_path_factory, cpu_engines):
+    """A finished run's metrics, a dict a step, and what it said."""
+    directory = tmp_path_factory.mktemp("run") / "deadly"
+    command = [sys.executable, "-m", "tests.trainer.deadly_run", "configs/quickstart.yaml", *request.param]
+    command += [
+        f"run_dir={directory}",
+        "model.make=no",
+        f"model.path={small_model}",
+        "cluster.device=cpu",
+        f"data.limit_train={PROMPTS}",
+        "filter.metric=none",
+        # Scores differ by length, so that there is something to learn whatever the answers are.
+        "reward.overlong.buffer=38",
+        f"rollout.responses_per_prompt={RESPONSES}",
+        f"train.steps={STEPS}",
+        f"train.prompts_per_step={PROMPTS}",
+        f"train.mini_batch_prompts={PROMPTS}",
+        "train.micro_batch_responses=24",
+        "train.validate_every=0",
+        "train.export_hf=false",
+        "optimizer.lr=1e-4",
+        "sync.checksum_every=1",
+        "wandb.enabled=false",
+    ]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    said = finished.stdout + finished.stderr
+    assert finished.returncode == 0, said[-6000:]
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()], said
+
+
+def test_every_step_is_made_with_all_its_responses(run):
+    metrics, _ = run
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
+    assert all(line["response/count"] == PROMPTS * RESPONSES for line in metrics)
+
+
+def test_deaths_are_counted_and_told(run):
+    metrics, said = run
+    assert [line["rollout/engine_restarts"] for line in metrics] == [0, 1, 2, 2, 2]
+    regenerated = [line["rollout/regenerated_prompts"] for line in metrics]
+    assert regenerated[0] == 0 and regenerated[1] > 0 and len(set(regenerated[1:])) == 1
+    assert said.count("killing process") == 2
+    assert said.count("failed and is started anew") == 2
+
+
+def test_engines_have_the_trainers_weights_in_the_next_steps(run):
+    metrics, _ = run
+    for line in metrics:
+        assert 0 < line["mismatch/logprob_abs_max"] < 1e-3
+        assert line["policy/grad_norm"] > 0
