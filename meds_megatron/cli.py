@@ -156,6 +156,22 @@ def memory(histories: Sequence[int], keys: int, new: int) -> dict:
     return run(histories=histories, keys=keys, new=new)
 
 
+@bench.command(cls=Command, example="meds bench reshard --json")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Updates of each kind.")
+@click.option("--network-gbit", type=float, default=400.0, show_default=True, help="Gbit/s of a node, each way.")
+@click.option("--local-gbyte", type=float, default=100.0, show_default=True, help="GB/s between GPUs of a node.")
+@with_json
+def reshard(rounds: int, network_gbit: float, local_gbyte: float) -> dict:
+    """What new weights for the engines cost.
+
+    At the shape of Qwen2.5-0.5B on CPU, from TP2 x PP2 to an engine of TP2: our plan against gathering everything. And
+    what an update of 7B, 32B and 72B models moves, with the time that it takes at least.
+    """
+    from meds_megatron.weights.bench import run
+
+    return run(rounds=rounds, network_gbit=network_gbit, local_gbyte=local_gbyte)
+
+
 def show(result: dict, indent: str = "") -> None:
     """A result on the terminal: a line a number, a table for a list of rows."""
     for name, value in result.items():

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from meds_megatron.model.shape import ModelShape
@@ -13,7 +12,7 @@ from meds_megatron.weights.table import Entry
 
 
 def iterate_hf(
-    model_chunks: Iterable[nn.Module], shape: ModelShape, tp_group: dist.ProcessGroup | None = None
+    model_chunks: Iterable[nn.Module], shape: ModelShape, tp_group: dist.ProcessGroup
 ) -> Iterator[dict[str, Tensor]]:
     """The Hugging Face tensors of this pipeline stage, whole, one dict for each group: embedding, layer, final norm
     and head, in the order of the model.
@@ -23,7 +22,6 @@ def iterate_hf(
     device, and may be the parameters themselves: copy what must outlive an update. Beside the model, memory holds one
     group and the shards of the parameter being gathered.
     """
-    tp_group = tp_group or parallel_state.get_tensor_model_parallel_group()
     table = local_table(shape, tp_group.size())
     groups: dict[int, list[tuple[Entry, Tensor]]] = {}
     for entry, parameter in local_parameters(model_chunks, table, tp_group.size()):
@@ -32,7 +30,7 @@ def iterate_hf(
     for group in sorted(groups):
         tensors: dict[str, Tensor] = {}
         for entry, parameter in groups[group]:
-            tensors |= _whole_tensors(entry, parameter, tp_group)
+            tensors |= whole_tensors(entry, parameter, tp_group)
         yield tensors
 
 
@@ -45,7 +43,8 @@ def merge(entry: Entry, shards: list[Tensor]) -> dict[str, Tensor]:
     return whole
 
 
-def _whole_tensors(entry: Entry, local: Tensor, tp_group: dist.ProcessGroup) -> dict[str, Tensor]:
+def whole_tensors(entry: Entry, local: Tensor, tp_group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """The Hugging Face tensors of one parameter on rank 0 of the group, nothing on the others; all ranks call it."""
     if tp_group.size() == 1 or entry.split is None:
         if tp_group.rank() != 0:
             return {}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 
 from meds_megatron.actor.process_group import form_groups
 from meds_megatron.config import ModelConfig, ParallelConfig
@@ -62,7 +63,7 @@ def padding_rows(rank: int, case: Case) -> list[tuple[int, bool]]:
 def tensors_per_group(rank: int, case: Case) -> list[int]:
     form_groups(ParallelConfig(**case.parallel), seed=0)
     chunks, shape = load(case)
-    return [len(tensors) for tensors in iterate_hf(chunks, shape)]
+    return [len(tensors) for tensors in iterate_hf(chunks, shape, parallel_state.get_tensor_model_parallel_group())]
 
 
 def memory_of_loading(rank: int, case: Case) -> tuple[int, int]:

@@ -1,0 +1,270 @@
+"""What resharding costs: our plan against a gather of everything, between real processes on CPUs.
+
+Both ways send over the same links (gloo) to engine ranks that copy their part into parameters of their own, as vLLM's
+weight loaders do. Gathering everything is the common way: each pipeline stage gathers its tensors on one rank, which
+sends them whole to every engine rank.
+"""
+
+import multiprocessing
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.model.catalogue import QWEN
+from meds_megatron.weights.forecast import PLANS, predicted
+from meds_megatron.weights.gather import whole_tensors
+from meds_megatron.weights.messages import SyncSpec
+from meds_megatron.weights.plan import engine_box
+from meds_megatron.weights.receiver import WeightReceiver
+from meds_megatron.weights.sender import WeightSender
+from meds_megatron.weights.transport.network import Link, Meeting, open_meeting
+from meds_megatron.weights.transport.shared_memory import SharedMemory
+
+SAMPLE_SECONDS = 0.02
+TIMEOUT_MINUTES = 10
+
+
+def run(
+    model: str = "Qwen2.5-0.5B",
+    tensor: int = 2,
+    pipeline: int = 2,
+    engine_tensor: int = 2,
+    rounds: int = 5,
+    network_gbit: float = 400.0,
+    local_gbyte: float = 100.0,
+) -> dict:
+    """Measures weight updates in bfloat16 from `tensor` x `pipeline` trainer ranks to one engine of `engine_tensor`
+    ranks, one thread each, both ways in turn.
+
+    Keys: `bytes_aligned`, `bytes_gather` (between ranks, counted as they are sent), `aligned_s`, `gather_s`,
+    `copy_bound_s` (the engine ranks copying the same bytes within their own memory; all medians of `rounds`),
+    `speedup` (median of the rounds' ratios), `peak_extra_bytes` (largest sum of all processes' memory during an aligned
+    update, above that before it), `layer_group_bytes` (the largest group) and `plans`: what larger models would move in
+    an update, and the seconds that it takes at least when a node sends and receives `network_gbit` Gbit/s each and a
+    GPU takes `local_gbyte` GB/s from its neighbours.
+    """
+    spec = SyncSpec(QWEN[model], ParallelLayout(tensor=tensor, pipeline=pipeline), engine_tensor, "bfloat16", "")
+    measured = Ranks(spec).measure(rounds)
+    return {
+        "model": model,
+        "layout": f"TP{tensor} PP{pipeline} -> TP{engine_tensor}",
+        **measured,
+        "layer_group_bytes": spec.plan().largest_group * 2,
+        "rounds": rounds,
+        "plans": [predicted(*row, network_gbit, local_gbyte) for row in PLANS],
+    }
+
+
+class Ranks:
+    """The processes of one measurement: trainer ranks first, then engine ranks."""
+
+    def __init__(self, spec: SyncSpec):
+        self._meeting, self._store = open_meeting("127.0.0.1", spec.layout.ranks, spec.engine_tensor, TIMEOUT_MINUTES)
+        world = self._meeting.members
+        self._world_store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context("spawn")
+        self._processes, self._pipes = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, rank, spec, self._meeting, self._world_store.port)
+            self._processes.append(context.Process(target=_serve, args=arguments, daemon=True))
+            self._processes[-1].start()
+            theirs.close()
+            self._pipes.append(ours)
+
+    def measure(self, rounds: int) -> dict:
+        try:
+            self._all("prepare")
+            for kind in ("aligned", "gather", "copy"):
+                self._all(kind)
+            with _PeakMemory([process.pid for process in self._processes]) as memory:
+                self._all("aligned")
+            bytes_of, seconds = {}, {"aligned": [], "gather": [], "copy": []}
+            for _ in range(rounds):
+                for kind, values in seconds.items():
+                    sent, took = zip(*self._all(kind), strict=True)
+                    bytes_of[kind] = sum(sent)
+                    values.append(max(took))
+        finally:
+            for process in self._processes:
+                process.kill()
+                process.join()
+        ratios = [slow / fast for slow, fast in zip(seconds["gather"], seconds["aligned"], strict=True)]
+        return {
+            "bytes_aligned": bytes_of["aligned"],
+            "bytes_gather": bytes_of["gather"],
+            "aligned_s": statistics.median(seconds["aligned"]),
+            "gather_s": statistics.median(seconds["gather"]),
+            "copy_bound_s": statistics.median(seconds["copy"]),
+            "speedup": statistics.median(ratios),
+            "peak_extra_bytes": memory.extra,
+        }
+
+    def _all(self, command: str) -> list:
+        """Every process does the command; their answers."""
+        for pipe in self._pipes:
+            pipe.send(command)
+        return [pipe.recv() for pipe in self._pipes]
+
+
+def _serve(pipe: Connection, rank: int, spec: SyncSpec, meeting: Meeting, port: int) -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, meeting.members, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=meeting.members)
+    link = _CountingLink(meeting, rank, "cpu")
+    side = (_TrainerRank if rank < meeting.senders else _EngineRank)(spec, rank, link)
+    while True:
+        command: Callable[[], int] = getattr(side, pipe.recv())
+        dist.barrier()
+        link.sent_bytes = 0
+        began = time.perf_counter()
+        extra_bytes = command()
+        pipe.send((link.sent_bytes + extra_bytes, time.perf_counter() - began))
+
+
+class _CountingLink(Link):
+    sent_bytes = 0
+
+    def send(self, values: Tensor, member: int) -> None:
+        self.sent_bytes += values.nbytes
+        super().send(values, member)
+
+
+class _TrainerRank:
+    """Random weights in the shapes of a Megatron rank's parameters. Commands return what they moved beside the link."""
+
+    def __init__(self, spec: SyncSpec, rank: int, link: Link):
+        self._spec, self._plan, self._rank, self._link = spec, spec.plan(), rank, link
+        self._place = spec.layout.coordinates(rank)
+        stages = [
+            list(range(s * spec.layout.tensor, (s + 1) * spec.layout.tensor)) for s in range(spec.layout.pipeline)
+        ]
+        self._tp_group = [dist.new_group(ranks) for ranks in stages][self._place.pipeline]
+        self._entries = [
+            entry
+            for group in self._plan.groups
+            if self._plan.stage(group) == self._place.pipeline
+            for entry in self._plan.table.groups[group]
+            if not entry.copy
+        ]
+
+    def prepare(self) -> int:
+        generator = torch.Generator().manual_seed(self._rank)
+        self._parameters = {}
+        for entry in self._entries:
+            values = torch.empty(entry.local_shape(self._spec.layout.tensor), dtype=torch.bfloat16)
+            self._parameters[entry.name] = values.uniform_(generator=generator)
+        self._sender = WeightSender(self._spec, self._rank, self._place.tensor, self._parameters, SharedMemory(""))
+        self._sender.connect(0, self._link)
+        return 0
+
+    def aligned(self) -> int:
+        for group in self._plan.groups:
+            if self._plan.stage(group) == self._place.pipeline:
+                self._sender.send(group, engine=0, checksums=False)
+        return 0
+
+    def gather(self) -> int:
+        gathered = 0
+        for entry in self._entries:
+            local = self._parameters[entry.name]
+            whole = whole_tensors(entry, local, self._tp_group)
+            if self._place.tensor != 0:
+                gathered += local.nbytes if entry.split is not None else 0
+            for tensor in whole.values():
+                for engine_rank in range(self._plan.engine_tensor):
+                    self._link.send(tensor, self._link.receiver(engine_rank))
+        return gathered
+
+    def copy(self) -> int:
+        return 0
+
+
+class _EngineRank:
+    """Parameters of an engine rank, one for each Hugging Face tensor, which the weights are copied into."""
+
+    def __init__(self, spec: SyncSpec, rank: int, link: Link):
+        self._spec, self._plan, self._link = spec, spec.plan(), link
+        self._engine_rank = rank - spec.layout.ranks
+        for stage in range(spec.layout.pipeline):
+            dist.new_group(list(range(stage * spec.layout.tensor, (stage + 1) * spec.layout.tensor)))
+
+    def prepare(self) -> int:
+        layout = self._spec.layout
+        senders = {(place.pipeline, place.tensor): r for r in range(layout.ranks) for place in [layout.coordinates(r)]}
+        self._receiver = WeightReceiver(self._spec, self._engine_rank, "cpu", SharedMemory(""), self._link, senders)
+        self._parts, self._parameters = {}, {}
+        for name, shape in self._plan.table.hf_shapes.items():
+            box = engine_box(self._plan.shape, name, shape, self._engine_rank, self._plan.engine_tensor)
+            spans = zip(box.start, box.size, strict=True)
+            self._parts[name] = tuple(slice(first, first + size) for first, size in spans)
+            self._parameters[name] = torch.zeros(box.size, dtype=torch.bfloat16)
+        # What `copy` copies from: as large as the largest parameter, and read anew for each.
+        self._source = torch.zeros(max(p.numel() for p in self._parameters.values()), dtype=torch.bfloat16)
+        return 0
+
+    def aligned(self) -> int:
+        for group in self._plan.groups:
+            for name, tensor in self._receiver.receive(group, {}):
+                self._load(name, tensor)
+        return 0
+
+    def gather(self) -> int:
+        for group in self._plan.groups:
+            sender = self._plan.stage(group) * self._spec.layout.tensor
+            for name, shape in self._hf_order(group):
+                tensor = torch.empty(shape, dtype=torch.bfloat16)
+                self._link.receive(tensor, sender)
+                self._load(name, tensor)
+        return 0
+
+    def copy(self) -> int:
+        for parameter in self._parameters.values():
+            parameter.view(-1).copy_(self._source[: parameter.numel()])
+        return 0
+
+    def _hf_order(self, group: int) -> list[tuple[str, tuple[int, ...]]]:
+        """The tensors in the order in which a gathering rank sends them: entry by entry."""
+        entries = [entry for entry in self._plan.table.groups[group] if not entry.copy]
+        return [item for entry in entries for item in entry.hf_shapes().items()]
+
+    def _load(self, name: str, tensor: Tensor) -> None:
+        self._parameters[name].copy_(tensor[self._parts[name]])
+
+
+class _PeakMemory:
+    """Memory of processes together, a shared page counted once, above what they have at the beginning."""
+
+    def __init__(self, processes: list[int]):
+        self._files = [Path(f"/proc/{process}/smaps_rollup") for process in processes]
+        self._stop = threading.Event()
+        self._sampler = threading.Thread(target=self._sample)
+        self.extra = 0
+
+    def __enter__(self) -> "_PeakMemory":
+        self._before = self._total()
+        self._sampler.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._sampler.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(SAMPLE_SECONDS):
+            self.extra = max(self.extra, self._total() - self._before)
+
+    def _total(self) -> int:
+        return sum(self._pss(file.read_text()) for file in self._files)
+
+    @staticmethod
+    def _pss(text: str) -> int:
+        return 1024 * next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))

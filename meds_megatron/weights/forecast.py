@@ -1,0 +1,57 @@
+"""What weight updates of large models would move, and how long that takes at least: shapes and places alone."""
+
+from meds_megatron.config import ClusterConfig, RolloutConfig
+from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.launch.placement import engine_places, rank_places
+from meds_megatron.model.catalogue import QWEN
+from meds_megatron.weights.plan import ReshardPlan
+from meds_megatron.weights.routes import find_routes, predict
+
+# Model, trainer nodes, TP, PP, engines, engine TP, nodes of the engines' own (None: shared); nodes of 8 GPUs.
+PLANS = [
+    ("Qwen2.5-7B", 1, 4, 1, 8, 1, None),
+    ("Qwen2.5-7B", 1, 4, 1, 2, 4, 1),
+    ("Qwen2.5-32B", 4, 8, 2, 8, 4, None),
+    ("Qwen2.5-32B", 4, 8, 2, 4, 8, 4),
+    ("Qwen2.5-72B", 8, 8, 4, 8, 8, None),
+    ("Qwen2.5-72B", 8, 8, 4, 4, 8, 4),
+]
+
+
+def predicted(
+    model: str,
+    nodes: int,
+    tensor: int,
+    pipeline: int,
+    engines: int,
+    engine_tensor: int,
+    engine_nodes: int | None,
+    network_gbit: float,
+    local_gbyte: float,
+    gpus: int = 8,
+) -> dict:
+    """What an update of all engines moves, as a row of a table; bytes in GiB of bfloat16 weights."""
+    layout = ParallelLayout(tensor=tensor, pipeline=pipeline, data=nodes * gpus // (tensor * pipeline))
+    cluster = ClusterConfig(nodes=nodes, ranks_per_node=gpus)
+    rollout = RolloutConfig(engines=engines, tensor=engine_tensor, nodes=engine_nodes)
+    rank_nodes = [place.node for place in rank_places(cluster)]
+    nodes_of_engines = [place.node for place in engine_places(cluster, rollout)]
+    traffic = predict(
+        ReshardPlan(QWEN[model], layout, engine_tensor),
+        find_routes(layout, rank_nodes, nodes_of_engines),
+        rank_nodes,
+        nodes_of_engines,
+        item_bytes=2,
+        local_bytes_per_second=local_gbyte * 1e9,
+        network_bytes_per_second=network_gbit / 8 * 1e9,
+    )
+    return {
+        "model": model,
+        "trainer": f"TP{layout.tensor} PP{layout.pipeline} DP{layout.data}",
+        "engines": f"{engines} x TP{engine_tensor}",
+        "placement": "colocated" if engine_nodes is None else "disaggregated",
+        "network_gib": traffic.network_bytes / 2**30,
+        "local_gib": traffic.local_bytes / 2**30,
+        "gather_gib": traffic.gathered_bytes / 2**30,
+        "predicted_s": traffic.seconds,
+    }

@@ -1,0 +1,33 @@
+"""The reshard benchmark at a small shape: what it counts is what the plan says."""
+
+from dataclasses import replace
+
+import pytest
+
+from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.model.catalogue import QWEN
+from meds_megatron.weights.bench import Ranks
+from meds_megatron.weights.forecast import PLANS, predicted
+from meds_megatron.weights.messages import SyncSpec
+from meds_megatron.weights.routes import gathered_bytes
+
+
+def test_bytes_are_counted_as_the_plan_has_them():
+    shape = replace(
+        QWEN["Qwen2.5-0.5B"], hidden_size=64, num_layers=4, num_heads=4, head_dim=16, ffn_size=96, vocab_size=640
+    )
+    spec = SyncSpec(shape, ParallelLayout(tensor=2, pipeline=2), 2, "bfloat16", "")
+    plan, result = spec.plan(), Ranks(spec).measure(rounds=2)
+    assert result["bytes_aligned"] == 2 * sum(plan.elements(group) for group in plan.groups)
+    assert result["bytes_gather"] == gathered_bytes(plan, engines=1, item_bytes=2)
+    assert result["bytes_gather"] > 2 * result["bytes_aligned"]
+    assert min(result[name] for name in ("aligned_s", "gather_s", "copy_bound_s", "speedup")) > 0
+
+
+@pytest.mark.parametrize("row", PLANS, ids=lambda row: f"{row[0]} engines on {row[-1] or 'shared'} nodes")
+def test_plans_of_large_models_move_less_than_a_gather(row):
+    plan = predicted(*row, network_gbit=400, local_gbyte=100)
+    moved = plan["network_gib"] + plan["local_gib"]
+    assert 0 < moved <= plan["gather_gib"]
+    assert plan["predicted_s"] > 0
+    assert (plan["local_gib"] == 0) == (plan["placement"] == "disaggregated")
