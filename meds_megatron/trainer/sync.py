@@ -99,7 +99,7 @@ class WeightSync:
         for checksums in [*(part.checksums for part in staged), *sent]:
             expected |= checksums
         for engine, found in loaded.items():
-            _compare(expected, found, engine)
+            compare(expected, found, engine)
         return list(loaded)
 
     def _connect(self, engines: list[int]) -> list[int]:
@@ -149,7 +149,7 @@ class _GroupTransfer:
         self.staged, self.sent, self.loads = staged, sent, loads
 
 
-def _compare(expected: Checksums, found: Checksums, engine: int) -> None:
+def compare(expected: Checksums, found: Checksums, engine: int) -> None:
     """Raises UserError, naming it, for a box that the engine has otherwise than it was sent."""
     for (name, start, engine_rank), value in found.items():
         if expected[name, start, engine_rank] != value:

@@ -65,8 +65,13 @@ def test_every_checked_key_exists():
         (dict(parallel__virtual_pipeline=2), "needs more than one pipeline stage"),
         (
             dict(cluster__device="cuda", rollout__engines=9),
-            "rollout.engines x rollout.tensor = 9 x 1 is more than the 8 ranks",
+            "rollout.engines = 9 engines of rollout.tensor = 1 GPUs are more than the 8 that cluster.nodes",
         ),
+        (
+            dict(cluster__device="cuda", rollout__engines=9, rollout__nodes=2, rollout__tensor=4),
+            "more than the 4 that rollout.nodes x cluster.ranks_per_node = 2 x 8 GPUs hold",
+        ),
+        (dict(cluster__device="cuda", sync__transport="network"), "give the engines nodes of their own"),
         (
             dict(cluster__device="cuda", cluster__nodes=2, rollout__tensor=16),
             "would spread an engine over nodes of 8 ranks",

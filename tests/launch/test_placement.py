@@ -24,8 +24,8 @@ def test_engines_never_share_a_gpu_or_leave_their_node(engines, tensor):
     assert len({place.node for place in places}) == min(engines, 2)
 
 
-def test_actors_see_the_gpus_of_their_place():
-    """On GPUs that Ray is only told of: what a process may see is decided by its environment alone."""
+def test_actors_see_the_gpus_of_their_place_first():
+    """On GPUs that Ray is only told of: what a process sees, and in which order, its environment alone decides."""
 
     class Looker:
         def look(self) -> str:
@@ -38,6 +38,15 @@ def test_actors_see_the_gpus_of_their_place():
         assert placement.wait(30)
         places = [*rank_places(cluster), *engine_places(cluster, RolloutConfig(engines=2, tensor=2))]
         actors = [ray.remote(Looker).options(**placement.options(place, {})).remote() for place in places]
-        assert ray.get([actor.look.remote() for actor in actors]) == ["0", "1", "2", "3", "0,1", "2,3"]
+        assert ray.get([actor.look.remote() for actor in actors]) == [
+            *("0,1,2,3", "1,0,2,3", "2,0,1,3", "3,0,1,2"),
+            *("0,1,2,3", "2,3,0,1"),
+        ]
     finally:
         ray.shutdown()
+
+
+def test_engines_of_their_own_nodes_come_after_the_trainers():
+    cluster = ClusterConfig(nodes=2, ranks_per_node=4)
+    places = engine_places(cluster, RolloutConfig(engines=4, tensor=2, nodes=2))
+    assert places == [Place(2, (0, 1)), Place(3, (0, 1)), Place(2, (2, 3)), Place(3, (2, 3))]

@@ -10,8 +10,9 @@ STEPS = 5
 PROMPTS = 6
 RESPONSES = 8
 SETTINGS = {
-    "two engines, weights through memory": ["rollout.engines=2"],
-    "one engine of two ranks, weights over the network": ["rollout.tensor=2", "sync.transport=network"],
+    # Each engine has one pipeline stage on its node and gets the other's weights over the network.
+    "engines on the trainer's two nodes": ["cluster.nodes=2", "cluster.ranks_per_node=1", "rollout.engines=2"],
+    "an engine of two ranks on its own node": ["rollout.tensor=2", "rollout.nodes=1"],
 }
 
 
