@@ -59,6 +59,7 @@ NOT_NEGATIVE = (
     "rollout.validation_temperature",
     "reward.overlong.factor",
     "penalty.alpha",
+    "advantage.std_floor",
     "advantage.entropy_coefficient",
     "optimizer.lr",
     "optimizer.warmup_steps",
