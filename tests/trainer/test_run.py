@@ -18,16 +18,6 @@ RESPONSES = 8
 
 
 @pytest.fixture(scope="module")
-def small_model(tmp_path_factory) -> Path:
-    """The arithmetic model after a short warm-up: it answers in boxes, mostly wrongly."""
-    from meds_megatron.model.embedded import WarmUp, make_arithmetic_model
-
-    directory = tmp_path_factory.mktemp("model")
-    make_arithmetic_model(directory, "shared", WarmUp(steps=250))
-    return directory
-
-
-@pytest.fixture(scope="module")
 def run(small_model, tmp_path_factory, cpu_engines) -> Path:
     """The directory of a finished run over the same few problems in every step, on PP2 x DP2."""
     directory = tmp_path_factory.mktemp("run") / "small"
