@@ -1,8 +1,12 @@
 """What driver and trainer ranks tell each other. Importing this needs neither torch nor megatron-core."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,25 @@ class ForwardResult:
     logprobs_R: np.ndarray
     entropy_R: np.ndarray
     fingerprints_BL: np.ndarray
+
+
+@dataclass(frozen=True)
+class FingerprintPiece:
+    """The fingerprints [N, L] that a rank made for one memory shard, with the step-wide numbers of their responses."""
+
+    rows_N: np.ndarray
+    fingerprints_NL: np.ndarray
+
+
+@dataclass(frozen=True)
+class ForwardReply:
+    """A ForwardResult as the driver gets it: the fingerprints stay where they were made, for those who need them."""
+
+    logprobs_R: np.ndarray
+    entropy_R: np.ndarray
+    fingerprints_BL: "ObjectRef"
+    pieces: dict[int, "ObjectRef"]
+    """A FingerprintPiece for each memory shard that owns some of the responses."""
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The responses of one step as flat arrays: what the driver cuts by data-parallel rank and the ranks work on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -23,6 +24,10 @@ class StepData:
     """Which prompt of the step a response answers."""
     rollout_logprobs_R: np.ndarray
     """float32; what the engine reported for each response token."""
+    memory_shards_B: np.ndarray | None = None
+    """Which memory shard gets the response's fingerprint, -1 for none."""
+    memory_rows_B: np.ndarray | None = None
+    """The number under which that shard knows the response in this step, -1 for none."""
     minibatches_B: np.ndarray | None = None
     """Which optimizer step of this training step a response takes part in."""
     minibatch_tokens_M: np.ndarray | None = None
@@ -31,8 +36,6 @@ class StepData:
     logprobs_R: np.ndarray | None = None
     """float32; the trainer's log-probs before the first update of the step."""
     entropy_R: np.ndarray | None = None
-    fingerprints_BL: np.ndarray | None = None
-    """float32; rows without a fingerprint are zero."""
     advantages_B: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -54,15 +57,18 @@ class StepData:
     @classmethod
     def of_responses(
         cls,
-        prompts: list[list[int]],
-        responses: list[list[int]],
-        logprobs: list[list[float]],
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        logprobs: Sequence[Sequence[float]],
         answer_positions: list[int],
         groups: list[int],
     ) -> "StepData":
         """Lays B responses flat; `answer_positions` count within the response, -1 for none."""
         prompt_lengths_B = np.array([len(p) for p in prompts], dtype=np.int64)
-        sequences = [np.asarray(p + r, dtype=np.int64) for p, r in zip(prompts, responses, strict=True)]
+        sequences = [
+            np.concatenate([np.asarray(p, dtype=np.int64), np.asarray(r, dtype=np.int64)])
+            for p, r in zip(prompts, responses, strict=True)
+        ]
         positions_B = np.array(answer_positions, dtype=np.int64)
         return cls(
             tokens_T=_concatenate(sequences, np.int64),

@@ -8,7 +8,8 @@ import logging
 import warnings
 from typing import TYPE_CHECKING
 
-from meds_megatron.actor.messages import ForwardResult, Rendezvous, UpdateResult
+from meds_megatron.actor.handover import hand_over
+from meds_megatron.actor.messages import ForwardReply, Rendezvous, UpdateResult
 from meds_megatron.actor.step_data import StepData
 from meds_megatron.config import Config
 from meds_megatron.weights.messages import Checksums, Staged, SyncSpec
@@ -50,8 +51,9 @@ class PolicyWorker:
         form_groups(self._config.parallel, self._config.train.seed)
         self._policy = Policy(self._config, model_dir, device)
 
-    def forward(self, data: StepData) -> ForwardResult | None:
-        return self._policy.forward(data)
+    def forward(self, data: StepData) -> ForwardReply | None:
+        result = self._policy.forward(data)
+        return None if result is None else hand_over(result, data)
 
     def update(self, data: StepData, step: int) -> list[UpdateResult]:
         return self._policy.update(data, step)

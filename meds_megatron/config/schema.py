@@ -165,6 +165,12 @@ class MemoryConfig:
     """`cluster`: HDBSCAN noise counts as one cluster (published); `ignore`: noise has size 0."""
     allow_single_cluster: bool = False
     """Let HDBSCAN answer that all vectors of a key are one cluster."""
+    unboxed: Literal["escape", "own_cluster"] = "escape"
+    """Targeted wrong answers without a fingerprint, whether nothing is boxed or nothing follows the box's brace:
+    `escape` lets them go unpunished (published); `own_cluster` counts all of a prompt as one cluster."""
+    remember_filtered: bool = False
+    """Remember the mistakes of prompts that are generated but not trained on too; those that the filter has no need of
+    take a forward pass for that."""
     window: int | None = None
     """Newest vectors kept of each key; null keeps all."""
     half_life_steps: float | None = None
@@ -189,8 +195,9 @@ class PenaltyConfig:
 class FilterConfig:
     """Dynamic sampling: groups whose metric has no spread are dropped and replaced."""
 
-    metric: Literal["accuracy", "none"] = "accuracy"
-    """`none` keeps every group."""
+    metric: Literal["accuracy", "shaped", "none"] = "accuracy"
+    """`shaped` is the score after all penalties, the memory's included: every response generated takes a forward pass.
+    `none` keeps every group."""
     generation_prompts: int | None = None
     """Prompts of one generation batch; default: train.prompts_per_step."""
     max_batches: int = 10
@@ -206,6 +213,8 @@ class AdvantageConfig:
     normalize_std: bool = True
     """False is Dr.GRPO: subtract the mean only."""
     epsilon: float = 1e-6
+    std_floor: float = 0.0
+    """Least standard deviation to divide by in groups without a right answer, whose scores differ by penalties only."""
     entropy_coefficient: float = 0.0
     """Entropy-shaped advantage: A + min(coefficient * H, |A| / entropy_bound); 0 is off."""
     entropy_bound: float = 2.0

@@ -61,6 +61,7 @@ NOT_NEGATIVE = (
     "rollout.max_failures",
     "reward.overlong.factor",
     "penalty.alpha",
+    "advantage.std_floor",
     "advantage.entropy_coefficient",
     "optimizer.lr",
     "optimizer.warmup_steps",

@@ -27,10 +27,11 @@ def cluster(points_NF: np.ndarray, ends_M2: np.ndarray, config: MemoryConfig) ->
 
     With min_samples = 1 the mutual reachability distance is the plain distance, so the tree of old and new points grows
     out of the old one. Every other setting, and every tie, is a fresh fit of these points by the hdbscan package.
+    Points without features (F = 0) cannot be told apart: they are one cluster.
     """
     points = len(points_NF)
     no_tree_02 = np.empty((0, 2), np.int32)
-    if config.method == "single":
+    if config.method == "single" or points_NF.shape[1] == 0:
         return Clustering(np.zeros(points, np.int64), no_tree_02, fresh_fit=False)
     if points < 2:
         return Clustering(np.full(points, NOISE, np.int64), no_tree_02, fresh_fit=False)

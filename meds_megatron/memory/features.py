@@ -9,12 +9,15 @@ from meds_megatron.errors import UserError
 def features_of(fingerprints_NL: np.ndarray, config: MemoryConfig) -> np.ndarray:
     """The last layers of each fingerprint, [N, L] -> [N, F] float32 with F <= last_n_layers.
 
-    With `layer_diff` the differences of neighbouring layers are taken first, so they number L - 1.
+    With `layer_diff` the differences of neighbouring layers are taken first, so they number L - 1. An answer that has
+    no fingerprint comes as one of no layers (L = 0), and has no features.
     Raises UserError for a value that is not finite, and when no layer is left.
     """
     fingerprints_NL = np.asarray(fingerprints_NL, dtype=np.float32)
     if fingerprints_NL.ndim != 2:
         raise UserError(f"Fingerprints must be an array [responses, layers], not of shape {fingerprints_NL.shape}.")
+    if fingerprints_NL.shape[1] == 0:
+        return fingerprints_NL
     layers_NL = np.diff(fingerprints_NL, axis=1) if config.layer_diff else fingerprints_NL
     features_NF = np.ascontiguousarray(layers_NL[:, -config.last_n_layers :])
     if features_NF.shape[1] == 0:
@@ -41,7 +44,12 @@ def unit_vectors(features_NF: np.ndarray) -> np.ndarray:
 
 def check_settings(config: MemoryConfig) -> None:
     """Raises UserError for a setting of the memory that means nothing."""
-    for name, known in (("method", ("hdbscan", "single")), ("noise", ("cluster", "ignore"))):
+    choices = {
+        "method": ("hdbscan", "single"),
+        "noise": ("cluster", "ignore"),
+        "unboxed": ("escape", "own_cluster"),
+    }
+    for name, known in choices.items():
         value = getattr(config, name)
         if value not in known:
             raise UserError(f"memory.{name} is {value!r}: it must be one of {', '.join(known)}.")

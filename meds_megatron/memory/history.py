@@ -52,6 +52,11 @@ class KeyHistory:
         return len(self.records_N)
 
     @property
+    def features(self) -> int:
+        """Numbers in a vector; 0 where the key is of answers without a fingerprint."""
+        return self.records_N["vector"].shape[1]
+
+    @property
     def bytes(self) -> int:
         return self.records_N.nbytes + KEY_BYTES
 

@@ -16,7 +16,7 @@ from meds_megatron.memory.archive import Archive
 from meds_megatron.memory.bounds import keys_that_fit, longest_history
 from meds_megatron.memory.clustering import warm_up
 from meds_megatron.memory.features import check_settings, features_of, unit_vectors
-from meds_megatron.memory.history import KeyHistory, extend, new_records, record_type
+from meds_megatron.memory.history import KeyHistory, extend, new_records
 from meds_megatron.memory.neighbours import vote
 from meds_megatron.memory.routing import shard_of
 from meds_megatron.memory.segments import DamagedError
@@ -37,6 +37,9 @@ class Match:
 class MemoryShard:
     """Fingerprints of past errors by key, clustered; keys are strings, and any shard can hold any key.
 
+    Answers that have no fingerprint can be remembered too, under keys of their own: they come as fingerprints of no
+    layers, [N, 0], and all that share a key are one cluster. Windows, half-lives and budgets apply to them as well.
+
     A step is `lookup`, then `remember` and `recluster`. What is remembered counts from the next `recluster` on, which
     also moves the shard's clock by one step. A key changes in one assignment, so a lookup from another thread sees it
     either before or after, never in between; all other methods want one caller at a time.
@@ -54,7 +57,7 @@ class MemoryShard:
         self._histories: dict[str, KeyHistory] = {}
         self._pending: dict[str, list[np.ndarray]] = defaultdict(list)
         self._moments: Moments | None = None
-        self._vectors = self._clusters = self._noise = self._bytes = 0
+        self._keys = self._vectors = self._clusters = self._noise = self._unboxed = self._bytes = 0
         self._counts = StepCounts()
         self._archive = Archive()
         warm_up()
@@ -67,15 +70,17 @@ class MemoryShard:
     def match(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> Match:
         """`lookup` that also tells the labels; UNKNOWN (-2) for a key never clustered, -1 for noise."""
         begin = time.perf_counter()
-        units_NF = unit_vectors(self._features_of(keys, fingerprints_NL))
+        features_NF = self._features_of(keys, fingerprints_NL)
+        units_NF = unit_vectors(features_NF)
         labels_N = np.full(len(keys), UNKNOWN, np.int64)
         sizes_N = np.zeros(len(keys), np.int64)
         for key, rows in _rows_by_key(keys).items():
             history = self._histories.get(key)
             if history is None:
                 continue
+            _expect_same(features_NF.shape[1], history.features)
             stored_N = history.labels_N
-            if self.config.method == "single":
+            if self.config.method == "single" or history.features == 0:
                 labels_N[rows] = 0
             else:
                 labels_N[rows] = vote(units_NF[rows], history.units_NF(), stored_N, self.config.knn)
@@ -92,6 +97,8 @@ class MemoryShard:
         """Take in fingerprints [N, L]; they count from the next `recluster` on."""
         records_N = new_records(self._features_of(keys, fingerprints_NL), self._step)
         for key, rows in _rows_by_key(keys).items():
+            if key in self._histories:
+                _expect_same(records_N["vector"].shape[1], self._histories[key].features)
             self._pending[key].append(records_N[rows])
 
     def recluster(self) -> None:
@@ -115,10 +122,11 @@ class MemoryShard:
         moments = self._moments or Moments(0)
         counts, self._counts = self._counts, StepCounts()
         return {
-            "keys": len(self._histories),
+            "keys": self._keys,
             "vectors": self._vectors,
             "clusters": self._clusters,
             "noise_vectors": self._noise,
+            "unboxed": self._unboxed,
             "bytes": self._bytes,
             "moments": (moments.count, moments.sum_F, moments.outer_FF),
             **counts.as_dict(),
@@ -168,13 +176,11 @@ class MemoryShard:
         return features_NF
 
     def _expect_features(self, features: int) -> None:
+        if features == 0:
+            return
         if self._moments is None:
             self._moments = Moments(features)
-        elif features != self._moments.features:
-            raise UserError(
-                f"A vector of {features} layers came to a memory of vectors of {self._moments.features}: "
-                "use the model that the memory was made with, or start without it."
-            )
+        _expect_same(features, self._moments.features)
 
     def _weights(self, history: KeyHistory) -> np.ndarray | None:
         if self.config.half_life_steps is None:
@@ -184,11 +190,12 @@ class MemoryShard:
     def _extend(self, key: str, added_N: np.ndarray, keep: int | None) -> None:
         before = self._histories.get(key)
         after, fresh_fit = extend(before, added_N, keep, self.config)
-        self._moments.add(added_N["vector"])
         evicted = after.dropped - (before.dropped if before else 0)
-        if evicted:
-            known_N = added_N if before is None else np.concatenate([before.records_N, added_N])
-            self._moments.remove(known_N["vector"][:evicted])
+        if after.features:
+            self._moments.add(added_N["vector"])
+            if evicted:
+                known_N = added_N if before is None else np.concatenate([before.records_N, added_N])
+                self._moments.remove(known_N["vector"][:evicted])
         self._archive.note(key, before.dropped + len(before) if before else 0)
         self._replace(key, before, after)
         self._counts.reclustered_keys += 1
@@ -197,11 +204,16 @@ class MemoryShard:
 
     def _replace(self, key: str, before: KeyHistory | None, after: KeyHistory | None) -> None:
         for history, sign in ((before, -1), (after, 1)):
-            if history is not None:
-                self._vectors += sign * len(history)
-                self._clusters += sign * history.clusters
-                self._noise += sign * history.noise
-                self._bytes += sign * history.bytes
+            if history is None:
+                continue
+            self._bytes += sign * history.bytes
+            if history.features == 0:
+                self._unboxed += sign * len(history)
+                continue
+            self._keys += sign
+            self._vectors += sign * len(history)
+            self._clusters += sign * history.clusters
+            self._noise += sign * history.noise
         if after is None:
             del self._histories[key]
         else:
@@ -211,20 +223,21 @@ class MemoryShard:
         budget = (self.config.budget_gib or np.inf) * 2**30
         if self._bytes <= budget:
             return
-        record_bytes = record_type(self._moments.features).itemsize
+        record_bytes = max(history.records_N.itemsize for history in self._histories.values())
         by_age = sorted(self._histories, key=lambda key: self._histories[key].records_N["step"][-1])
         for key in by_age[: -max(keys_that_fit(budget, record_bytes), 1)]:
             history = self._histories[key]
-            self._moments.remove(history.records_N["vector"])
+            if history.features:
+                self._moments.remove(history.records_N["vector"])
             self._counts.evicted_vectors += len(history)
             self._replace(key, history, None)
             # A key that comes back numbers its vectors from 0 again, so no older segment may speak of it.
             self._archive.start_anew()
         lengths_K = np.array([len(history) for history in self._histories.values()])
         longest = longest_history(lengths_K, budget, record_bytes)
-        nothing_added = np.empty(0, record_type(self._moments.features))
-        for key in [key for key, history in self._histories.items() if len(history) > longest]:
-            self._extend(key, nothing_added, longest)
+        for key, history in list(self._histories.items()):
+            if len(history) > longest:
+                self._extend(key, history.records_N[:0], longest)
 
     def _check_same_vectors(self, directory: Path, manifest: storage.Manifest) -> None:
         for name in ("last_n_layers", "layer_diff"):
@@ -257,6 +270,14 @@ class MemoryShard:
             if len(records_N):
                 self._replace(key, None, KeyHistory(records_N[:0], dropped, 0, 0))
                 self._extend(key, records_N, keep=None)
+
+
+def _expect_same(features: int, known: int) -> None:
+    if features != known:
+        raise UserError(
+            f"A vector of {features} layers came to a memory of vectors of {known}: "
+            "use the model that the memory was made with, or start without it."
+        )
 
 
 def _rows_by_key(keys: Sequence[str]) -> dict[str, list[int]]:

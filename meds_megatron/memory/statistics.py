@@ -68,7 +68,11 @@ class StepCounts:
 
 def step_metrics(shards: list[dict]) -> dict[str, float]:
     """Metrics `memory/...` of a step from what every shard's `stats()` gave: sums and shares over all shards, and the
-    slowest shard's times, which are what the others wait for."""
+    times of each shard and of the slowest, which is what the others wait for.
+
+    Keys, vectors, clusters and noise are of fingerprints; `memory/unboxed` counts the remembered answers without one.
+    Lookups are of both, since both are punished.
+    """
 
     def total(name: str) -> float:
         return sum(shard[name] for shard in shards)
@@ -90,9 +94,15 @@ def step_metrics(shards: list[dict]) -> dict[str, float]:
         "memory/lookup_size_mean": share("size_sum", "lookups"),
         "memory/saturated_share": share("saturated", "lookups"),
         "memory/top_eigenvalue_share": top_eigenvalue,
+        "memory/unboxed": total("unboxed"),
         "memory/fresh_fits": total("fresh_fits"),
         "memory/evicted_vectors": total("evicted_vectors"),
         "memory/bytes": total("bytes"),
-        "memory/lookup_seconds_max": max((shard["lookup_seconds"] for shard in shards), default=0.0),
-        "memory/recluster_seconds_max": max((shard["recluster_seconds"] for shard in shards), default=0.0),
+        **_times(shards, "lookup_seconds"),
+        **_times(shards, "recluster_seconds"),
     }
+
+
+def _times(shards: list[dict], name: str) -> dict[str, float]:
+    each = {f"memory/{name}_shard_{number}": shard[name] for number, shard in enumerate(shards)}
+    return {f"memory/{name}_max": max(each.values(), default=0.0), **each}

@@ -27,7 +27,8 @@ MANIFEST = re.compile(r"shard-(\d{5})-of-(\d{5})\.json")
 @dataclass(frozen=True)
 class Part:
     """Consecutive vectors of a key: `start` numbers the first of them in the key's life; vectors of this key with a
-    number below `dropped` are gone."""
+    number below `dropped` are gone. All vectors of a key have as many features, and keys of answers without a
+    fingerprint have none."""
 
     key: str
     start: int
@@ -71,7 +72,8 @@ def write_parts(directory: Path, parts: Iterable[Part]) -> Segment | None:
         "dropped": np.array([part.dropped for part in parts], "<i8"),
         "count": np.array([len(part.steps_N) for part in parts], "<i8"),
         "step": np.concatenate([part.steps_N for part in parts]).astype("<i4"),
-        "vector": np.concatenate([part.vectors_NF for part in parts]).astype("<f4"),
+        "features": np.array([part.vectors_NF.shape[1] for part in parts], "<i8"),
+        "vector": np.concatenate([part.vectors_NF.ravel() for part in parts]).astype("<f4"),
     }
     name, size = write_segment(directory, arrays)
     return Segment(name, size, len(arrays["step"]))
@@ -81,16 +83,18 @@ def read_parts(directory: Path, segment: Segment) -> Iterator[Part]:
     """The parts of a segment; DamagedError before the first when the file is damaged."""
     arrays = read_segment(directory / segment.name, segment.size)
     names = arrays["keys"].tobytes()
-    key_end = end = 0
+    key_end = end = vector_end = 0
     for place in range(len(arrays["count"])):
         key_start, key_end = key_end, key_end + int(arrays["key_bytes"][place])
-        begin, end = end, end + int(arrays["count"][place])
+        count, features = int(arrays["count"][place]), int(arrays["features"][place])
+        begin, end = end, end + count
+        vector_begin, vector_end = vector_end, vector_end + count * features
         yield Part(
             names[key_start:key_end].decode("utf-8"),
             int(arrays["start"][place]),
             int(arrays["dropped"][place]),
             arrays["step"][begin:end],
-            arrays["vector"][begin:end],
+            arrays["vector"][vector_begin:vector_end].reshape(count, features),
         )
 
 

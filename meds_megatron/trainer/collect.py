@@ -9,6 +9,8 @@ from meds_megatron.config import Config
 from meds_megatron.errors import UserError
 from meds_megatron.rollout.sampling import Sampling
 from meds_megatron.trainer.groups import PromptGroup, grade_groups
+from meds_megatron.trainer.measure import measure
+from meds_megatron.trainer.memory_row import MemoryRow
 from meds_megatron.trainer.parts import Parts
 from meds_megatron.trainer.state import RunState
 
@@ -20,20 +22,36 @@ class Collected:
     groups: list[PromptGroup]
     """Every group, in the order of generation; `kept` tells which ones the step trains on."""
     batches: int
-    wanted: int
+    config: Config
 
     @property
     def kept(self) -> list[PromptGroup]:
         return [group for group in self.groups if group.kept]
 
     @property
+    def unmeasured(self) -> list[PromptGroup]:
+        """What the step still needs a forward pass and a lookup of."""
+        return [group for group in self._teaching if not group.measured]
+
+    @property
+    def mistakes(self) -> list[MemoryRow]:
+        """What the memory is to remember of the step."""
+        samples = [sample for group in self._teaching for sample in group.samples]
+        return [sample.memory_row for sample in samples if sample.memory_row is not None]
+
+    @property
+    def _teaching(self) -> list[PromptGroup]:
+        return [group for group in self.groups if group.kept or self.config.memory.remember_filtered]
+
+    @property
     def shortfall(self) -> str | None:
-        """One sentence when the step trains on fewer prompts than it should."""
-        if len(self.kept) == self.wanted:
+        """Half a sentence when the step trains on fewer prompts than it should."""
+        wanted = self.config.train.prompts_per_step
+        if len(self.kept) == wanted:
             return None
         return (
-            f"{self.batches} generation batches gave {len(self.kept)} of {self.wanted} prompts with both right and "
-            "wrong responses: the step goes on with those"
+            f"{self.batches} generation batches gave {len(self.kept)} of {wanted} prompts that pass the filter "
+            f"(filter.metric={self.config.filter.metric})"
         )
 
 
@@ -54,15 +72,16 @@ def collect(state: RunState, parts: Parts) -> Collected:
             responses = parts.engines.generate([prompt.token_ids for prompt in chosen], sampling, seed)
         with timer("reward"):
             found = grade_groups(chosen, responses, parts.graders, config)
+        if config.filter.metric == "shaped":
+            measure(found, parts)
         mark_kept(found, config, missing)
         groups += found
         missing -= sum(group.kept for group in found)
         batches += 1
-    collected = Collected(groups, batches, wanted)
+    collected = Collected(groups, batches, config)
     if collected.shortfall and config.filter.when_short == "stop":
         raise UserError(
-            f"Step {state.step}: {batches} generation batches gave {len(collected.kept)} of {wanted} prompts with both "
-            "right and wrong responses: raise filter.max_batches, or set filter.when_short to continue"
+            f"Step {state.step}: {collected.shortfall}: raise filter.max_batches, or set filter.when_short to continue"
         )
     return collected
 
@@ -70,10 +89,11 @@ def collect(state: RunState, parts: Parts) -> Collected:
 def mark_kept(groups: list[PromptGroup], config: Config, missing: int) -> None:
     """Keeps the first `missing` groups that the filter's metric can tell apart, and no other."""
     keep = [True] * len(groups)
-    if config.filter.metric == "accuracy":
-        accuracy_B = torch.tensor([value for group in groups for value in group.accuracy])
-        groups_B = torch.tensor([number for number, group in enumerate(groups) for _ in group.accuracy])
-        keep_B = keep_groups(accuracy_B, groups_B)
+    if config.filter.metric != "none":
+        values = [group.accuracy if config.filter.metric == "accuracy" else group.shaped_scores for group in groups]
+        metric_B = torch.tensor([value for of_group in values for value in of_group], dtype=torch.float64)
+        groups_B = torch.tensor([number for number, of_group in enumerate(values) for _ in of_group])
+        keep_B = keep_groups(metric_B, groups_B)
         keep = [bool(keep_B[groups_B == number].all()) for number in range(len(groups))]
     for group, wanted in zip(groups, keep, strict=True):
         group.kept = wanted and missing > 0

@@ -2,6 +2,7 @@
 
 from meds_megatron.trainer.batch import Batch
 from meds_megatron.trainer.collect import collect
+from meds_megatron.trainer.measure import measure
 from meds_megatron.trainer.parts import Parts
 from meds_megatron.trainer.report import report_step
 from meds_megatron.trainer.state import RunState
@@ -20,32 +21,21 @@ def train(parts: Parts, state: RunState) -> None:
 
         # Rollout, reward and group filter, as often as it takes to fill the step.
         collected = collect(state, parts)
+        # One forward pass gives the old log-probs and the fingerprints. How often was each mistake made before?
+        # Mistakes that recur cost more. (A filter on the shaped score has measured already what it judged.)
+        measure(collected.unmeasured, parts)
         batch = Batch.of_groups(collected.kept, config.train.mini_batch_prompts, parts.policy.layout.data)
+        batch.take_advantages(config.advantage)
+
+        # The memory remembers and reclusters while the policy learns.
+        parts.memory.remember(collected.mistakes)
         updates = []
-        if len(batch.data):
-            # The GPUs are the trainer's. One forward pass gives the old log-probs and the fingerprints.
-            parts.engines.sleep()
-            with timer("forward"):
-                batch.take_forward(parts.policy.forward(batch.shards()))
-
-            # How often was each mistake made before? Mistakes that recur cost more.
-            targeted = batch.targeted(config.penalty.target)
-            keys = [batch.keys[row] for row in targeted]
-            fingerprints_NL = batch.data.fingerprints_BL[targeted]
-            with timer("memory"):
-                sizes_N = parts.memory.lookup(keys, fingerprints_NL)
-            batch.shape(targeted, sizes_N, config.penalty)
-            batch.take_advantages(config.advantage)
-
-            # The memory remembers and reclusters while the policy learns.
-            parts.memory.remember(keys, fingerprints_NL)
+        if batch.samples:
             with timer("update"):
                 updates = parts.policy.update(batch.shards(), state.step - 1)
             with timer("sync"):
                 state.weights_version += 1
                 parts.sync.update(state.weights_version)
-        else:
-            parts.memory.remember_nothing()
 
         if parts.validation_due(state.step):
             metrics |= validate(parts, state.step)

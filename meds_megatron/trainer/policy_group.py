@@ -3,7 +3,7 @@
 import ray
 
 from meds_megatron.actor.environment import rank_environment
-from meds_megatron.actor.messages import ForwardResult, Rendezvous, UpdateResult
+from meds_megatron.actor.messages import ForwardReply, Rendezvous, UpdateResult
 from meds_megatron.actor.step_data import StepData
 from meds_megatron.actor.worker import PolicyWorker
 from meds_megatron.config import Config
@@ -38,7 +38,7 @@ class PolicyGroup:
             ]
         )
 
-    def forward(self, shards: list[StepData]) -> list[ForwardResult]:
+    def forward(self, shards: list[StepData]) -> list[ForwardReply]:
         """Forward results of each data-parallel rank's shard."""
         results = self._on_shards("forward", shards)
         return [next(result for result in replica if result is not None) for replica in results]

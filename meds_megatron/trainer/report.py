@@ -1,4 +1,4 @@
-"""What a step reports: its metrics under their names, and its responses for the rollout file."""
+"""What a step reports: its metrics under their names."""
 
 from collections import Counter
 
@@ -8,10 +8,11 @@ import torch
 from meds_megatron.actor.messages import UpdateResult
 from meds_megatron.algorithm.corrections import logprob_mismatch
 from meds_megatron.errors import UserError
-from meds_megatron.trainer.batch import Batch, memory_key
+from meds_megatron.trainer.batch import Batch
 from meds_megatron.trainer.collect import Collected
-from meds_megatron.trainer.groups import PromptGroup, failed_gradings
+from meds_megatron.trainer.groups import failed_gradings
 from meds_megatron.trainer.parts import Parts
+from meds_megatron.trainer.rollout_columns import rollout_columns
 from meds_megatron.trainer.state import RunState
 
 
@@ -42,19 +43,19 @@ def report_step(
     metrics["throughput/rollout_tokens_per_second"] = generated / metrics["time/rollout"]
     metrics |= {"progress/prompts": state.prompts_seen, "progress/tokens": state.tokens_seen}
     if collected.shortfall:
-        parts.console.note(f"step {state.step}: {collected.shortfall}")
+        parts.console.note(f"step {state.step}: {collected.shortfall}: the step goes on with those")
     if failed := failed_gradings(collected.groups):
         parts.console.note(f"step {state.step}: grading failed for {failed} responses, not remembered")
     parts.report(state.step, metrics)
     if parts.config.train.save_rollouts:
-        parts.run.save_rollouts(state.step, rollout_columns(collected, batch))
+        parts.run.save_rollouts(state.step, rollout_columns(collected.groups))
     _check_mismatch(parts, state, metrics)
 
 
 def sampling_metrics(collected: Collected) -> dict[str, float]:
     """Of everything that was generated, also what the filter dropped."""
-    responses = [response for group in collected.groups for response in group.responses]
-    grades = [grade for group in collected.groups for grade in group.grades]
+    samples = [sample for group in collected.groups for sample in group.samples]
+    responses, grades = [sample.response for sample in samples], [sample.grade for sample in samples]
     outcomes = Counter(grade.outcome for grade in grades)
     lengths = np.array([len(response.token_ids) for response in responses])
     reasons = Counter(response.no_fingerprint_reason for response in responses if response.boxed_token < 0)
@@ -115,48 +116,6 @@ def _whole_update(parts: tuple[UpdateResult, ...]) -> dict[str, float]:
         "dual_clip_fraction": total("dual_clipped") / tokens,
         "grad_norm": parts[0].grad_norm,
         "learning_rate": parts[0].learning_rate,
-    }
-
-
-def rollout_columns(collected: Collected, batch: Batch) -> dict[str, list]:
-    """A row for every response of the step; what only trained responses have is None for the others."""
-    rows = []
-    trained = 0
-    for number, group in enumerate(collected.groups):
-        for place in range(len(group.responses)):
-            rows.append(_generated(number, group, place) | _trained(batch, trained if group.kept else None))
-            trained += group.kept
-    return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
-
-
-def _generated(number: int, group: PromptGroup, place: int) -> dict:
-    response, grade = group.responses[place], group.grades[place]
-    return {
-        "key": memory_key(group, place),
-        "group": number,
-        "prompt": group.prompt.problem.question,
-        "answer": group.prompt.problem.answer,
-        "response": response.text,
-        "prompt_tokens": len(group.prompt.token_ids),
-        "response_tokens": len(response.token_ids),
-        "correct": grade.correct,
-        "outcome": grade.outcome,
-        "score": group.scores[place],
-        "weights_version": response.weights_version,
-        "kept": group.kept,
-    }
-
-
-def _trained(batch: Batch, row: int | None) -> dict:
-    if row is None:
-        return dict.fromkeys(("penalty", "cluster_size", "shaped_score", "advantage", "fingerprint"))
-    has_fingerprint = batch.data.answer_positions_B[row] >= 0
-    return {
-        "penalty": batch.penalties_B[row],
-        "cluster_size": int(batch.sizes_B[row]),
-        "shaped_score": batch.shaped_scores_B[row],
-        "advantage": batch.data.advantages_B[row],
-        "fingerprint": batch.data.fingerprints_BL[row] if has_fingerprint else None,
     }
 
 

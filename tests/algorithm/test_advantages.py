@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from meds_megatron.algorithm.advantages import entropy_shaped, group_advantages
+from meds_megatron.algorithm.advantages import entropy_shaped, group_advantages, std_floor
 
 
 def test_by_hand_with_the_unbiased_standard_deviation():
@@ -22,6 +22,21 @@ def test_groups_do_not_touch_each_other_in_any_order():
     groups_B = torch.tensor([7, -2, 7, -2, 40])
     advantages_B = group_advantages(scores_B, groups_B, normalize_std=False)
     torch.testing.assert_close(advantages_B, torch.tensor([0.5, -1.0, -0.5, 1.0, 0.0]))
+
+
+def test_a_floor_under_the_deviation_holds_in_groups_without_a_right_answer_alone():
+    # Deviations: 0.1 in the first group, without a right answer; 0.1 in the second, with one; 0.5 in the third.
+    scores_B = torch.tensor([0.0, -0.1, -0.2, 1.0, 0.9, 0.8, 0.0, -0.5, -1.0], dtype=torch.float64)
+    correct_B = torch.tensor([False, False, False, True, False, False, False, False, False])
+    groups_B = torch.tensor([4, 4, 4, 2, 2, 2, 9, 9, 9])
+    least_std_B = std_floor(correct_B, groups_B, 0.4)
+    assert least_std_B.tolist() == pytest.approx([0.4] * 3 + [0.0] * 3 + [0.4] * 3)
+    advantages_B = group_advantages(scores_B, groups_B, normalize_std=True, least_std_B=least_std_B)
+    expected_B = torch.tensor([0.25, 0.0, -0.25, 1.0, 0.0, -1.0, 1.0, 0.0, -1.0], dtype=torch.float64)
+    torch.testing.assert_close(advantages_B, expected_B, rtol=1e-4, atol=1e-6)
+    plain_B = group_advantages(scores_B, groups_B, normalize_std=True)
+    assert torch.equal(plain_B, group_advantages(scores_B, groups_B, normalize_std=True, least_std_B=0.0))
+    assert std_floor(correct_B[:0], groups_B[:0], 0.4).shape == (0,)
 
 
 @pytest.mark.parametrize("normalize_std", [True, False])

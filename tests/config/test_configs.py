@@ -71,6 +71,21 @@ def test_published_settings_reach_the_published_models():
         assert (config.optimizer.lr, config.policy.clip_low, config.policy.clip_high) == (1e-6, 0.2, 0.28)
 
 
+@pytest.mark.parametrize("base", ["meds_qwen2.5_math_7b", "meds_qwen3_8b"])
+def test_the_recommended_setting_departs_from_the_published_one_where_it_says_so(base):
+    published = load_config(CONFIGS / f"{base}.yaml")
+    recommended = load_config(CONFIGS / "meds_recommended.yaml", [f"base={CONFIGS / base}.yaml"])
+    validate(recommended)
+    assert differences(published, recommended) - {"name", "run_dir"} == {
+        "memory.noise",
+        "memory.allow_single_cluster",
+        "memory.unboxed",
+        "memory.remember_filtered",
+        "filter.metric",
+        "advantage.std_floor",
+    }
+
+
 def differences(one: Config, other: Config) -> set[str]:
     """Dotted keys of the settings in which two configs differ."""
     return {key for key, value in flatten(asdict(one)).items() if value != flatten(asdict(other))[key]}

@@ -51,6 +51,7 @@ def test_every_checked_key_exists():
         (dict(policy__clip_low=1.2), "policy.clip_low is 1.2"),
         (dict(policy__importance_cap=0), "policy.importance_cap is 0.0, expected a number above 0"),
         (dict(memory__min_cluster_size=1), "memory.min_cluster_size is 1, expected 2 or more"),
+        (dict(advantage__std_floor=-0.1), "advantage.std_floor is -0.1, expected 0 or more"),
         (dict(optimizer__beta2=1), "optimizer.beta2 is 1.0"),
         (dict(model__path=None), "model.path is not set"),
         (dict(model__make="arithmetic"), "model.path is model although model.make = arithmetic"),
