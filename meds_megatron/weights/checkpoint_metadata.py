@@ -1,0 +1,58 @@
+"""What a distributed checkpoint says of itself in `.metadata`, read without trusting it.
+
+The file is a pickle, and a pickle can run anything. Only the classes that describe tensors and their places are let in.
+"""
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from meds_megatron.errors import UserError
+
+METADATA_FILE = ".metadata"
+_KNOWN = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath"},
+    "pathlib._local": {"Path", "PosixPath"},
+}
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """The description of the checkpoint in `directory`.
+
+    Raises UserError when the file is damaged or would bring in anything but a description.
+    """
+    path = directory / METADATA_FILE
+    try:
+        with open(path, "rb") as file:
+            metadata = _DescriptionsOnly(file).load()
+    except Exception as error:
+        # A damaged pickle can fail in any way at all.
+        raise UserError(f"{path} cannot be read ({error}): the checkpoint is damaged, use another one") from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise UserError(f"{path} does not describe a checkpoint: use another one")
+    return metadata
+
+
+class _DescriptionsOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name not in _KNOWN.get(module, ()):
+            raise pickle.UnpicklingError(f"it wants {module}.{name}, which describes no tensor")
+        return super().find_class(module, name)
