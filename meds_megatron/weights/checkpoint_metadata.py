@@ -25,7 +25,14 @@ _KNOWN = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "collections": {"OrderedDict"},
     "pathlib": {"Path", "PosixPath"},
     "pathlib._local": {"Path", "PosixPath"},
@@ -41,6 +48,8 @@ def read_metadata(directory: Path) -> Metadata:
     try:
         with open(path, "rb") as file:
             metadata = _DescriptionsOnly(file).load()
+    except ImportError as error:
+        raise UserError(f"{path} {error}: it is not the description of a checkpoint, do not trust it") from error
     except Exception as error:
         # A damaged pickle can fail in any way at all.
         raise UserError(f"{path} cannot be read ({error}): the checkpoint is damaged, use another one") from error
@@ -54,5 +63,5 @@ class _DescriptionsOnly(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if name not in _KNOWN.get(module, ()):
-            raise pickle.UnpicklingError(f"it wants {module}.{name}, which describes no tensor")
+            raise ImportError(f"asks for {module}.{name}")
         return super().find_class(module, name)
