@@ -105,8 +105,10 @@ class CheckpointWeights:
         try:
             self._reader.read_data(LoadPlan(items), planner).wait()
         except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+            files = {self._reader.storage_data[item.storage_index].relative_path for item in items}
             raise UserError(
-                f"{self.directory}: {key} cannot be read ({error}): the checkpoint is damaged, use another one"
+                f"{self.directory}: {key} in {' or '.join(sorted(files))} is damaged: copy the checkpoint again, or use"
+                " another one"
             ) from error
         names = list(entry.hf_shapes())
         return {names[0]: whole} if len(names) == 1 else merge(entry, [whole])

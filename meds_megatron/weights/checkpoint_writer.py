@@ -117,7 +117,13 @@ class _FilePerGroup(FileSystemWriter):
         for number, (_, items) in enumerate(groupby(plan.items, key=_file_of)):
             prefix = replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
             part = replace(plan, items=list(items), storage_data=prefix)
-            results += super().write_data(part, planner).wait()
+            try:
+                results += super().write_data(part, planner).wait()
+            except RuntimeError as error:
+                # A broken write leaves torch's file half done, and closing it then raises this in the write's place.
+                if isinstance(error.__context__, OSError | KeyboardInterrupt):
+                    raise error.__context__ from None
+                raise
         written: Future[list[WriteResult]] = Future()
         written.set_result(results)
         return written
