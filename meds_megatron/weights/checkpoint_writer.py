@@ -28,7 +28,7 @@ from meds_megatron.weights.hf_directory import copy_model_files
 from meds_megatron.weights.load import HfWeights
 from meds_megatron.weights.table import Entry, Table
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 16 * 2**20
 
 
 def write_checkpoint(weights: HfWeights, table: Table, writing: Path, chunk_bytes: int = CHUNK_BYTES) -> None:

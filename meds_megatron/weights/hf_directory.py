@@ -60,18 +60,19 @@ def write_tensors(
 ) -> None:
     """Writes the tensors of `groups`, announced by `shapes`, to files in `writing`; `stage` keeps writers apart.
 
-    A file has at most `max_file_bytes`, or one tensor that exceeds them. Raises OSError when the file system refuses.
+    A file has at most `max_file_bytes`, or one tensor that exceeds them. Takes the tensors out of the dicts, so that
+    none is kept while the next are made. Raises OSError when the file system refuses.
     """
     files = _cut_into_files(shapes, dtype, max_file_bytes)
     place = {name: number for number, names in enumerate(files) for name in names}
     open_files: dict[int, ShardFile] = {}
     for tensors in groups:
-        for name, tensor in tensors.items():
+        for name in list(tensors):
             number = place[name]
             if number not in open_files:
                 path = writing / f"stage-{stage:04d}-{number:04d}.safetensors"
                 open_files[number] = ShardFile(path, files[number], dtype)
-            open_files[number].write(name, tensor)
+            open_files[number].write(name, tensors.pop(name))
             if not open_files[number].missing:
                 open_files.pop(number).close()
 

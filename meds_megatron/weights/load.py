@@ -104,6 +104,11 @@ class HfWeights:
             # Only the vocabulary has padding, and it has it in the last rows.
             local[filled:].zero_()
 
+    def tensor(self, name: str) -> Tensor:
+        """One whole tensor, on the mapped file."""
+        with _open(self.files[name]) as handle:
+            return handle.get_tensor(name)
+
     def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
         """The dtype of each named tensor, all of which passed `check`."""
         by_file: dict[Path, list[str]] = {}
