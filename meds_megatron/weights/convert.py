@@ -6,7 +6,7 @@ import torch
 
 from meds_megatron.errors import UserError
 from meds_megatron.model.shape import ModelShape
-from meds_megatron.weights.checkpoint import CheckpointWeights
+from meds_megatron.weights.checkpoint import CheckpointWeights, is_checkpoint
 from meds_megatron.weights.checkpoint_writer import CHUNK_BYTES, write_checkpoint
 from meds_megatron.weights.directory import finish_directory, new_directory
 from meds_megatron.weights.hf_directory import MAX_FILE_BYTES, finish_hf, write_tensors
@@ -21,6 +21,8 @@ def to_mcore(source: str | Path, directory: str | Path, chunk_bytes: int = CHUNK
     Memory holds one layer group. Raises UserError when `source` cannot be trained here, `directory` exists or the file
     system refuses.
     """
+    if is_checkpoint(source):
+        raise UserError(f"{source} is a checkpoint, expected a Hugging Face directory: it needs no conversion")
     shape = ModelShape.from_hf(source)
     table = build_table(shape)
     weights = HfWeights(source)

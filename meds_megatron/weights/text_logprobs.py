@@ -37,18 +37,27 @@ def text_tokens(directory: str | Path, text: str) -> list[int]:
     """
     from transformers import AutoTokenizer
 
+    if not text.strip():
+        raise UserError("the text to compare log-probs on is empty: give a longer one")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     except Exception as error:
         # What a broken tokenizer raises depends on its kind, and may go over many lines.
-        raise UserError(
-            f"{directory} has no tokenizer that transformers can read ({type(error).__name__}): add its files, or"
-            " compare with --weights-only"
-        ) from error
-    if len(tokens) < 2:
-        raise UserError(f"the text has {len(tokens)} tokens for the tokenizer of {directory}: give a longer one")
+        raise _no_tokenizer(directory) from error
+    if not tokens:
+        # transformers makes an empty tokenizer of a directory without one.
+        raise _no_tokenizer(directory)
+    if len(tokens) == 1:
+        raise UserError(f"the text to compare log-probs on is a single token to {directory}: give a longer one")
     return tokens
+
+
+def _no_tokenizer(directory: str | Path) -> UserError:
+    return UserError(
+        f"{directory} has no tokenizer that transformers can read: add the model's tokenizer files, or compare with"
+        " --weights-only"
+    )
 
 
 @torch.no_grad()
