@@ -48,7 +48,10 @@ def with_config(command):
 
 
 def with_json(command):
-    """Shows the dict that the command returns: as tables, or with --json as one JSON object on the last line."""
+    """Shows the dict that the command returns: as tables, or with --json as one JSON object on the last line.
+
+    The exit status is 1 where the dict says that what was compared is not `equal`.
+    """
 
     @functools.wraps(command)
     def run(as_json: bool, **arguments) -> None:

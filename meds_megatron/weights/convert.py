@@ -23,9 +23,8 @@ def to_mcore(source: str | Path, directory: str | Path, chunk_bytes: int = CHUNK
     """
     if is_checkpoint(source):
         raise UserError(f"{source} is a checkpoint, expected a Hugging Face directory: it needs no conversion")
-    shape = ModelShape.from_hf(source)
-    table = build_table(shape)
     weights = HfWeights(source)
+    table = build_table(ModelShape.from_hf(source))
     weights.check(table.hf_shapes)
     with new_directory(directory) as writing:
         write_checkpoint(weights, table, writing, chunk_bytes)

@@ -30,9 +30,7 @@ def main(directory: str, tokens: list[int]) -> None:
     )
     parameters = SamplingParams(max_tokens=1, prompt_logprobs=0)
     (output,) = llm.generate([TokensPrompt(prompt_token_ids=tokens)], parameters, use_tqdm=False)
-    found = [
-        step[token].logprob for step, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)
-    ]
+    found = [step[token].logprob for step, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)]
     print(json.dumps(found))
 
 
