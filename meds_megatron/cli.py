@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 
 import click
@@ -46,6 +47,25 @@ def with_config(command):
     return click.argument("config")(click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)(run))
 
 
+def with_json(command):
+    """Shows the dict that the command returns: as tables, or with --json as one JSON object on the last line.
+
+    The exit status is 1 where the dict says that what was compared is not `equal`.
+    """
+
+    @functools.wraps(command)
+    def run(as_json: bool, **arguments) -> None:
+        result = command(**arguments)
+        if as_json:
+            click.echo(json.dumps(result))
+        else:
+            show(result)
+        if result.get("equal") is False:
+            click.get_current_context().exit(EXIT_FAILURE)
+
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object, last.")(run)
+
+
 @cli.command(cls=Command, example="meds train configs/meds_qwen3_8b.yaml cluster.nodes=4 penalty.alpha=0.02 name=mine")
 @with_config
 def train(config) -> None:
@@ -60,22 +80,76 @@ def train(config) -> None:
 
 
 @cli.group()
+def convert() -> None:
+    """Turn models into checkpoints of megatron-core and back, and compare them."""
+    # megatron-core tells at every import which optional packages it does without.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+
+
+@convert.command("to-mcore", cls=Command, example="meds convert to-mcore models/Qwen3-8B checkpoints/Qwen3-8B")
+@click.argument("hf")
+@click.argument("out")
+def to_mcore(hf: str, out: str) -> None:
+    """Make the checkpoint OUT from the Hugging Face directory HF.
+
+    OUT holds the weights in megatron-core's distributed format, in the dtypes of HF, for any layout to load, and
+    HF's configuration and tokenizer. It needs no GPU, and memory for one layer or the embedding at a time.
+    """
+    from meds_megatron.weights.convert import to_mcore
+
+    to_mcore(hf, out)
+
+
+@convert.command("to-hf", cls=Command, example="meds convert to-hf checkpoints/step_000050 exported --dtype bfloat16")
+@click.argument("checkpoint")
+@click.argument("out")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Of all weights.  [default: as saved]")
+def to_hf(checkpoint: str, out: str, dtype: str | None) -> None:
+    """Make the Hugging Face directory OUT from CHECKPOINT.
+
+    CHECKPOINT may have been saved at any layout; its configuration and tokenizer go along, so that transformers and
+    vLLM load OUT as they load the original model. It needs no GPU, and memory for about one layer or the embedding at
+    a time.
+    """
+    import torch
+
+    from meds_megatron.weights.convert import to_hf
+
+    to_hf(checkpoint, out, None if dtype is None else getattr(torch, dtype))
+
+
+@convert.command(cls=Command, example="meds convert verify models/Qwen3-8B checkpoints/Qwen3-8B --text problems.txt")
+@click.argument("a")
+@click.argument("b")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    help="Largest difference of a weight, in whatever dtype.  [default: the same bits]",
+)
+@click.option("--text", type=click.File(encoding="utf-8"), help="Text for the log-probs.  [default: a built-in one]")
+@click.option(
+    "--logprob-limit", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="Largest difference of one."
+)
+@click.option("--weights-only", is_flag=True, help="Leave the log-probs out.")
+@with_json
+def verify(a: str, b: str, tolerance: float | None, text, logprob_limit: float, weights_only: bool) -> dict:
+    """Compare the models A and B.
+
+    Each is a Hugging Face directory or a checkpoint. First all weights are compared, one tensor at a time, then the
+    log-probs that transformers gives to a text with one model after the other in memory, in float32 (a checkpoint is
+    converted to a temporary directory for it, under TMPDIR). The exit status is 1 if they differ.
+    """
+    from meds_megatron.weights.text_logprobs import SAMPLE_TEXT
+    from meds_megatron.weights.verify import verify
+
+    if weights_only:
+        return verify(a, b, tolerance, text=None)
+    return verify(a, b, tolerance, text.read() if text else SAMPLE_TEXT, logprob_limit)
+
+
+@cli.group()
 def bench() -> None:
     """Measure a part of a run on this machine."""
-
-
-def with_json(command):
-    """Shows the dict that the command returns: as tables, or with --json as one JSON object on the last line."""
-
-    @functools.wraps(command)
-    def run(as_json: bool, **arguments) -> None:
-        result = command(**arguments)
-        if as_json:
-            click.echo(json.dumps(result))
-        else:
-            show(result)
-
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object, last.")(run)
 
 
 @bench.command(cls=Command, example="meds bench rollout configs/quickstart.yaml --json")

@@ -63,6 +63,7 @@ def test_help_and_config_errors_come_without_torch():
 import sys
 from meds_megatron.cli import main
 main(["--help"])
+main(["convert", "verify", "--help"])
 main(["train", {QUICKSTART!r}, "no.such=key"])
 heavy = {{"torch", "ray", "vllm", "transformers"}} & set(sys.modules)
 assert not heavy, heavy

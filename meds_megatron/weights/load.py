@@ -20,7 +20,7 @@ from meds_megatron.weights.table import LM_HEAD, Entry, HfShape, row_slabs
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAPPED_BYTES = 32 * 2**20
-_FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
+_FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LARGEST_ITEM = 8
 
 
@@ -83,16 +83,19 @@ class HfWeights:
                 for name in (name for name in expected if self.files[name] == path):
                     _check_tensor(handle, path, name, expected[name], present)
 
-    def fill(self, local: Tensor, entry: Entry, tp_rank: int, tp_size: int) -> None:
+    def fill(self, local: Tensor, entry: Entry, tp_rank: int, tp_size: int, first_row: int = 0) -> None:
         """Writes rank `tp_rank`'s part of `entry` into `local`, straight from the mapped files.
 
-        The pages that were read count as this process's memory until the file is closed: it is opened anew when they
-        would pass MAPPED_BYTES.
+        `local` may be some rows of that part, from `first_row` on. The pages that were read count as this process's
+        memory until the file is closed: it is opened anew when they would pass MAPPED_BYTES.
         """
         widths = {name: prod(shape[1:]) for name, shape in entry.hf_shapes().items()}
         filled = 0
         with torch.no_grad(), _MappedFiles() as mapped:
-            for piece in entry.pieces(tp_rank, tp_size):
+            for whole in entry.pieces(tp_rank, tp_size):
+                piece = whole.within(first_row, local.shape[0])
+                if piece is None:
+                    continue
                 for slab in row_slabs(piece, max(1, MAPPED_BYTES // (widths[piece.hf_name] * _LARGEST_ITEM))):
                     read_bytes = slab.size[0] * widths[slab.hf_name] * _LARGEST_ITEM
                     file = mapped.file(self.files[slab.hf_name], read_bytes)
@@ -100,6 +103,22 @@ class HfWeights:
                 filled += piece.size[0]
             # Only the vocabulary has padding, and it has it in the last rows.
             local[filled:].zero_()
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole tensor, on the mapped file."""
+        with _open(self.files[name]) as handle:
+            return handle.get_tensor(name)
+
+    def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
+        """The dtype of each named tensor, all of which passed `check`."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.files[name], []).append(name)
+        found: dict[str, torch.dtype] = {}
+        for path, names_in_file in by_file.items():
+            with _open(path) as handle:
+                found |= {name: _FLOAT_TYPES[handle.get_slice(name).get_dtype()] for name in names_in_file}
+        return found
 
     def _indexed(self, index: Path) -> dict[str, Path]:
         try:

@@ -28,7 +28,7 @@ LM_HEAD = "lm_head.weight"
 OUTPUT_LAYER = "output_layer.weight"
 
 # Transformer Engine folds the norm before a linear layer into that layer.
-_TRANSFORMER_ENGINE_NAMES = {
+TRANSFORMER_ENGINE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
@@ -49,6 +49,15 @@ class Piece:
 
     def local_slices(self) -> tuple[slice, ...]:
         return tuple(slice(start, start + size) for start, size in zip(self.local_start, self.size, strict=True))
+
+    def within(self, first: int, count: int) -> "Piece | None":
+        """The part in `count` rows of the parameter from row `first`, placed relative to that row; None if empty."""
+        row, *rest = self.local_start
+        begin, end = max(row, first), min(row + self.size[0], first + count)
+        if begin >= end:
+            return None
+        hf_start = (self.hf_start[0] + begin - row, *self.hf_start[1:])
+        return Piece(self.hf_name, hf_start, (begin - first, *rest), (end - begin, *self.size[1:]))
 
 
 @dataclass(frozen=True)
@@ -186,7 +195,7 @@ def canonical_name(megatron_name: str, global_layer: int | None = None) -> str:
     if match is None:
         return megatron_name
     layer = match[1] if global_layer is None else global_layer
-    return f"decoder.layers.{layer}.{_TRANSFORMER_ENGINE_NAMES.get(match[2], match[2])}"
+    return f"decoder.layers.{layer}.{TRANSFORMER_ENGINE_NAMES.get(match[2], match[2])}"
 
 
 def build_table(shape: "ModelShape", vocab_rows: int | None = None) -> Table:

@@ -12,7 +12,8 @@ from meds_megatron.config import ModelConfig, ParallelConfig
 from meds_megatron.errors import UserError
 from meds_megatron.model.gpt import build_chunks, chunk_layers, transformer_config
 from meds_megatron.model.shape import ModelShape
-from meds_megatron.weights.export import export_hf, writing_directory
+from meds_megatron.weights.directory import writing_directory
+from meds_megatron.weights.export import export_hf
 from meds_megatron.weights.gather import iterate_hf
 from meds_megatron.weights.load import load_hf
 

@@ -4,17 +4,15 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.model.shape import ModelShape
 from meds_megatron.weights.table import build_table
 from tests.weights import round_trip
+from tests.weights.hf_cases import LAYERS, MODELS, make_source, tensors_in, unequal
 from tests.weights.round_trip import Case
 
-VOCAB, LAYERS = 261, 8
-MODELS = ["qwen2 tied", "qwen2 untied", "qwen3 tied", "qwen3 untied"]
 LAYOUTS = {
     "TP1": dict(),
     "TP2": dict(tensor=2),
@@ -26,38 +24,16 @@ LAYOUTS = {
     "PP4xVPP2": dict(pipeline=4, virtual_pipeline=2),
     "TP2xPP2": dict(tensor=2, pipeline=2),
     "TP2xPP2xVPP2": dict(tensor=2, pipeline=2, virtual_pipeline=2),
+    "TP2xPP4": dict(tensor=2, pipeline=4),
+    "TP2xPP4xVPP2": dict(tensor=2, pipeline=4, virtual_pipeline=2),
+    "TP4xPP2": dict(tensor=4, pipeline=2),
+    "TP4xPP2xVPP2": dict(tensor=4, pipeline=2, virtual_pipeline=2),
+    "TP4xPP4": dict(tensor=4, pipeline=4),
+    "TP4xPP4xVPP2": dict(tensor=4, pipeline=4, virtual_pipeline=2),
     "PP2 uneven": dict(pipeline=2, first_stage_layers=5),
     "PP4 uneven": dict(pipeline=4, first_stage_layers=1, last_stage_layers=3),
     "TP2xPP2xVPP2 uneven": dict(tensor=2, pipeline=2, virtual_pipeline=2, last_stage_layers=2),
 }
-
-
-def make_source(directory, name):
-    """A random model of transformers' own making, in several files, with a tokenizer and a chat template."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(MODELS.index(name))
-    sizes = dict(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        tie_word_embeddings=name.endswith(" tied"),
-    )
-    if name.startswith("qwen2"):
-        model = Qwen2ForCausalLM(Qwen2Config(**sizes))
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=8))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
-    model.save_pretrained(directory, max_shard_size="60KB" if name.endswith(" tied") else "5GB")
-    (directory / "tokenizer.json").write_text("{}")
-    (directory / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
-    (directory / "chat_template.jinja").write_text("{{ messages }}")
-    (directory / "trainer_state.json").write_text("{}")
 
 
 @pytest.fixture(scope="module")
@@ -87,24 +63,11 @@ def exported(ranks, sources, tmp_path_factory):
     return directories, layers
 
 
-def tensors_in(directory):
-    files = sorted(directory.glob("*.safetensors"))
-    tensors = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                assert name not in tensors, f"{name} is in two files"
-                tensors[name] = file.get_tensor(name)
-    return tensors
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS)
 def test_weights_come_back_bit_for_bit(exported, sources, model, layout):
     target = exported[0][model, layout]
-    before, after = tensors_in(sources[model]), tensors_in(target)
-    assert after.keys() == before.keys()
-    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert unequal(tensors_in(sources[model]), tensors_in(target)) == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

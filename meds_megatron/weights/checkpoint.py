@@ -1,0 +1,214 @@
+"""The model part of a checkpoint: megatron-core's distributed format (`torch_dist`), read without ranks.
+
+A checkpoint is a directory with `.metadata` and `*.distcp` files as `dist_checkpointing.save` writes them, the Hugging
+Face configuration and tokenizer files of the model, and `metadata.json`, which is written last: without it the
+checkpoint is not whole. Whatever else it holds (an optimizer's state, for one) is passed over here.
+
+Every parameter of the table is stored as one rank would hold it without tensor parallelism, under the key that
+megatron-core gives it: the layers stacked along a first axis (`decoder.layers.mlp.linear_fc2.weight` is [L, H, F]), or
+each under its own number where the layers were saved as different from each other.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from functools import reduce
+from math import prod
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from meds_megatron.errors import UserError
+from meds_megatron.model.shape import ModelShape
+from meds_megatron.weights.checkpoint_metadata import METADATA_FILE, read_metadata
+from meds_megatron.weights.gather import merge
+from meds_megatron.weights.table import TRANSFORMER_ENGINE_NAMES, Entry, build_table, canonical_name
+
+BACKEND = "torch_dist"
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
+_MODEL_KEY = re.compile(r"(decoder|embedding|output_layer)\.")
+_FUSED_NAMES = {local: fused for fused, local in TRANSFORMER_ENGINE_NAMES.items()}
+
+
+def stored_name(name: str) -> tuple[str, int | None]:
+    """The key of the table's parameter `name`, and its place along the axis of layers (None: there is no such axis).
+
+    Keys have Transformer Engine's names also where the layers are local ones: megatron-core's local spec says so.
+    """
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return name, None
+    return f"decoder.layers.{_FUSED_NAMES.get(match[2], match[2])}", int(match[1])
+
+
+def is_checkpoint(directory: str | Path) -> bool:
+    """Whether `directory` holds a checkpoint, whole or not."""
+    directory = Path(directory)
+    return any((directory / name).is_file() for name in (CONFIG_FNAME, METADATA_FILE)) or any(
+        directory.glob("*.distcp")
+    )
+
+
+class CheckpointWeights:
+    """The parameters of a checkpoint as Hugging Face tensors, one parameter at a time.
+
+    Memory holds the parameter that is being read, twice while its parts are put in Hugging Face's order, and the chunk
+    that it is read from.
+    """
+
+    def __init__(self, directory: str | Path):
+        """Raises UserError when `directory` is no checkpoint, an incomplete one, or does not fit its config.json."""
+        self.directory = Path(directory).expanduser()
+        _check_whole(self.directory)
+        self.shape = ModelShape.from_hf(self.directory)
+        self.table = build_table(self.shape)
+        metadata = read_metadata(self.directory)
+        stored = metadata.state_dict_metadata
+        self._tensors = {key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
+        self._places = self._find()
+        _check_files(self.directory, metadata, {key for key, _ in self._places.values()})
+        self._reader = FileSystemReader(self.directory)
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+
+    def entries(self) -> Iterator[Entry]:
+        """Every stored parameter, in the order of the model."""
+        return (entry for entry in self.table.entries.values() if not entry.copy)
+
+    def common_dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds every weight."""
+        return reduce(torch.promote_types, {self.dtype(entry) for entry in self.entries()})
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        return self._tensors[self._places[entry.name][0]].properties.dtype
+
+    def read(self, entry: Entry, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The Hugging Face tensors of one parameter, in `dtype` or their own."""
+        key, layer = self._places[entry.name]
+        shape = entry.local_shape(tp_size=1)
+        whole = torch.empty(shape, dtype=dtype or self.dtype(entry))
+        stacked = layer is not None
+        box = ChunkStorageMetadata(
+            offsets=torch.Size((layer, *[0] * len(shape)) if stacked else [0] * len(shape)),
+            sizes=torch.Size((1, *shape) if stacked else shape),
+        )
+        items = create_read_items_for_chunk_list(key, self._tensors[key], [box])
+        planner = _Into(whole[None] if stacked else whole)
+        try:
+            self._reader.read_data(LoadPlan(items), planner).wait()
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+            files = {self._reader.storage_data[item.storage_index].relative_path for item in items}
+            raise UserError(
+                f"{self.directory}: {key} in {' or '.join(sorted(files))} is damaged: copy the checkpoint again, or use"
+                " another one"
+            ) from error
+        names = list(entry.hf_shapes())
+        return {names[0]: whole} if len(names) == 1 else merge(entry, [whole])
+
+    def _find(self) -> dict[str, tuple[str, int | None]]:
+        """The key and layer of every parameter of the table."""
+        places: dict[str, tuple[str, int | None]] = {}
+        for key in self._tensors:
+            for name, layer in self._names(key):
+                if name in places:
+                    raise self._misfit(f"the checkpoint holds {name} twice, as {places[name][0]} and as {key}")
+                places[name] = (key, layer)
+        expected = {entry.name for entry in self.entries()}
+        for name, (key, layer) in places.items():
+            if name not in expected:
+                raise self._misfit(f"the checkpoint holds {key}, which the model of config.json does not have")
+            self._check_shape(self.table.entries[name], key, layer)
+        for name in expected:
+            if name not in places:
+                raise self._misfit(f"the checkpoint has no tensor {stored_name(name)[0]}")
+        return places
+
+    def _names(self, key: str) -> list[tuple[str, int | None]]:
+        """The parameters that are stored under `key`, none if it does not belong to the model."""
+        if match := _STACKED.fullmatch(key):
+            layers = range(self.shape.num_layers)
+            return [(canonical_name(f"decoder.layers.{layer}.{match[1]}"), layer) for layer in layers]
+        return [(canonical_name(key), None)] if _MODEL_KEY.match(key) else []
+
+    def _check_shape(self, entry: Entry, key: str, layer: int | None) -> None:
+        """The stored tensor may have more rows than the vocabulary; otherwise it has the table's shape."""
+        stored = tuple(self._tensors[key].size)
+        stack = () if layer is None else (self.shape.num_layers,)
+        expected = (*stack, *entry.local_shape(tp_size=1))
+        padded = layer is None and entry.group in (0, len(self.table.groups) - 1) and entry.columns is not None
+        if stored != expected and not (padded and stored[0] >= expected[0] and stored[1:] == expected[1:]):
+            raise self._misfit(f"{key} is {list(stored)}, config.json asks for {list(expected)}")
+
+    def _misfit(self, what: str) -> UserError:
+        return UserError(
+            f"{self.directory}: {what}; put the config.json that belongs to these weights beside them, or use another"
+            " checkpoint"
+        )
+
+
+class _Into(DefaultLoadPlanner):
+    """Lets a reader fill one tensor, whose dtype it takes."""
+
+    def __init__(self, target: Tensor):
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        box = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self._target[tuple(slice(offset, offset + length) for offset, length in box)]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+def _check_whole(directory: Path) -> None:
+    if not directory.is_dir():
+        raise UserError(f"checkpoint {directory} does not exist: give the directory of a checkpoint")
+    marker = directory / CONFIG_FNAME
+    if not is_checkpoint(directory):
+        raise UserError(f"{directory} is not a checkpoint: it has no {CONFIG_FNAME} and no {METADATA_FILE}")
+    for path in (marker, directory / METADATA_FILE):
+        if not path.is_file():
+            raise UserError(
+                f"{path} does not exist: the checkpoint was not written to its end or not copied whole, use another one"
+            )
+    try:
+        backend = json.loads(marker.read_text())["sharded_backend"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{marker} is not the one of a checkpoint ({error}): use another checkpoint") from error
+    if backend != BACKEND:
+        raise UserError(f"{marker} says the format is {backend}, expected {BACKEND}: save the checkpoint as that")
+    if not (directory / "config.json").is_file():
+        raise UserError(
+            f"{directory} has no config.json: copy the config.json and tokenizer files of the model's Hugging Face"
+            " directory there"
+        )
+
+
+def _check_files(directory: Path, metadata: Metadata, keys: set[str]) -> None:
+    """Every byte of the tensors `keys` must be there. Raises UserError, naming the tensor or the file."""
+    for key in sorted(keys):
+        tensor = metadata.state_dict_metadata[key]
+        if sum(prod(chunk.sizes) for chunk in tensor.chunks) != prod(tensor.size):
+            raise UserError(
+                f"{directory}: {key} is stored only in part: some ranks did not write theirs, use another checkpoint"
+            )
+    sizes: dict[str, int] = {}
+    for index, place in metadata.storage_data.items():
+        if index.fqn in keys:
+            sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
+    for name, size in sizes.items():
+        path = directory / name
+        found = path.stat().st_size if path.is_file() else None
+        if found is None:
+            raise UserError(f"{path} is missing: copy the checkpoint again, or use another one")
+        if found < size:
+            raise UserError(f"{path} has {found} bytes, expected {size}: copy the checkpoint again, or use another one")

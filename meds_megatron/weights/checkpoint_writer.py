@@ -1,0 +1,156 @@
+"""A checkpoint from a Hugging Face directory, in one process and without holding more than one layer group.
+
+torch's checkpoint writer asks its planner for each chunk when it is about to write it, so a chunk is read from the
+safetensors only then. Chunks are a number of rows of one parameter, so that a rank that loads its part of a large
+parameter reads little else.
+"""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter, SavePlan
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from meds_megatron.weights.checkpoint import BACKEND, stored_name
+from meds_megatron.weights.hf_directory import copy_model_files
+from meds_megatron.weights.load import HfWeights
+from meds_megatron.weights.table import Entry, Table
+
+CHUNK_BYTES = 16 * 2**20
+
+
+def write_checkpoint(weights: HfWeights, table: Table, writing: Path, chunk_bytes: int = CHUNK_BYTES) -> None:
+    """Writes the weights, each in the dtype that it has, and the model's configuration and tokenizer into `writing`.
+
+    `weights` has passed its `check`; a chunk has at most `chunk_bytes`, or one row. Raises OSError when the file system
+    refuses.
+    """
+    planner = _LazyPlanner(weights, table, chunk_bytes)
+    writer = _FilePerGroup(writing)
+    writer.set_up_storage_writer(is_coordinator=True)
+    planner.set_up_planner({}, writer.storage_meta(), is_coordinator=True)
+    [plan], metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
+    [plan] = writer.prepare_global_plan([plan])
+    results = writer.write_data(plan, planner).wait()
+    writer.finish(metadata, [results])
+    torch.save({}, writing / COMMON_STATE_FNAME)
+    copy_model_files(weights.directory, writing)
+    save_config(CheckpointingConfig(sharded_backend=BACKEND), str(writing))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """`count` rows of a parameter, from row `first`."""
+
+    entry: Entry
+    first: int
+    count: int
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Plans every chunk of the model, and reads one when it is asked for."""
+
+    def __init__(self, weights: HfWeights, table: Table, chunk_bytes: int):
+        super().__init__(flatten_state_dict=False)
+        self._weights, self._table, self._chunk_bytes = weights, table, chunk_bytes
+        self._dtypes = _stored_dtypes(weights, table)
+        self._rows: dict[MetadataIndex, _Rows] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        items: list[WriteItem] = []
+        layers = len(self._table.groups) - 2
+        for group in self._table.groups:
+            for entry in group:
+                if not entry.copy:
+                    items += self._chunks(entry, layers)
+                    items += _extra_state(entry, layers)
+        return SavePlan(items)
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type is WriteItemType.BYTE_IO:
+            # What the objects of one rank are wrapped in: a list.
+            data = io.BytesIO()
+            torch.save([None], data)
+            return data
+        rows = self._rows[write_item.index]
+        dtype, sizes = write_item.tensor_data.properties.dtype, write_item.tensor_data.chunk.sizes
+        chunk = torch.empty(sizes, dtype=dtype)
+        stacked = len(sizes) > len(rows.entry.local_shape(1))
+        self._weights.fill(chunk[0] if stacked else chunk, rows.entry, 0, 1, rows.first)
+        return chunk
+
+    def _chunks(self, entry: Entry, layers: int) -> Iterator[WriteItem]:
+        key, layer = stored_name(entry.name)
+        dtype, shape = self._dtypes[key], entry.local_shape(1)
+        stack, at, one = ((), (), ()) if layer is None else ((layers,), (layer,), (1,))
+        most = max(1, self._chunk_bytes // (dtype.itemsize * (entry.columns or 1)))
+        for first in range(0, shape[0], most):
+            count = min(most, shape[0] - first)
+            index = MetadataIndex(key, (*at, first, *[0] * len(shape[1:])))
+            self._rows[index] = _Rows(entry, first, count)
+            box = ChunkStorageMetadata(offsets=index.offset, sizes=torch.Size((*one, count, *shape[1:])))
+            data = TensorWriteData(chunk=box, properties=TensorProperties(dtype), size=torch.Size((*stack, *shape)))
+            yield WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)
+
+
+class _FilePerGroup(FileSystemWriter):
+    """Writes the items of each layer group to a file of its own."""
+
+    def __init__(self, path: Path):
+        # Reading ahead would hold more than one chunk.
+        super().__init__(path, per_thread_copy_ahead=0)
+
+    def write_data(self, plan: SavePlan, planner: DefaultSavePlanner) -> Future[list[WriteResult]]:
+        results: list[WriteResult] = []
+        for number, (_, items) in enumerate(groupby(plan.items, key=_file_of)):
+            prefix = replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
+            part = replace(plan, items=list(items), storage_data=prefix)
+            try:
+                results += super().write_data(part, planner).wait()
+            except RuntimeError as error:
+                # A broken write leaves torch's file half done, and closing it then raises this in the write's place.
+                if isinstance(error.__context__, OSError | KeyboardInterrupt):
+                    raise error.__context__ from None
+                raise
+        written: Future[list[WriteResult]] = Future()
+        written.set_result(results)
+        return written
+
+
+def _file_of(item: WriteItem) -> int | None:
+    """The item's layer, which neighbours in the plan share; None before the first layer and after the last."""
+    if item.type is WriteItemType.BYTE_IO:
+        return ShardedObject.empty_from_unique_key(item.index.fqn).global_offset[0]
+    return item.index.offset[0] if item.index.fqn.startswith("decoder.layers.") else None
+
+
+def _extra_state(entry: Entry, layers: int) -> Iterator[WriteItem]:
+    """megatron-core's linear layers ask for a state beside their weight, though on most machines it is empty."""
+    module, _, last = entry.name.rpartition(".")
+    key, layer = stored_name(f"{module}._extra_state")
+    if layer is not None and last == "weight" and ".linear_" in module:
+        item = ShardedObject(key, None, (layers,), (layer,))
+        yield WriteItem(index=MetadataIndex(item.unique_key), type=WriteItemType.BYTE_IO)
+
+
+def _stored_dtypes(weights: HfWeights, table: Table) -> dict[str, torch.dtype]:
+    """The dtype of every key: the narrowest that holds all tensors stored under it, since a key has only one."""
+    hf_dtypes = weights.dtypes(table.hf_shapes)
+    dtypes: dict[str, torch.dtype] = {}
+    for entry in table.entries.values():
+        key, _ = stored_name(entry.name)
+        for name in entry.hf_shapes():
+            dtypes[key] = torch.promote_types(dtypes.get(key, hf_dtypes[name]), hf_dtypes[name])
+    return dtypes

@@ -1,0 +1,173 @@
+"""Conversions that cannot be made: one sentence, and nothing left that could be taken for whole."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from meds_megatron.errors import UserError
+from meds_megatron.weights import checkpoint_writer
+from meds_megatron.weights.convert import to_hf, to_mcore
+from meds_megatron.weights.load import HfWeights
+from tests.weights.hf_cases import make_source, tensors_in
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    out = tmp_path_factory.mktemp("originals")
+    source = make_source(out / "source", "qwen2 untied")
+    to_mcore(source, out / "checkpoint", chunk_bytes=3000)
+    return source, out / "checkpoint"
+
+
+@pytest.fixture
+def source(originals, tmp_path):
+    return shutil.copytree(originals[0], tmp_path / "source")
+
+
+@pytest.fixture
+def checkpoint(originals, tmp_path):
+    return shutil.copytree(originals[1], tmp_path / "checkpoint")
+
+
+def refused(convert, directory, out):
+    """The sentence of a conversion that leaves nothing behind."""
+    with pytest.raises(UserError) as error:
+        convert(directory, out)
+    left = [path.name for path in out.parent.iterdir() if path.name.startswith((out.name, f".{out.name}"))]
+    assert left == []
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_no_checkpoint(tmp_path, source):
+    assert "nowhere does not exist" in refused(to_hf, tmp_path / "nowhere", tmp_path / "out")
+    said = refused(to_hf, source, tmp_path / "out")
+    assert said.startswith(f"{source} is not a checkpoint: it has no metadata.json and no .metadata")
+
+
+@pytest.mark.parametrize("name", ["metadata.json", ".metadata", "config.json", "__0_4_0.distcp"])
+def test_a_missing_file_is_named(checkpoint, tmp_path, name):
+    (checkpoint / name).unlink()
+    said = refused(to_hf, checkpoint, tmp_path / "out")
+    assert str(checkpoint) in said and name in said
+
+
+@pytest.mark.parametrize("name", ["metadata.json", ".metadata", "__0_4_0.distcp"])
+def test_a_cut_file_is_named(checkpoint, tmp_path, name):
+    path = checkpoint / name
+    path.write_bytes(path.read_bytes()[:-30])
+    assert str(path) in refused(to_hf, checkpoint, tmp_path / "out")
+
+
+def test_damaged_tensors_are_noticed(checkpoint, tmp_path):
+    path = checkpoint / "__0_4_0.distcp"
+    path.write_bytes(bytes(path.stat().st_size))
+    said = refused(to_hf, checkpoint, tmp_path / "out")
+    assert said.startswith(f"{checkpoint}: decoder.layers.") and "in __0_4_0.distcp is damaged" in said
+
+
+def test_a_description_that_would_run_something_is_not_read(checkpoint, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Trap()))
+    assert "posix.mkdir" in refused(to_hf, checkpoint, tmp_path / "out")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_tensors_of_which_a_part_was_never_written(checkpoint, tmp_path):
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.pop()
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert "decoder.layers.mlp.linear_fc2.weight is stored only in part" in refused(to_hf, checkpoint, tmp_path / "out")
+
+
+def test_another_format(checkpoint, tmp_path):
+    (checkpoint / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
+    assert "metadata.json says the format is zarr, expected torch_dist" in refused(to_hf, checkpoint, tmp_path / "out")
+
+
+def test_an_existing_target_is_left_alone(source, checkpoint, tmp_path):
+    for convert, directory in ((to_mcore, source), (to_hf, checkpoint)):
+        out = tmp_path / convert.__name__
+        out.mkdir()
+        (out / "precious").write_text("mine")
+        with pytest.raises(UserError, match=f"{convert.__name__} exists already"):
+            convert(directory, out)
+        assert [path.name for path in out.iterdir()] == ["precious"]
+        assert not (tmp_path / f".{out.name}.writing").exists()
+
+
+def test_a_target_that_cannot_be_made(source, tmp_path):
+    with pytest.raises(UserError, match=r"config\.json/out cannot be written"):
+        to_mcore(source, source / "config.json" / "out")
+
+
+def test_quantized_weights_and_missing_tensors_are_refused(source, tmp_path):
+    tensors = tensors_in(source)
+    name = "model.layers.3.mlp.up_proj.weight"
+    save_file(tensors | {name: torch.zeros(48, 32, dtype=torch.int8)}, source / "model.safetensors")
+    assert "quantized weights cannot be trained" in refused(to_mcore, source, tmp_path / "out")
+    tensors.pop(name)
+    save_file(tensors, source / "model.safetensors")
+    assert f"has no tensor {name}" in refused(to_mcore, source, tmp_path / "out")
+
+
+def test_a_dtype_that_no_export_has(source, tmp_path):
+    save_file({name: tensor.double() for name, tensor in tensors_in(source).items()}, source / "model.safetensors")
+    to_mcore(source, tmp_path / "checkpoint")
+    assert "holds torch.float64 weights: choose" in refused(to_hf, tmp_path / "checkpoint", tmp_path / "out")
+    to_hf(tmp_path / "checkpoint", tmp_path / "out", torch.float32)
+
+
+def test_mixed_dtypes_are_kept_in_the_checkpoint_and_widened_in_the_export(source, tmp_path):
+    before = tensors_in(source)
+    halves = {n: t.bfloat16() if "mlp" in n or "k_proj.bias" in n else t for n, t in before.items()}
+    save_file(halves, source / "model.safetensors")
+    to_mcore(source, tmp_path / "checkpoint")
+    to_hf(tmp_path / "checkpoint", tmp_path / "out")
+    after = tensors_in(tmp_path / "out")
+    assert all(after[name].equal(tensor.float()) for name, tensor in halves.items())
+    stored = pickle.loads((tmp_path / "checkpoint" / ".metadata").read_bytes()).state_dict_metadata
+    assert stored["decoder.layers.mlp.linear_fc1.weight"].properties.dtype == torch.bfloat16
+    assert stored["decoder.layers.self_attention.linear_qkv.bias"].properties.dtype == torch.float32
+
+
+@pytest.mark.parametrize("convert", [to_mcore, to_hf])
+def test_a_full_disk_leaves_nothing(convert, source, checkpoint, tmp_path):
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
+    try:
+        said = refused(convert, source if convert is to_mcore else checkpoint, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert said.startswith(f"writing {tmp_path / 'out'} failed: ")
+
+
+@pytest.mark.parametrize("convert", [to_mcore, to_hf])
+def test_an_interruption_leaves_nothing(convert, source, checkpoint, tmp_path, monkeypatch):
+    calls = []
+
+    def interrupt(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    if convert is to_mcore:
+        original = HfWeights.fill
+        monkeypatch.setattr(HfWeights, "fill", interrupt)
+    else:
+        original = checkpoint_writer.torch.empty
+        monkeypatch.setattr("torch.empty", interrupt)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        convert(source if convert is to_mcore else checkpoint, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -1,0 +1,38 @@
+"""Conversion of a model of several hundred MB in the memory of about one layer."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from meds_megatron.model.shape import ModelShape
+from meds_megatron.weights.table import build_table, group_sizes
+from tests.weights.hf_cases import make_source
+
+SIZES = dict(hidden_size=2048, num_hidden_layers=5, num_attention_heads=16, num_key_value_heads=8, head_dim=128)
+CONFIG = SIZES | dict(intermediate_size=6144, vocab_size=12_000, tie_word_embeddings=False, rope_theta=1e6)
+
+
+def test_peak_memory_is_about_one_layer_group(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["Qwen3ForCausalLM"]}))
+    table = build_table(ModelShape.from_hf(source))
+    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in table.hf_shapes.items()}
+    save_file(tensors, source / "model.safetensors")
+    small = make_source(tmp_path / "small", "qwen3 untied")
+    program = str(Path(__file__).with_name("conversion_memory.py"))
+    done = subprocess.run(
+        [sys.executable, program, small, source, tmp_path / "out"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    peaks = json.loads(done.stdout.splitlines()[-1])
+    group_bytes = 2 * max(group_sizes(table))
+    model_bytes = 2 * sum(group_sizes(table))
+    assert model_bytes > 5.5 * group_bytes > 500e6
+    # What malloc keeps for the next block, and the mapped pages of safetensors, come on top of the group.
+    assert max(peaks["to_mcore"], peaks["to_hf"]) < 2 * group_bytes, peaks
+    assert peaks["verify"] < 3 * group_bytes, peaks
