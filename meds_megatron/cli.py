@@ -95,7 +95,7 @@ def to_mcore(hf: str, out: str) -> None:
     OUT holds the weights in megatron-core's distributed format, in the dtypes of HF, for any layout to load, and
     HF's configuration and tokenizer. It needs no GPU, and memory for one layer or the embedding at a time.
     """
-    from meds_megatron.weights.convert import to_mcore
+    from meds_megatron.weights.conversion.convert import to_mcore
 
     to_mcore(hf, out)
 
@@ -113,7 +113,7 @@ def to_hf(checkpoint: str, out: str, dtype: str | None) -> None:
     """
     import torch
 
-    from meds_megatron.weights.convert import to_hf
+    from meds_megatron.weights.conversion.convert import to_hf
 
     to_hf(checkpoint, out, None if dtype is None else getattr(torch, dtype))
 
@@ -139,8 +139,8 @@ def verify(a: str, b: str, tolerance: float | None, text, logprob_limit: float, 
     log-probs that transformers gives to a text with one model after the other in memory, in float32 (a checkpoint is
     converted to a temporary directory for it, under TMPDIR). The exit status is 1 if they differ.
     """
-    from meds_megatron.weights.text_logprobs import SAMPLE_TEXT
-    from meds_megatron.weights.verify import verify
+    from meds_megatron.weights.conversion.text_logprobs import SAMPLE_TEXT
+    from meds_megatron.weights.conversion.verify import verify
 
     if weights_only:
         return verify(a, b, tolerance, text=None)
@@ -241,7 +241,7 @@ def reshard(rounds: int, network_gbit: float, local_gbyte: float) -> dict:
     At the shape of Qwen2.5-0.5B on CPU, from TP2 x PP2 to an engine of TP2: our plan against gathering everything. And
     what an update of 7B, 32B and 72B models moves, with the time that it takes at least.
     """
-    from meds_megatron.weights.bench import run
+    from meds_megatron.weights.resharding.bench import run
 
     return run(rounds=rounds, network_gbit=network_gbit, local_gbyte=local_gbyte)
 

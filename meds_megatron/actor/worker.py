@@ -12,10 +12,10 @@ from meds_megatron.actor.handover import hand_over
 from meds_megatron.actor.messages import ForwardReply, Rendezvous, UpdateResult
 from meds_megatron.actor.step_data import StepData
 from meds_megatron.config import Config
-from meds_megatron.weights.messages import Checksums, Staged, SyncSpec
+from meds_megatron.weights.resharding.messages import Checksums, Staged, SyncSpec
 
 if TYPE_CHECKING:
-    from meds_megatron.weights.transport.network import Meeting
+    from meds_megatron.weights.resharding.transport.network import Meeting
 
 
 class PolicyWorker:
@@ -61,8 +61,8 @@ class PolicyWorker:
     def prepare_sync(self, spec: SyncSpec) -> None:
         """Makes the rank ready to send its share of the weights to engines."""
         from meds_megatron.weights.chunks import shares
-        from meds_megatron.weights.sender import WeightSender
-        from meds_megatron.weights.transport import local_transport
+        from meds_megatron.weights.resharding.sender import WeightSender
+        from meds_megatron.weights.resharding.transport import local_transport
 
         self._meetings, device = {}, self._policy.device
         place = spec.layout.coordinates(self._rank)
@@ -73,7 +73,7 @@ class PolicyWorker:
         """Opens the meeting of an engine and the trainer ranks, with this one, that serve it over the network."""
         import ray
 
-        from meds_megatron.weights.transport.network import open_meeting
+        from meds_megatron.weights.resharding.transport.network import open_meeting
 
         host, timeout = ray.util.get_node_ip_address(), self._config.cluster.collective_timeout_minutes
         meeting, self._meetings[engine] = open_meeting(host, senders, receivers, timeout)
@@ -81,7 +81,7 @@ class PolicyWorker:
 
     def join(self, engine: int, meeting: "Meeting", member: int) -> None:
         """Meets the engine, as `member` of the meeting."""
-        from meds_megatron.weights.transport.network import Link
+        from meds_megatron.weights.resharding.transport.network import Link
 
         store = self._meetings.pop(engine, None)
         self._sender.connect(engine, Link(meeting, member, self._policy.device, store))

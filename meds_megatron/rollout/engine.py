@@ -19,8 +19,8 @@ from meds_megatron.rollout.sampling import Sampling
 if TYPE_CHECKING:
     from vllm import CompletionOutput
 
-    from meds_megatron.weights.messages import Checksums, Staged, SyncSpec
-    from meds_megatron.weights.transport.network import Meeting
+    from meds_megatron.weights.resharding.messages import Checksums, Staged, SyncSpec
+    from meds_megatron.weights.resharding.transport.network import Meeting
 
 
 class RolloutEngine:
@@ -180,7 +180,7 @@ def make_llm(config: Config, model_dir: str, use_gpu: bool, read_weights: bool =
     from vllm import LLM
     from vllm.config import WeightTransferConfig
 
-    from meds_megatron.weights.vllm_backend import BACKEND
+    from meds_megatron.weights.resharding.vllm_backend import BACKEND
 
     rollout = config.rollout
     memory = (

@@ -2,7 +2,7 @@
 
 from vllm.utils.torch_utils import set_random_seed
 
-from meds_megatron.weights.messages import Checksums
+from meds_megatron.weights.resharding.messages import Checksums
 
 
 class EngineRank:

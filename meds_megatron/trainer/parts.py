@@ -23,7 +23,7 @@ from meds_megatron.trainer.metrics import MetricsLog, PhaseTimer
 from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.trainer.run_dir import RunDirectory
 from meds_megatron.trainer.sync import WeightSync
-from meds_megatron.weights.transport.shared_memory import ROOT as SHARED_MEMORY
+from meds_megatron.weights.resharding.transport.shared_memory import ROOT as SHARED_MEMORY
 
 PLACEMENT_SECONDS = 120
 

@@ -9,8 +9,8 @@ from meds_megatron.actor.worker import PolicyWorker
 from meds_megatron.config import Config
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.launch.placement import Placement, rank_places
-from meds_megatron.weights.messages import SyncSpec
-from meds_megatron.weights.transport.network import Meeting
+from meds_megatron.weights.resharding.messages import SyncSpec
+from meds_megatron.weights.resharding.transport.network import Meeting
 
 
 class PolicyGroup:

@@ -12,9 +12,9 @@ from meds_megatron.model.shape import ModelShape
 from meds_megatron.rollout.engine import engine_dtype
 from meds_megatron.rollout.group import EngineGroup
 from meds_megatron.trainer.policy_group import PolicyGroup
-from meds_megatron.weights.messages import Checksums, Staged, SyncSpec
-from meds_megatron.weights.plan import interleaved
-from meds_megatron.weights.routes import Route, find_routes
+from meds_megatron.weights.resharding.messages import Checksums, Staged, SyncSpec
+from meds_megatron.weights.resharding.plan import interleaved
+from meds_megatron.weights.resharding.routes import Route, find_routes
 
 
 class WeightSync:

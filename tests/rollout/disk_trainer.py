@@ -9,9 +9,9 @@ from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.model.shape import ModelShape
 from meds_megatron.rollout.group import EngineGroup
 from meds_megatron.weights.load import HfWeights
-from meds_megatron.weights.messages import SyncSpec
-from meds_megatron.weights.sender import WeightSender
-from meds_megatron.weights.transport.shared_memory import SharedMemory
+from meds_megatron.weights.resharding.messages import SyncSpec
+from meds_megatron.weights.resharding.sender import WeightSender
+from meds_megatron.weights.resharding.transport.shared_memory import SharedMemory
 
 
 class DiskTrainer:

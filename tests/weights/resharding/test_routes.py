@@ -6,8 +6,8 @@ import pytest
 
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.model.catalogue import QWEN
-from meds_megatron.weights.plan import ReshardPlan
-from meds_megatron.weights.routes import find_routes, predict
+from meds_megatron.weights.resharding.plan import ReshardPlan
+from meds_megatron.weights.resharding.routes import find_routes, predict
 
 
 def nodes_of(layout: ParallelLayout, ranks_per_node: int) -> list[int]:

@@ -10,13 +10,13 @@ from torch import Tensor
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.errors import UserError
 from meds_megatron.model.shape import ModelShape
-from meds_megatron.weights.boxes import checksum
-from meds_megatron.weights.messages import SyncSpec
-from meds_megatron.weights.plan import engine_box
-from meds_megatron.weights.receiver import WeightReceiver
-from meds_megatron.weights.sender import WeightSender
-from meds_megatron.weights.transport.network import Link, Meeting, open_meeting
-from meds_megatron.weights.transport.shared_memory import SharedMemory
+from meds_megatron.weights.resharding.boxes import checksum
+from meds_megatron.weights.resharding.messages import SyncSpec
+from meds_megatron.weights.resharding.plan import engine_box
+from meds_megatron.weights.resharding.receiver import WeightReceiver
+from meds_megatron.weights.resharding.sender import WeightSender
+from meds_megatron.weights.resharding.transport.network import Link, Meeting, open_meeting
+from meds_megatron.weights.resharding.transport.shared_memory import SharedMemory
 
 QWEN2 = ModelShape("qwen2", 16, 4, 8, 4, 4, 24, 134, False, 1e6, 1e-6, 64)
 QWEN3 = ModelShape("qwen3", 16, 4, 8, 4, 4, 24, 134, True, 1e6, 1e-6, 64)

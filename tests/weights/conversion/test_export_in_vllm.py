@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from meds_megatron.weights.convert import to_hf
-from meds_megatron.weights.text_logprobs import SAMPLE_TEXT, WINDOW, text_tokens, token_logprobs
+from meds_megatron.weights.conversion.convert import to_hf
+from meds_megatron.weights.conversion.text_logprobs import SAMPLE_TEXT, WINDOW, text_tokens, token_logprobs
 from tests.rollout.engine_cases import make_model
-from tests.weights import checkpoint_ranks, round_trip
+from tests.weights import round_trip
+from tests.weights.conversion import checkpoint_ranks
 from tests.weights.round_trip import Case
 
 PARALLEL = dict(tensor=2, pipeline=2)

@@ -6,10 +6,10 @@ import pytest
 
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.model.catalogue import QWEN
-from meds_megatron.weights.bench import Ranks
-from meds_megatron.weights.forecast import PLANS, predicted
-from meds_megatron.weights.messages import SyncSpec
-from meds_megatron.weights.routes import gathered_bytes
+from meds_megatron.weights.resharding.bench import Ranks
+from meds_megatron.weights.resharding.forecast import PLANS, predicted
+from meds_megatron.weights.resharding.messages import SyncSpec
+from meds_megatron.weights.resharding.routes import gathered_bytes
 
 
 def test_bytes_are_counted_as_the_plan_has_them():

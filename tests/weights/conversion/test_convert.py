@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from meds_megatron.weights.convert import to_hf, to_mcore
-from tests.weights import checkpoint_ranks
+from meds_megatron.weights.conversion.convert import to_hf, to_mcore
+from tests.weights.conversion import checkpoint_ranks
 from tests.weights.hf_cases import MODELS, make_source, tensors_in, unequal
 from tests.weights.round_trip import Case
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from meds_megatron.errors import UserError
 from meds_megatron.model.shape import ModelShape
-from meds_megatron.weights.checkpoint_metadata import METADATA_FILE, read_metadata
+from meds_megatron.weights.conversion.checkpoint_metadata import METADATA_FILE, read_metadata
 from meds_megatron.weights.gather import merge
 from meds_megatron.weights.table import TRANSFORMER_ENGINE_NAMES, Entry, build_table, canonical_name
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from meds_megatron.model.shape import ModelShape
-from meds_megatron.weights.checkpoint import CheckpointWeights, is_checkpoint
-from meds_megatron.weights.convert import to_hf
+from meds_megatron.weights.conversion.checkpoint import CheckpointWeights, is_checkpoint
+from meds_megatron.weights.conversion.convert import to_hf
+from meds_megatron.weights.conversion.text_logprobs import SAMPLE_TEXT, text_tokens, token_logprobs
 from meds_megatron.weights.load import HfWeights
 from meds_megatron.weights.table import Entry, build_table
-from meds_megatron.weights.text_logprobs import SAMPLE_TEXT, text_tokens, token_logprobs
 
 LOGPROB_LIMIT = 1e-4
 MOST_SHOWN = 20

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from meds_megatron.errors import UserError
-from meds_megatron.weights import checkpoint_writer
-from meds_megatron.weights.convert import to_hf, to_mcore
+from meds_megatron.weights.conversion import checkpoint_writer
+from meds_megatron.weights.conversion.convert import to_hf, to_mcore
 from meds_megatron.weights.load import HfWeights
 from tests.weights.hf_cases import make_source, tensors_in
 

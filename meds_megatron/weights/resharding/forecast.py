@@ -4,8 +4,8 @@ from meds_megatron.config import ClusterConfig, RolloutConfig
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.launch.placement import engine_places, rank_places
 from meds_megatron.model.catalogue import QWEN
-from meds_megatron.weights.plan import ReshardPlan
-from meds_megatron.weights.routes import find_routes, predict
+from meds_megatron.weights.resharding.plan import ReshardPlan
+from meds_megatron.weights.resharding.routes import find_routes, predict
 
 # Model, trainer nodes, TP, PP, engines, engine TP, nodes of the engines' own (None: shared); nodes of 8 GPUs.
 PLANS = [

@@ -6,8 +6,8 @@ import torch
 
 from meds_megatron.errors import UserError
 from meds_megatron.model.shape import ModelShape
-from meds_megatron.weights.checkpoint import CheckpointWeights, is_checkpoint
-from meds_megatron.weights.checkpoint_writer import CHUNK_BYTES, write_checkpoint
+from meds_megatron.weights.conversion.checkpoint import CheckpointWeights, is_checkpoint
+from meds_megatron.weights.conversion.checkpoint_writer import CHUNK_BYTES, write_checkpoint
 from meds_megatron.weights.directory import finish_directory, new_directory
 from meds_megatron.weights.hf_directory import MAX_FILE_BYTES, finish_hf, write_tensors
 from meds_megatron.weights.load import HfWeights

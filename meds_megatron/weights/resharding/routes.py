@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from meds_megatron.config.layout import ParallelLayout
-from meds_megatron.weights.plan import ReshardPlan
+from meds_megatron.weights.resharding.plan import ReshardPlan
 
 
 @dataclass(frozen=True)

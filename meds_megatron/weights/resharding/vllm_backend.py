@@ -21,11 +21,11 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from meds_megatron.weights.ledger import UpdateLedger
-from meds_megatron.weights.messages import Checksums, SyncSpec
-from meds_megatron.weights.receiver import WeightReceiver
-from meds_megatron.weights.transport import local_transport
-from meds_megatron.weights.transport.network import Link, Meeting
+from meds_megatron.weights.resharding.ledger import UpdateLedger
+from meds_megatron.weights.resharding.messages import Checksums, SyncSpec
+from meds_megatron.weights.resharding.receiver import WeightReceiver
+from meds_megatron.weights.resharding.transport import local_transport
+from meds_megatron.weights.resharding.transport.network import Link, Meeting
 
 BACKEND = "meds_reshard"
 

@@ -1,6 +1,6 @@
 import pytest
 
-from meds_megatron.weights.ledger import UpdateLedger
+from meds_megatron.weights.resharding.ledger import UpdateLedger
 
 
 def test_every_parameter_once_is_complete():

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from meds_megatron.weights.plan import Box, Parcel, ReshardPlan
+from meds_megatron.weights.resharding.plan import Box, Parcel, ReshardPlan
 
 _CHUNK_ELEMENTS = 2**20
 _CHECKSUM_PERIOD = 65521

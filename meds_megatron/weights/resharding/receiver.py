@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meds_megatron.weights.boxes import TensorAssembly, checksum, checksum_key
-from meds_megatron.weights.messages import Checksums, SyncSpec
-from meds_megatron.weights.plan import Parcel
-from meds_megatron.weights.transport import LocalTransport
-from meds_megatron.weights.transport.network import Link
+from meds_megatron.weights.resharding.boxes import TensorAssembly, checksum, checksum_key
+from meds_megatron.weights.resharding.messages import Checksums, SyncSpec
+from meds_megatron.weights.resharding.plan import Parcel
+from meds_megatron.weights.resharding.transport import LocalTransport
+from meds_megatron.weights.resharding.transport.network import Link
 
 
 class WeightReceiver:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from meds_megatron.cli import main
-from meds_megatron.weights.verify import verify
+from meds_megatron.weights.conversion.verify import verify
 from tests.rollout.engine_cases import make_model
 from tests.weights.hf_cases import make_source
 

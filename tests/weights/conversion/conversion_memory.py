@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from meds_megatron.weights.convert import to_hf, to_mcore
-from meds_megatron.weights.verify import verify
+from meds_megatron.weights.conversion.convert import to_hf, to_mcore
+from meds_megatron.weights.conversion.verify import verify
 
 
 def peak_of(work: Callable[[], object]) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.model.shape import ModelShape
-from meds_megatron.weights.plan import ReshardPlan
+from meds_megatron.weights.resharding.plan import ReshardPlan
 
 Checksums = dict[tuple[str, tuple[int, ...], int], int]
 """Of boxes of weights, by Hugging Face name, first index of the box and engine rank."""

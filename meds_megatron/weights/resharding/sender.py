@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from meds_megatron.weights.boxes import checksum, checksum_key
-from meds_megatron.weights.messages import Checksums, Staged, SyncSpec
-from meds_megatron.weights.plan import Box, Parcel
-from meds_megatron.weights.transport import LocalTransport
-from meds_megatron.weights.transport.network import Link
+from meds_megatron.weights.resharding.boxes import checksum, checksum_key
+from meds_megatron.weights.resharding.messages import Checksums, Staged, SyncSpec
+from meds_megatron.weights.resharding.plan import Box, Parcel
+from meds_megatron.weights.resharding.transport import LocalTransport
+from meds_megatron.weights.resharding.transport.network import Link
 
 
 class WeightSender:

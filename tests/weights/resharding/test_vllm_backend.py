@@ -5,4 +5,4 @@ from importlib.metadata import entry_points
 
 def test_every_vllm_process_finds_the_backend():
     (entry,) = entry_points(group="vllm.general_plugins", name="meds_weights")
-    assert entry.value == "meds_megatron.weights.vllm_backend:register"
+    assert entry.value == "meds_megatron.weights.resharding.vllm_backend:register"

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.model.catalogue import QWEN
-from meds_megatron.weights.forecast import PLANS, predicted
 from meds_megatron.weights.gather import whole_tensors
-from meds_megatron.weights.messages import SyncSpec
-from meds_megatron.weights.plan import engine_box
-from meds_megatron.weights.receiver import WeightReceiver
-from meds_megatron.weights.sender import WeightSender
-from meds_megatron.weights.transport.network import Link, Meeting, open_meeting
-from meds_megatron.weights.transport.shared_memory import SharedMemory
+from meds_megatron.weights.resharding.forecast import PLANS, predicted
+from meds_megatron.weights.resharding.messages import SyncSpec
+from meds_megatron.weights.resharding.plan import engine_box
+from meds_megatron.weights.resharding.receiver import WeightReceiver
+from meds_megatron.weights.resharding.sender import WeightSender
+from meds_megatron.weights.resharding.transport.network import Link, Meeting, open_meeting
+from meds_megatron.weights.resharding.transport.shared_memory import SharedMemory
 
 SAMPLE_SECONDS = 0.02
 TIMEOUT_MINUTES = 10

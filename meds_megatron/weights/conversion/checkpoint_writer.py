@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from meds_megatron.weights.checkpoint import BACKEND, stored_name
+from meds_megatron.weights.conversion.checkpoint import BACKEND, stored_name
 from meds_megatron.weights.hf_directory import copy_model_files
 from meds_megatron.weights.load import HfWeights
 from meds_megatron.weights.table import Entry, Table

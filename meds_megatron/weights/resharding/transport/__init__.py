@@ -26,9 +26,9 @@ class LocalTransport(Protocol):
 def local_transport(device: str, directory: str) -> LocalTransport:
     """The transport between processes of a node that compute on `device`; `directory` is for files in its memory."""
     if device == "cpu":
-        from meds_megatron.weights.transport.shared_memory import SharedMemory
+        from meds_megatron.weights.resharding.transport.shared_memory import SharedMemory
 
         return SharedMemory(directory)
-    from meds_megatron.weights.transport.cuda_ipc import CudaIpc
+    from meds_megatron.weights.resharding.transport.cuda_ipc import CudaIpc
 
     return CudaIpc()
