@@ -189,9 +189,7 @@ def step(config, steps: int) -> dict:
 
 
 @bench.command(cls=Command, example="meds bench fingerprint --responses 8 --tokens 64 --json")
-@click.option(
-    "--responses", type=click.IntRange(min=1), default=8, show_default=True, help="Answers with one."
-)
+@click.option("--responses", type=click.IntRange(min=1), default=8, show_default=True, help="Answers with one.")
 @click.option("--tokens", type=click.IntRange(min=4), default=64, show_default=True, help="Length of each sequence.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Forward passes of each kind.")
 @with_json

@@ -75,4 +75,3 @@ def _serve(pipe: Connection, task: tuple) -> None:
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     pipe.recv()
-

@@ -59,9 +59,7 @@ def metrics(run) -> list[dict]:
 @pytest.fixture(scope="module")
 def rollouts(run) -> list[list[dict]]:
     """The responses of each step."""
-    return [
-        pq.read_table(run / "rollouts" / f"step_{step:06d}.parquet").to_pylist() for step in range(1, STEPS + 1)
-    ]
+    return [pq.read_table(run / "rollouts" / f"step_{step:06d}.parquet").to_pylist() for step in range(1, STEPS + 1)]
 
 
 def test_the_switches_are_on_and_steps_are_sound(config, metrics):
