@@ -7,6 +7,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 TIMEOUT_SECONDS = 240
+EXIT_SECONDS = 10
 
 
 class RankPool:
@@ -41,7 +42,11 @@ class RankPool:
         try:
             answers = [_receive(pipe) for pipe in pipes]
         finally:
+            # A rank ends by itself when its pipe closes, and with it what it has started; one that hangs is killed.
+            for pipe in pipes:
+                pipe.close()
             for process in processes:
+                process.join(EXIT_SECONDS)
                 process.kill()
                 process.join()
         for rank, (ok, value) in enumerate(answers):
@@ -74,4 +79,4 @@ def _serve(pipe: Connection, task: tuple) -> None:
         pipe.send((True, function(rank, *args)))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
-    pipe.recv()
+    pipe.poll(None)

@@ -5,6 +5,7 @@ Importing this module does not import vLLM: that happens when an engine is made,
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -44,6 +45,8 @@ class RolloutEngine:
         """Loads the model. Raises UserError when this machine cannot run it, and what vLLM raises otherwise."""
         from transformers import AutoTokenizer
 
+        # vLLM warns while it is imported, before it applies the level that its environment asks for.
+        logging.getLogger("vllm").setLevel(logging.ERROR)
         if not self._use_gpu:
             check_cpu_can_run(self._model_dir)
         self._tokenizer = AutoTokenizer.from_pretrained(self._model_dir)
