@@ -213,6 +213,8 @@ class EngineGroup:
         if self.engines[engine] is not actor:
             return
         reason = _last_line(error)
+        # One that still lives gives back what it shares with its ranks.
+        ray.wait([actor.close.remote()], timeout=CLOSE_SECONDS)
         ray.kill(actor)
         self.fleet.failed(engine, reason)
         self.on_failure(f"engine {engine} failed and is started anew: {reason}")

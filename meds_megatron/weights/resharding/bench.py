@@ -2,16 +2,16 @@
 
 Both ways send over the same links (gloo) to engine ranks that copy their part into parameters of their own, as vLLM's
 weight loaders do. Gathering everything is the common way: each pipeline stage gathers its tensors on one rank, which
-sends them whole to every engine rank.
+sends them whole to every engine rank. The plan is also carried out through the shared memory of the machine.
 """
 
 import multiprocessing
+import pickle
 import statistics
-import threading
+import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,14 +22,16 @@ from meds_megatron.model.catalogue import QWEN
 from meds_megatron.weights.gather import whole_tensors
 from meds_megatron.weights.resharding.forecast import PLANS, predicted
 from meds_megatron.weights.resharding.messages import SyncSpec
+from meds_megatron.weights.resharding.peak_memory import PeakMemory
 from meds_megatron.weights.resharding.plan import engine_box
 from meds_megatron.weights.resharding.receiver import WeightReceiver
 from meds_megatron.weights.resharding.sender import WeightSender
 from meds_megatron.weights.resharding.transport.network import Link, Meeting, open_meeting
+from meds_megatron.weights.resharding.transport.shared_memory import ROOT as SHARED_MEMORY
 from meds_megatron.weights.resharding.transport.shared_memory import SharedMemory
 
-SAMPLE_SECONDS = 0.02
 TIMEOUT_MINUTES = 10
+KINDS = ("aligned", "gather", "memory", "copy")
 
 
 def run(
@@ -47,12 +49,15 @@ def run(
     Keys: `bytes_aligned`, `bytes_gather` (between ranks, counted as they are sent), `aligned_s`, `gather_s`,
     `copy_bound_s` (the engine ranks copying the same bytes within their own memory; all medians of `rounds`),
     `speedup` (median of the rounds' ratios), `peak_extra_bytes` (largest sum of all processes' memory during an aligned
-    update, above that before it), `layer_group_bytes` (the largest group) and `plans`: what larger models would move in
-    an update, and the seconds that it takes at least when a node sends and receives `network_gbit` Gbit/s each and a
-    GPU takes `local_gbyte` GB/s from its neighbours.
+    update, above that before it), `memory_s` and `memory_peak_extra_bytes` (the same through shared memory, one group
+    after the other), `layer_group_bytes` (the largest group) and `plans`: what larger models would move in an update,
+    and the seconds that it takes at least when a node sends and receives `network_gbit` Gbit/s each and a GPU takes
+    `local_gbyte` GB/s from its neighbours.
     """
-    spec = SyncSpec(QWEN[model], ParallelLayout(tensor=tensor, pipeline=pipeline), engine_tensor, "bfloat16", "")
-    measured = Ranks(spec).measure(rounds)
+    layout = ParallelLayout(tensor=tensor, pipeline=pipeline)
+    with tempfile.TemporaryDirectory(prefix="meds-bench-", dir=SHARED_MEMORY) as directory:
+        spec = SyncSpec(QWEN[model], layout, engine_tensor, "bfloat16", directory)
+        measured = Ranks(spec).measure(rounds)
     return {
         "model": model,
         "layout": f"TP{tensor} PP{pipeline} -> TP{engine_tensor}",
@@ -83,11 +88,12 @@ class Ranks:
     def measure(self, rounds: int) -> dict:
         try:
             self._all("prepare")
-            for kind in ("aligned", "gather", "copy"):
+            bytes_of, seconds, peaks = {}, {kind: [] for kind in KINDS}, {}
+            for kind in KINDS:
                 self._all(kind)
-            with _PeakMemory([process.pid for process in self._processes]) as memory:
-                self._all("aligned")
-            bytes_of, seconds = {}, {"aligned": [], "gather": [], "copy": []}
+                with PeakMemory([process.pid for process in self._processes]) as memory:
+                    self._all(kind)
+                peaks[kind] = memory.extra
             for _ in range(rounds):
                 for kind, values in seconds.items():
                     sent, took = zip(*self._all(kind), strict=True)
@@ -104,8 +110,10 @@ class Ranks:
             "aligned_s": statistics.median(seconds["aligned"]),
             "gather_s": statistics.median(seconds["gather"]),
             "copy_bound_s": statistics.median(seconds["copy"]),
+            "memory_s": statistics.median(seconds["memory"]),
             "speedup": statistics.median(ratios),
-            "peak_extra_bytes": memory.extra,
+            "peak_extra_bytes": peaks["aligned"],
+            "memory_peak_extra_bytes": peaks["memory"],
         }
 
     def _all(self, command: str) -> list:
@@ -120,7 +128,7 @@ def _serve(pipe: Connection, rank: int, spec: SyncSpec, meeting: Meeting, port: 
     store = dist.TCPStore("127.0.0.1", port, meeting.members, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=meeting.members)
     link = _CountingLink(meeting, rank, "cpu")
-    side = (_TrainerRank if rank < meeting.senders else _EngineRank)(spec, rank, link)
+    side = (_TrainerRank if rank < meeting.senders else _EngineRank)(spec, rank, link, store)
     while True:
         command: Callable[[], int] = getattr(side, pipe.recv())
         dist.barrier()
@@ -141,8 +149,9 @@ class _CountingLink(Link):
 class _TrainerRank:
     """Random weights in the shapes of a Megatron rank's parameters. Commands return what they moved beside the link."""
 
-    def __init__(self, spec: SyncSpec, rank: int, link: Link):
+    def __init__(self, spec: SyncSpec, rank: int, link: Link, store: dist.TCPStore):
         self._spec, self._plan, self._rank, self._link = spec, spec.plan(), rank, link
+        self._turns = _Turns(store)
         self._place = spec.layout.coordinates(rank)
         stages = [
             list(range(s * spec.layout.tensor, (s + 1) * spec.layout.tensor)) for s in range(spec.layout.pipeline)
@@ -162,7 +171,9 @@ class _TrainerRank:
         for entry in self._entries:
             values = torch.empty(entry.local_shape(self._spec.layout.tensor), dtype=torch.bfloat16)
             self._parameters[entry.name] = values.uniform_(generator=generator)
-        self._sender = WeightSender(self._spec, self._rank, self._place.tensor, self._parameters, SharedMemory(""))
+        self._sender = WeightSender(
+            self._spec, self._rank, self._place.tensor, self._parameters, SharedMemory(self._spec.directory)
+        )
         self._sender.connect(0, self._link)
         return 0
 
@@ -184,6 +195,19 @@ class _TrainerRank:
                     self._link.send(tensor, self._link.receiver(engine_rank))
         return gathered
 
+    def memory(self) -> int:
+        staged = 0
+        self._turns.begin()
+        for group in self._plan.groups:
+            if self._plan.stage(group) == self._place.pipeline:
+                handles = self._sender.stage(group, checksums=False).handles
+                staged += sum(handle.elements * handle.dtype.itemsize for handle in handles.values())
+                self._turns.give(f"{group}-from{self._place.tensor}", handles)
+                for engine_rank in range(self._plan.engine_tensor):
+                    self._turns.take(f"{group}-loaded{engine_rank}")
+                self._sender.release(group)
+        return staged
+
     def copy(self) -> int:
         return 0
 
@@ -191,8 +215,9 @@ class _TrainerRank:
 class _EngineRank:
     """Parameters of an engine rank, one for each Hugging Face tensor, which the weights are copied into."""
 
-    def __init__(self, spec: SyncSpec, rank: int, link: Link):
+    def __init__(self, spec: SyncSpec, rank: int, link: Link, store: dist.TCPStore):
         self._spec, self._plan, self._link = spec, spec.plan(), link
+        self._turns = _Turns(store)
         self._engine_rank = rank - spec.layout.ranks
         for stage in range(spec.layout.pipeline):
             dist.new_group(list(range(stage * spec.layout.tensor, (stage + 1) * spec.layout.tensor)))
@@ -200,7 +225,9 @@ class _EngineRank:
     def prepare(self) -> int:
         layout = self._spec.layout
         senders = {(place.pipeline, place.tensor): r for r in range(layout.ranks) for place in [layout.coordinates(r)]}
-        self._receiver = WeightReceiver(self._spec, self._engine_rank, "cpu", SharedMemory(""), self._link, senders)
+        self._receiver = WeightReceiver(
+            self._spec, self._engine_rank, "cpu", SharedMemory(self._spec.directory), self._link, senders
+        )
         self._parts, self._parameters = {}, {}
         for name, shape in self._plan.table.hf_shapes.items():
             box = engine_box(self._plan.shape, name, shape, self._engine_rank, self._plan.engine_tensor)
@@ -226,6 +253,16 @@ class _EngineRank:
                 self._load(name, tensor)
         return 0
 
+    def memory(self) -> int:
+        self._turns.begin()
+        for group in self._plan.groups:
+            parts = [self._turns.take(f"{group}-from{tensor}") for tensor in range(self._spec.layout.tensor)]
+            handles = {place: handle for part in parts for place, handle in part.items()}
+            for name, tensor in self._receiver.receive(group, handles):
+                self._load(name, tensor)
+            self._turns.give(f"{group}-loaded{self._engine_rank}", {})
+        return 0
+
     def copy(self) -> int:
         for parameter in self._parameters.values():
             parameter.view(-1).copy_(self._source[: parameter.numel()])
@@ -240,31 +277,17 @@ class _EngineRank:
         self._parameters[name].copy_(tensor[self._parts[name]])
 
 
-class _PeakMemory:
-    """Memory of processes together, a shared page counted once, above what they have at the beginning."""
+class _Turns:
+    """Tells other processes what lies ready, through the store that all of them have."""
 
-    def __init__(self, processes: list[int]):
-        self._files = [Path(f"/proc/{process}/smaps_rollup") for process in processes]
-        self._stop = threading.Event()
-        self._sampler = threading.Thread(target=self._sample)
-        self.extra = 0
+    def __init__(self, store: dist.TCPStore):
+        self._store, self._round = store, 0
 
-    def __enter__(self) -> "_PeakMemory":
-        self._before = self._total()
-        self._sampler.start()
-        return self
+    def begin(self) -> None:
+        self._round += 1
 
-    def __exit__(self, *_) -> None:
-        self._stop.set()
-        self._sampler.join()
+    def give(self, name: str, message: dict) -> None:
+        self._store.set(f"turn{self._round}-{name}", pickle.dumps(message))
 
-    def _sample(self) -> None:
-        while not self._stop.wait(SAMPLE_SECONDS):
-            self.extra = max(self.extra, self._total() - self._before)
-
-    def _total(self) -> int:
-        return sum(self._pss(file.read_text()) for file in self._files)
-
-    @staticmethod
-    def _pss(text: str) -> int:
-        return 1024 * next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+    def take(self, name: str) -> dict:
+        return pickle.loads(self._store.get(f"turn{self._round}-{name}"))
