@@ -148,7 +148,8 @@ class RewardConfig:
 
 @dataclass
 class MemoryConfig:
-    """The memory of past mistakes; the defaults are the published ones (REFERENCE: MEDS sections 3 and 4)."""
+    """The memory of past mistakes; the defaults are the published ones (MEDS, sections 3 and 4), with HDBSCAN's exact
+    spanning tree where the published code takes the package's nearly minimal one."""
 
     method: Literal["hdbscan", "single"] = "hdbscan"
     """`single`: every vector of a key is one cluster (ablation)."""

@@ -190,13 +190,13 @@ class MemoryShard:
     def _extend(self, key: str, added_N: np.ndarray, keep: int | None) -> None:
         before = self._histories.get(key)
         after, fresh_fit = extend(before, added_N, keep, self.config)
-        evicted = after.dropped - (before.dropped if before else 0)
+        evicted = after.dropped - (0 if before is None else before.dropped)
         if after.features:
             self._moments.add(added_N["vector"])
             if evicted:
                 known_N = added_N if before is None else np.concatenate([before.records_N, added_N])
                 self._moments.remove(known_N["vector"][:evicted])
-        self._archive.note(key, before.dropped + len(before) if before else 0)
+        self._archive.note(key, 0 if before is None else before.dropped + len(before))
         self._replace(key, before, after)
         self._counts.reclustered_keys += 1
         self._counts.fresh_fits += fresh_fit
@@ -240,7 +240,7 @@ class MemoryShard:
                 self._extend(key, history.records_N[:0], longest)
 
     def _check_same_vectors(self, directory: Path, manifest: storage.Manifest) -> None:
-        for name in ("last_n_layers", "layer_diff"):
+        for name in ("last_n_layers", "layer_diff", "norm"):
             saved, wanted = manifest.config[name], getattr(self.config, name)
             if saved != wanted:
                 raise UserError(

@@ -11,6 +11,7 @@ from meds_megatron.errors import UserError
 from meds_megatron.trainer.batch import Batch
 from meds_megatron.trainer.collect import Collected
 from meds_megatron.trainer.groups import failed_gradings
+from meds_megatron.trainer.memory_keys import TARGETS
 from meds_megatron.trainer.parts import Parts
 from meds_megatron.trainer.rollout_columns import rollout_columns
 from meds_megatron.trainer.state import RunState
@@ -30,7 +31,8 @@ def report_step(
     """
     metrics = {**sampling_metrics(collected), **parts.engines.metrics(), **metrics}
     if len(batch.data):
-        metrics |= reward_metrics(batch) | mismatch_metrics(batch) | update_metrics(updates)
+        metrics |= reward_metrics(batch, parts.config.penalty.target)
+        metrics |= mismatch_metrics(batch) | update_metrics(updates)
     with parts.timer("memory"):
         parts.memory.wait()
         metrics |= parts.memory.metrics()
@@ -72,14 +74,14 @@ def sampling_metrics(collected: Collected) -> dict[str, float]:
     }
 
 
-def reward_metrics(batch: Batch) -> dict[str, float]:
-    """Of the responses that are trained on."""
-    wrong_B = ~batch.correct_B
+def reward_metrics(batch: Batch, target: str) -> dict[str, float]:
+    """Of the responses that are trained on; the mean penalty is of those that `penalty.target` names."""
+    targeted_B = np.isin(batch.correct_B, TARGETS[target])
     return {
         "accuracy/kept_mean": float(batch.correct_B.mean()),
         "reward/mean": float(batch.scores_B.mean()),
         "reward/shaped_mean": float(batch.shaped_scores_B.mean()),
-        "reward/penalty_mean": float(batch.penalties_B[wrong_B].mean()) if wrong_B.any() else 0.0,
+        "reward/penalty_mean": float(batch.penalties_B[targeted_B].mean()) if targeted_B.any() else 0.0,
     }
 
 

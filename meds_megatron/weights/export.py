@@ -56,7 +56,7 @@ def export_hf(
 
     def finish() -> None:
         if first_rank:
-            finish_hf(shape, directory, source, dtype)
+            finish_hf(shape, directory, source, dtype, overwrite)
 
     _on_all_ranks(begin)
     try:

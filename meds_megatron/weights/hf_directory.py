@@ -77,11 +77,13 @@ def write_tensors(
                 open_files.pop(number).close()
 
 
-def finish_hf(shape: ModelShape, directory: str | Path, source: str | Path, dtype: torch.dtype) -> None:
+def finish_hf(
+    shape: ModelShape, directory: str | Path, source: str | Path, dtype: torch.dtype, overwrite: bool = False
+) -> None:
     """Checks that every tensor was written once, adds index, configuration and tokenizer, and gives the directory its
     name. Called by one process after all writers.
 
-    Raises UserError when a writer's files are missing or broken.
+    Raises UserError when a writer's files are missing or broken, or `directory` exists and is not to be overwritten.
     """
     directory, source = Path(directory), Path(source)
     writing = writing_directory(directory)
@@ -91,7 +93,7 @@ def finish_hf(shape: ModelShape, directory: str | Path, source: str | Path, dtyp
     copy_model_files(source, writing)
     _set_dtype(writing / "config.json", str(dtype).removeprefix("torch."))
     _add_chat_template(writing)
-    finish_directory(directory)
+    finish_directory(directory, overwrite)
 
 
 def copy_model_files(source: Path, target: Path) -> None:

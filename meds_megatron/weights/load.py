@@ -123,9 +123,9 @@ class HfWeights:
     def _indexed(self, index: Path) -> dict[str, Path]:
         try:
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+            files = {name: self.directory / file for name, file in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is not a safetensors index ({error}): download the model again") from error
-        files = {name: self.directory / file for name, file in weight_map.items()}
         for path in sorted(set(files.values())):
             if not path.exists():
                 raise UserError(f"{path} is named by {INDEX_FILE} and missing: download the model again")

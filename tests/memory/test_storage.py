@@ -236,6 +236,16 @@ def test_forgotten_keys_that_come_back_do_not_meet_their_old_vectors(tmp_path):
 def test_a_loaded_shard_knows_what_it_holds(tmp_path):
     fleet = new_fleet(1, MemoryConfig(window=9)).save(tmp_path)
     before, after = fleet.shards[0].stats(), MemoryShard.load(tmp_path).stats()
-    for name in ("keys", "vectors", "clusters", "noise_vectors", "bytes"):
+    for name in ("keys", "vectors", "clusters", "noise_vectors", "unboxed", "bytes"):
         assert after[name] == before[name]
+    for ours, theirs in zip(after["moments"], before["moments"], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-9)
     assert after["lookups"] == after["reclustered_keys"] == 0
+
+
+@pytest.mark.parametrize("other", [{"norm": "all"}, {"layer_diff": True}, {"last_n_layers": 3}])
+def test_vectors_that_mean_something_else_are_refused(tmp_path, other):
+    new_fleet(1).save(tmp_path)
+    (name,) = other
+    with pytest.raises(UserError, match=f"was saved with memory.{name}="):
+        MemoryShard.load(tmp_path, MemoryConfig(**other))

@@ -53,9 +53,10 @@ def stored_name(name: str) -> tuple[str, int | None]:
 def is_checkpoint(directory: str | Path) -> bool:
     """Whether `directory` holds a checkpoint, whole or not."""
     directory = Path(directory)
-    return any((directory / name).is_file() for name in (CONFIG_FNAME, METADATA_FILE)) or any(
-        directory.glob("*.distcp")
-    )
+    if (directory / METADATA_FILE).is_file() or any(directory.glob("*.distcp")):
+        return True
+    # Other programs, too, keep files of this name beside a model.
+    return (directory / CONFIG_FNAME).is_file() and not any(directory.glob("*.safetensors"))
 
 
 class CheckpointWeights:
@@ -195,9 +196,11 @@ def _check_whole(directory: Path) -> None:
 
 def _check_files(directory: Path, metadata: Metadata, keys: set[str]) -> None:
     """Every byte of the tensors `keys` must be there. Raises UserError, naming the tensor or the file."""
+    placed = {(index.fqn, index.offset) for index in metadata.storage_data}
     for key in sorted(keys):
         tensor = metadata.state_dict_metadata[key]
-        if sum(prod(chunk.sizes) for chunk in tensor.chunks) != prod(tensor.size):
+        stored = [chunk for chunk in tensor.chunks if (key, chunk.offsets) in placed]
+        if sum(prod(chunk.sizes) for chunk in stored) != prod(tensor.size):
             raise UserError(
                 f"{directory}: {key} is stored only in part: some ranks did not write theirs, use another checkpoint"
             )

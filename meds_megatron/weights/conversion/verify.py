@@ -169,5 +169,5 @@ def _as_hf(directory: str | Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="meds-verify-") as temporary:
         converted = Path(temporary) / "hf"
-        to_hf(directory, converted)
+        to_hf(directory, converted, torch.float32)
         yield converted

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 
 from meds_megatron.errors import UserError
 from meds_megatron.weights.conversion import checkpoint_writer
+from meds_megatron.weights.conversion.checkpoint import is_checkpoint
 from meds_megatron.weights.conversion.convert import to_hf, to_mcore
+from meds_megatron.weights.directory import finish_directory, new_directory
 from meds_megatron.weights.load import HfWeights
 from tests.weights.hf_cases import make_source, tensors_in
 
@@ -65,7 +67,7 @@ def test_a_cut_file_is_named(checkpoint, tmp_path, name):
     assert str(path) in refused(to_hf, checkpoint, tmp_path / "out")
 
 
-def test_damaged_tensors_are_noticed(checkpoint, tmp_path):
+def test_files_that_hold_no_tensors_are_noticed(checkpoint, tmp_path):
     path = checkpoint / "__0_4_0.distcp"
     path.write_bytes(bytes(path.stat().st_size))
     said = refused(to_hf, checkpoint, tmp_path / "out")
@@ -171,3 +173,53 @@ def test_an_interruption_leaves_nothing(convert, source, checkpoint, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         convert(source if convert is to_mcore else checkpoint, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_tensors_whose_place_is_not_told(checkpoint, tmp_path):
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    lost = next(index for index in metadata.storage_data if index.fqn == "decoder.layers.mlp.linear_fc2.weight")
+    del metadata.storage_data[lost]
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert "decoder.layers.mlp.linear_fc2.weight is stored only in part" in refused(to_hf, checkpoint, tmp_path / "out")
+
+
+def test_a_directory_that_another_process_writes_is_left_to_it(tmp_path):
+    out = tmp_path / "out"
+    with new_directory(out) as writing:
+        (writing / "file").touch()
+        with pytest.raises(UserError, match="another process is writing .*out"), new_directory(out):
+            pass
+        finish_directory(out)
+    assert [path.name for path in out.iterdir()] == ["file"]
+
+
+def test_what_got_the_name_meanwhile_is_left_alone(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="out exists already"), new_directory(out) as writing:
+        (writing / "file").touch()
+        out.mkdir()
+        (out / "precious").touch()
+        finish_directory(out)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+def test_the_current_directory_can_be_written_to(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with new_directory(".") as writing:
+        (writing / "file").touch()
+        finish_directory(".")
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty", "file"]
+
+
+def test_an_index_that_is_none_is_told(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    with pytest.raises(UserError, match="is not a safetensors index"):
+        HfWeights(tmp_path)
+
+
+def test_a_model_with_a_file_of_the_markers_name_is_no_checkpoint(tmp_path):
+    (tmp_path / "metadata.json").write_text("{}")
+    assert is_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert not is_checkpoint(tmp_path)
