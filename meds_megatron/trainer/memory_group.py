@@ -40,7 +40,7 @@ class MemoryGroup:
     def lookup(self, rows: Sequence[MemoryRow], pieces: Sequence[Mapping[int, ray.ObjectRef]]) -> np.ndarray:
         """How many earlier mistakes of the same key lie in each response's cluster, int64 [N].
 
-        `pieces` are the ranks' fingerprints by shard. A row that is in none of them has no fingerprint.
+        `pieces` are the ranks' fingerprints by shard; only rows of answers without one are in none of them.
         """
         self.wait()
         sizes_N = np.zeros(len(rows), dtype=np.int64)

@@ -2,6 +2,7 @@
 
 from meds_megatron.config import Config
 from meds_megatron.trainer.groups import Sample
+from meds_megatron.trainer.memory_row import UNBOXED
 
 TARGETS = {"wrong": (False,), "right": (True,), "both": (False, True), "none": ()}
 UNJUDGED = ("timeout", "error")
@@ -23,5 +24,5 @@ def key_to_ask(sample: Sample, config: Config) -> str | None:
     if sample.has_fingerprint:
         return memory_key(sample)
     if config.memory.unboxed == "own_cluster" and not sample.grade.correct:
-        return f"{memory_key(sample)}|unboxed"
+        return memory_key(sample) + UNBOXED
     return None

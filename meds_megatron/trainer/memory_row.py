@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from ray import ObjectRef
 
+UNBOXED = "|unboxed"
+"""End of the keys of answers without a fingerprint."""
+
 
 @dataclass(frozen=True)
 class MemoryRow:

@@ -8,6 +8,7 @@ import numpy as np
 from meds_megatron.actor.messages import FingerprintPiece
 from meds_megatron.config import MemoryConfig
 from meds_megatron.memory.shard import MemoryShard
+from meds_megatron.trainer.memory_row import UNBOXED
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,19 @@ class StepMemory:
         self._entries: dict[int, _Entry] = {}
 
     def lookup(self, rows: Sequence[int], keys: Sequence[str], *pieces: FingerprintPiece) -> np.ndarray:
-        """How many earlier mistakes lie in the cluster of each of `rows`, int64 [N]; a row that is in none of the
-        pieces has no fingerprint."""
+        """How many earlier mistakes lie in the cluster of each of `rows`, int64 [N].
+
+        Raises KeyError when a row is in none of the pieces, unless its key is of answers without a fingerprint.
+        """
         found = {
             row: fingerprint_L
             for piece in pieces
             for row, fingerprint_L in zip(piece.rows_N.tolist(), piece.fingerprints_NL, strict=True)
         }
-        entries = {row: _Entry(key, found.get(row, NO_FINGERPRINT)) for row, key in zip(rows, keys, strict=True)}
+        entries = {
+            row: _Entry(key, NO_FINGERPRINT if key.endswith(UNBOXED) else found[row])
+            for row, key in zip(rows, keys, strict=True)
+        }
         self._entries |= entries
         sizes_N = np.zeros(len(rows), dtype=np.int64)
         for places, chosen, fingerprints_NL in _by_layers(list(entries.values())):
