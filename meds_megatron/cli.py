@@ -239,9 +239,10 @@ def reshard(rounds: int, network_gbit: float, local_gbyte: float) -> dict:
     At the shape of Qwen2.5-0.5B on CPU, from TP2 x PP2 to an engine of TP2: our plan against gathering everything. And
     what an update of 7B, 32B and 72B models moves, with the time that it takes at least.
     """
+    from meds_megatron.launch.reshard_forecast import forecasts
     from meds_megatron.weights.resharding.bench import run
 
-    return run(rounds=rounds, network_gbit=network_gbit, local_gbyte=local_gbyte)
+    return run(rounds=rounds) | {"plans": forecasts(network_gbit, local_gbyte)}
 
 
 def show(result: dict, indent: str = "") -> None:

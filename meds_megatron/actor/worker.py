@@ -5,6 +5,7 @@ with its own environment.
 """
 
 import logging
+import shutil
 import warnings
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,7 @@ class PolicyWorker:
         from meds_megatron.weights.resharding.transport import local_transport
 
         self._meetings, device = {}, self._policy.device
+        self._shared_directory = spec.directory
         place = spec.layout.coordinates(self._rank)
         parameters = shares(self._policy.chunks, self._policy.shape, spec.layout.tensor)
         self._sender = WeightSender(spec, self._rank, place.tensor, parameters, local_transport(device, spec.directory))
@@ -75,16 +77,20 @@ class PolicyWorker:
 
         from meds_megatron.weights.resharding.transport.network import open_meeting
 
-        host, timeout = ray.util.get_node_ip_address(), self._config.cluster.collective_timeout_minutes
-        meeting, self._meetings[engine] = open_meeting(host, senders, receivers, timeout)
+        meeting, self._meetings[engine] = open_meeting(ray.util.get_node_ip_address(), senders, receivers)
         return meeting
 
-    def join(self, engine: int, meeting: "Meeting", member: int) -> None:
-        """Meets the engine, as `member` of the meeting."""
+    def join(self, engine: int, meeting: "Meeting", member: int) -> bool:
+        """Meets the engine, as `member` of the meeting; False when it does not come."""
         from meds_megatron.weights.resharding.transport.network import Link
 
         store = self._meetings.pop(engine, None)
-        self._sender.connect(engine, Link(meeting, member, self._policy.device, store))
+        try:
+            self._sender.connect(engine, Link(meeting, member, self._policy.device, store))
+        except ConnectionError as error:
+            logging.getLogger(__name__).warning("engine %d did not connect: %s", engine, error)
+            return False
+        return True
 
     def stage(self, group: int, checksums: bool) -> Staged:
         return self._sender.stage(group, checksums)
@@ -96,9 +102,21 @@ class PolicyWorker:
         """Sends the rank's part of a group to an engine; what cannot reach it is missed there, not here."""
         try:
             return self._sender.send(group, engine, checksums)
-        except RuntimeError as error:
+        except ConnectionError as error:
             logging.getLogger(__name__).warning("engine %d cannot be reached: %s", engine, error)
             return {}
+
+    def free_cached_memory(self) -> None:
+        """Gives what the allocator keeps for later back to the GPU, for the engines that share it."""
+        import torch
+
+        if self._policy.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.ipc_collect()
+
+    def close(self) -> None:
+        """Removes what is left of staged weights on this node."""
+        shutil.rmtree(self._shared_directory, ignore_errors=True)
 
     def export(self, directory: str, source: str) -> None:
         """Writes the model as a Hugging Face directory, configuration and tokenizer taken from `source`."""

@@ -79,6 +79,7 @@ class TrainableModel(ModelSizes, Protocol):
     """What a config is judged against; `meds_megatron.model.shape.ModelShape` is one."""
 
     max_positions: int
+    vocab_size: int
 
 
 def validate(config: Config) -> None:
@@ -105,6 +106,14 @@ def validate_model(config: Config, model: TrainableModel) -> None:
         "key/value heads",
         "choose a rollout.tensor that is",
     )
+    # vLLM rounds the vocabulary up before it shares it out.
+    rows = _rounded_up(model.vocab_size, 64)
+    for size, what in ((model.ffn_size, "feed-forward columns"), (rows, "vocabulary rows, rounded up,")):
+        _require(
+            size % rollout.tensor == 0,
+            f"the model's {size} {what} cannot be shared by rollout.tensor = {rollout.tensor} ranks",
+            f"choose a rollout.tensor that divides {size}",
+        )
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     _require(
         longest <= model.max_positions,
@@ -112,6 +121,10 @@ def validate_model(config: Config, model: TrainableModel) -> None:
         "positions of the model (max_position_embeddings)",
         "shorten one of them",
     )
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _require(holds: bool, problem: str, remedy: str) -> None:

@@ -115,8 +115,8 @@ class RolloutEngine:
     def load_group(self, group: int, checksums: bool, *staged: "Staged") -> "Checksums":
         """Loads one group of the resharding plan, what is staged on this node and what comes over the network.
 
-        Returns the checksums of what was loaded, where they are wanted. Raises an error that names the tensor when the
-        model has no such parameter or got it before in this update. The engine can then only be ended.
+        Returns the checksums of what was received, where they are wanted. Raises an error that names the tensor when
+        the model has no such parameter or got it before in this update. The engine can then only be ended.
         """
         handles = {place: handle for part in staged for place, handle in part.handles.items()}
         self._update("update_weights", update_info=dict(group=group, handles=handles, checksums=checksums))

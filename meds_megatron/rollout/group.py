@@ -102,6 +102,8 @@ class EngineGroup:
         """How engines that were started anew get their weights."""
         self.on_failure: Callable[[str], None] = lambda text: None
         """Hears a sentence about every engine that failed."""
+        self.before_waking: Callable[[], None] = lambda: None
+        """Makes room on the GPUs that engines are about to take back."""
         self.regenerated_prompts = 0
         """Since the run began."""
 
@@ -172,22 +174,32 @@ class EngineGroup:
             return ray.get(reference)
         except UserError:
             raise
-        except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+        except ray.exceptions.RayError as error:
             self._replace(engine, actor, error)
             return FAILED
 
     def sleep(self) -> None:
-        """Leaves the GPUs to the trainer, where both share them."""
+        """Leaves the GPUs to the trainer, where both share them.
+
+        An engine that is still starting is waited for: it would take the memory that the trainer needs.
+        """
         if self._sleeps and not self._asleep:
+            while self._starting:
+                self._notice_started(timeout=None)
             self._asleep = True
             self.outcomes(self.call(self.ready(), "sleep"))
 
     def wake(self, *parts: str) -> None:
         """Takes the memory back: "weights" for an update, then the "kv_cache"; both without an argument."""
-        if self._asleep:
-            for part in parts or ("weights", "kv_cache"):
-                self.outcomes(self.call(self.ready(), "wake", part))
-            self._asleep = "kv_cache" not in (parts or ("kv_cache",))
+        if not self._asleep:
+            return
+        self.before_waking()
+        for part in parts or ("weights", "kv_cache"):
+            self.outcomes(self.call(self.ready(), "wake", part))
+        if "kv_cache" in (parts or ("kv_cache",)):
+            self._asleep = False
+            for engine in self.fleet.having(Health.STARTING):
+                self._start(engine)
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -219,7 +231,13 @@ class EngineGroup:
         self.fleet.failed(engine, reason)
         self.on_failure(f"engine {engine} failed and is started anew: {reason}")
         self.engines[engine] = self._make(engine)
-        self._starting[engine] = self.engines[engine].start.remote()
+        # While the others sleep there is no memory for it: it starts when they wake.
+        if not self._asleep:
+            self._start(engine)
+
+    def _start(self, engine: int) -> None:
+        if engine not in self._starting:
+            self._starting[engine] = self.engines[engine].start.remote()
 
     def _notice_started(self, timeout: float | None) -> None:
         """Takes note of engines that have started; with no timeout, waits for at least one."""
@@ -233,7 +251,7 @@ class EngineGroup:
                 try:
                     ray.get(reference)
                     self.fleet.started(engine)
-                except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+                except ray.exceptions.RayError as error:
                     self._replace(engine, self.engines[engine], error)
 
 

@@ -99,6 +99,8 @@ def start_parts(
 ) -> Parts:
     """Starts all parts side by side and returns when each is ready; `stack` ends them."""
     use_gpu = config.cluster.device == "cuda"
+    # Cleared last, when no rank can write into it any more.
+    directory = shared_directory(stack)
     placement = reserve_nodes(config, use_gpu)
     policy = PolicyGroup(config, str(model_dir), placement)
     stack.callback(policy.close)
@@ -115,8 +117,9 @@ def start_parts(
     if not use_gpu:
         policy.start()
     engines.start()
-    sync = WeightSync(config, ModelShape.from_hf(model_dir), policy, engines, shared_directory(stack))
+    sync = WeightSync(config, ModelShape.from_hf(model_dir), policy, engines, directory)
     engines.refill = sync.fill
+    engines.before_waking = policy.free_cached_memory
     sync.update(version=0)
     return Parts(
         config=config,

@@ -12,6 +12,8 @@ from meds_megatron.launch.placement import Placement, rank_places
 from meds_megatron.weights.resharding.messages import SyncSpec
 from meds_megatron.weights.resharding.transport.network import Meeting
 
+CLOSE_SECONDS = 5
+
 
 class PolicyGroup:
     """Starts a Ray actor a rank and speaks to them together."""
@@ -63,7 +65,15 @@ class PolicyGroup:
     def export(self, directory: str) -> None:
         self._on_all("export", directory, self._model_dir)
 
+    def free_cached_memory(self) -> None:
+        """Leaves the GPUs' memory that is not in use to the engines that share them."""
+        self._on_all("free_cached_memory")
+
     def close(self) -> None:
+        """Ends the ranks; those of other nodes get CLOSE_SECONDS to clear their nodes' shared memory."""
+        if self._config.cluster.nodes > 1:
+            calls = [worker.close.remote() for worker in self._workers]
+            ray.wait(calls, num_returns=len(calls), timeout=CLOSE_SECONDS)
         for worker in self._workers:
             ray.kill(worker)
 

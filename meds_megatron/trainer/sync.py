@@ -1,6 +1,7 @@
 """New weights for the engines: the resharding plan carried out, a layer group at a time."""
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 import ray
 
@@ -22,7 +23,7 @@ class WeightSync:
 
     For every group of the plan, the trainer ranks on an engine's node stage their parcels in the node's memory and
     those elsewhere send theirs, while the engine loads. As many groups are under way as are together no larger than the
-    largest: memory holds that much staged, and as much in the engines.
+    largest: a data-parallel replica stages that much at the most, and an engine holds as much.
     """
 
     def __init__(self, config: Config, shape: ModelShape, policy: PolicyGroup, engines: EngineGroup, directory: str):
@@ -58,7 +59,8 @@ class WeightSync:
         """Gives `engines` the weights as they are now, under the version of the last update."""
         fleet, check = self._engines.fleet, self._check_due()
         self._engines.wake("weights")
-        engines = self._connect(engines)
+        ready = self._engines.ready()
+        engines = self._connect([engine for engine in engines if engine in ready])
         engines = self._on_engines(engines, "begin_weight_update", self._version)
         for engine in engines:
             fleet.update_began(engine)
@@ -123,8 +125,7 @@ class WeightSync:
             self._policy.on_rank(route.rank, "join", engine, meeting, member) for member, route in enumerate(remote)
         ]
         connected = bool(self._engines.outcomes(calls))
-        ray.get(joined)
-        return connected
+        return all(ray.get(joined)) and connected
 
     def _on_engines(self, engines: list[int], method: str, *arguments) -> list[int]:
         """Calls a method; returns the engines that did it."""
@@ -134,26 +135,24 @@ class WeightSync:
         return self._version == 0 or (self._every > 0 and self._version % self._every == 0)
 
 
+@dataclass(frozen=True)
 class _GroupTransfer:
     """A group on its way."""
 
-    def __init__(
-        self,
-        group: int,
-        elements: int,
-        staged: dict[int, ray.ObjectRef],
-        sent: list[ray.ObjectRef],
-        loads: dict[int, ray.ObjectRef],
-    ):
-        self.group, self.elements = group, elements
-        self.staged, self.sent, self.loads = staged, sent, loads
+    group: int
+    elements: int
+    staged: dict[int, ray.ObjectRef]
+    """By trainer rank."""
+    sent: list[ray.ObjectRef]
+    loads: dict[int, ray.ObjectRef]
+    """By engine."""
 
 
 def compare(expected: Checksums, found: Checksums, engine: int) -> None:
-    """Raises UserError, naming it, for a box that the engine has otherwise than it was sent."""
+    """Raises UserError, naming it, for a box that the engine received otherwise than it was sent."""
     for (name, start, engine_rank), value in found.items():
         if expected[name, start, engine_rank] != value:
             raise UserError(
-                f"engine {engine} (rank {engine_rank}) has other values of {name} from {list(start)} on than the "
-                "trainer sent: check the memory of the machine and the network, and start again from a checkpoint"
+                f"engine {engine} (rank {engine_rank}) received other values of {name} from {list(start)} on than "
+                "the trainer sent: check the memory of the machine and the network, and start again from a checkpoint"
             )

@@ -16,6 +16,7 @@ class Sizes:
     num_kv_heads: int = 4
     ffn_size: int = 18944
     max_positions: int = 4096
+    vocab_size: int = 152064
 
 
 def config_with(**settings) -> Config:
@@ -110,6 +111,7 @@ def test_switched_off_overlong_penalty_is_not_judged():
         (dict(parallel__pipeline=8), "28 layers cannot be shared by parallel.pipeline = 8"),
         (dict(rollout__tensor=8), "28 attention heads cannot be shared by rollout.tensor = 8"),
         (dict(rollout__tensor=7), "rollout.tensor = 7 neither divides nor is a multiple of"),
+        (dict(rollout__tensor=14), "neither divides nor is a multiple of"),
         (dict(rollout__max_prompt_tokens=2048), "= 5120 is more than the 4096 positions of the model"),
     ],
 )
@@ -118,3 +120,16 @@ def test_what_does_not_fit_the_model_is_refused_in_one_sentence(settings, said):
         validate_model(config_with(**settings), Sizes())
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        (dict(ffn_size=18946), "the model's 18946 feed-forward columns cannot be shared by rollout.tensor = 4 ranks"),
+        (dict(vocab_size=30, num_heads=36, num_kv_heads=9, ffn_size=9), "64 vocabulary rows, rounded up, cannot be"),
+    ],
+)
+def test_engines_cut_the_model_evenly(sizes, said):
+    tensor = 4 if "num_heads" not in sizes else 9
+    with pytest.raises(UserError, match=said):
+        validate_model(config_with(rollout__tensor=tensor), Sizes(**sizes))

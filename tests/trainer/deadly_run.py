@@ -51,7 +51,7 @@ def main() -> None:
             return submit(self, *arguments)
         victim = processes_of(self.engines[-1])[-1]
         pending = submit(self, *arguments)
-        time.sleep(0.1)
+        time.sleep(0.02)
         kill(victim)
         return pending
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.model.catalogue import QWEN
 from meds_megatron.weights.gather import whole_tensors
-from meds_megatron.weights.resharding.forecast import PLANS, predicted
 from meds_megatron.weights.resharding.messages import SyncSpec
 from meds_megatron.weights.resharding.peak_memory import PeakMemory
 from meds_megatron.weights.resharding.plan import engine_box
@@ -30,7 +29,6 @@ from meds_megatron.weights.resharding.transport.network import Link, Meeting, op
 from meds_megatron.weights.resharding.transport.shared_memory import ROOT as SHARED_MEMORY
 from meds_megatron.weights.resharding.transport.shared_memory import SharedMemory
 
-TIMEOUT_MINUTES = 10
 KINDS = ("aligned", "gather", "memory", "copy")
 
 
@@ -40,8 +38,6 @@ def run(
     pipeline: int = 2,
     engine_tensor: int = 2,
     rounds: int = 5,
-    network_gbit: float = 400.0,
-    local_gbyte: float = 100.0,
 ) -> dict:
     """Measures weight updates in bfloat16 from `tensor` x `pipeline` trainer ranks to one engine of `engine_tensor`
     ranks, one thread each, both ways in turn.
@@ -50,9 +46,7 @@ def run(
     `copy_bound_s` (the engine ranks copying the same bytes within their own memory; all medians of `rounds`),
     `speedup` (median of the rounds' ratios), `peak_extra_bytes` (largest sum of all processes' memory during an aligned
     update, above that before it), `memory_s` and `memory_peak_extra_bytes` (the same through shared memory, one group
-    after the other), `layer_group_bytes` (the largest group) and `plans`: what larger models would move in an update,
-    and the seconds that it takes at least when a node sends and receives `network_gbit` Gbit/s each and a GPU takes
-    `local_gbyte` GB/s from its neighbours.
+    after the other) and `layer_group_bytes` (the largest group).
     """
     layout = ParallelLayout(tensor=tensor, pipeline=pipeline)
     with tempfile.TemporaryDirectory(prefix="meds-bench-", dir=SHARED_MEMORY) as directory:
@@ -64,7 +58,6 @@ def run(
         **measured,
         "layer_group_bytes": spec.plan().largest_group * 2,
         "rounds": rounds,
-        "plans": [predicted(*row, network_gbit, local_gbyte) for row in PLANS],
     }
 
 
@@ -72,7 +65,7 @@ class Ranks:
     """The processes of one measurement: trainer ranks first, then engine ranks."""
 
     def __init__(self, spec: SyncSpec):
-        self._meeting, self._store = open_meeting("127.0.0.1", spec.layout.ranks, spec.engine_tensor, TIMEOUT_MINUTES)
+        self._meeting, self._store = open_meeting("127.0.0.1", spec.layout.ranks, spec.engine_tensor)
         world = self._meeting.members
         self._world_store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("spawn")

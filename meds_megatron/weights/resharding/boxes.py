@@ -14,8 +14,8 @@ _CHECKSUM_PERIOD = 65521
 class TensorAssembly:
     """Puts the boxes of one group that an engine rank receives together to the tensors that vLLM's loaders take.
 
-    A loader narrows a tensor of full shape to its rank's part, so only that part is ever filled: the rest of the tensor
-    is address space that is not touched, and on a GPU scratch memory of at most one group.
+    A loader narrows a tensor of full shape to its rank's part, so only that part is ever filled: on a CPU the rest of
+    the tensor is address space that is not touched, on a GPU scratch memory, of no more than the group together.
     """
 
     def __init__(self, plan: ReshardPlan, group: int, engine_rank: int, dtype: torch.dtype, device: torch.device | str):

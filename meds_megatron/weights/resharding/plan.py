@@ -168,16 +168,15 @@ def engine_box(shape: "ModelShape", hf_name: str, hf_shape: HfShape, rank: int, 
         return _cut(hf_shape, 0, rank * shape.num_kv_heads // size * shape.head_dim, shape.head_dim)
     for dimension, parents in enumerate((_ROWS, _COLUMNS)):
         if parent in parents:
-            share = hf_shape[dimension] // size
+            share, rest = divmod(hf_shape[dimension], size)
+            if rest:
+                raise ValueError(f"{hf_name}, {list(hf_shape)}, cannot be cut for {size} engine ranks")
             return _cut(hf_shape, dimension, rank * share, share)
     return Range((0,) * len(hf_shape), hf_shape)
 
 
 def interleaved(plan: ReshardPlan) -> list[int]:
-    """The groups in an order in which the pipeline stages take turns, so that they work side by side.
-
-    A stage's own groups stay in the order of the model.
-    """
+    """The groups in an order in which the pipeline stages take turns, so that they work side by side."""
     stages = [plan.stage(group) for group in plan.groups]
     starts = [0, *(i for i, (a, b) in enumerate(pairwise(stages), 1) if a != b), len(stages)]
     runs = [list(plan.groups)[first:last] for first, last in pairwise(starts)]

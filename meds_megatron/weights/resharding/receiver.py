@@ -32,7 +32,7 @@ class WeightReceiver:
         self._local, self._link = local, link
         self._senders = senders or {}
         self.checksums: Checksums = {}
-        """Of the last group that was received with checksums, as its tensors were handed out."""
+        """Of the last group that was received with checksums: of the tensors that vLLM's loaders then get."""
 
     def receive(
         self, group: int, handles: dict[tuple[int, int], Any], checksums: bool = False

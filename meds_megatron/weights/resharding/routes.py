@@ -1,8 +1,8 @@
 """Which trainer rank serves which engine, and what that moves between nodes: pure functions of layout and nodes.
 
 Every data-parallel replica of the trainer has all weights, so an engine is served by the replica's rank on its own node
-where there is one (`local`: through the node's memory), and otherwise by one over the network; the engines take turns
-among the replicas then, so that no rank has to serve them all.
+where there is one (`local`: through the node's memory), and otherwise by one over the network. Engines take turns among
+the replicas, so that no rank has to serve them all.
 """
 
 from collections import defaultdict
@@ -37,13 +37,14 @@ def find_routes(
     neighbours use the network.
     """
     routes = []
+    turns: dict[int, int] = defaultdict(int)
     for engine, node in enumerate(engine_nodes):
+        turn, turns[node] = turns[node], turns[node] + 1
         for stage in range(layout.pipeline):
             for tensor in range(layout.tensor):
                 replicas = [layout.rank(tensor, data, stage) for data in range(layout.data)]
                 near = [rank for rank in replicas if allow_local and rank_nodes[rank] == node]
-                servers = near or replicas
-                rank = servers[engine % len(servers)]
+                rank = near[turn % len(near)] if near else replicas[engine % len(replicas)]
                 routes.append(Route(engine, stage, tensor, rank, bool(near)))
     return routes
 
@@ -91,6 +92,7 @@ def predict(
             if route.local:
                 local += size
                 gpu["engine", route.engine, engine_rank] += size
+                gpu["trainer", route.rank] += size
             else:
                 network += size
                 sent[rank_nodes[route.rank]] += size

@@ -51,12 +51,19 @@ class WeightSender:
     def send(self, group: int, engine: int, checksums: bool) -> Checksums:
         """Sends the rank's parcels of the group to one engine over the network.
 
-        Raises RuntimeError when the engine is gone.
+        Raises ConnectionError when the engine is gone; it then stays so until it is connected again.
         """
-        link, sums = self._links[engine], {}
+        link, sums = self._links.get(engine), {}
+        if link is None:
+            raise ConnectionError(f"engine {engine} is not connected")
         for parcel in self._parcels(group):
             for box in parcel.boxes:
-                link.send(self._cut(box).to(self._dtype), link.receiver(parcel.engine_rank))
+                try:
+                    link.send(self._cut(box).to(self._dtype), link.receiver(parcel.engine_rank))
+                except ConnectionError:
+                    # Without its link, whatever of the engine still waits for the rest hears that nothing comes.
+                    del self._links[engine]
+                    raise
             if checksums:
                 sums |= self._checksums(parcel)
         return sums

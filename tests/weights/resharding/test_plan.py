@@ -103,7 +103,7 @@ def test_the_bound_is_the_embedding_of_the_largest_model():
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_each_group_has_one_stage_and_turns_keep_a_stages_order(name, layout):
+def test_each_group_comes_once_and_stages_take_turns(name, layout):
     plan = plan_of(name, layout)
     order = interleaved(plan)
     assert sorted(order) == list(plan.groups)

@@ -21,6 +21,12 @@ def test_an_engine_is_served_by_the_replica_on_its_node():
     assert [route.rank for route in routes] == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
+def test_engines_of_a_node_take_turns_among_its_replicas():
+    layout = ParallelLayout(data=4)
+    routes = find_routes(layout, [0, 0, 1, 1], engine_nodes=[0, 1, 0, 1, 0, 1])
+    assert [route.rank for route in routes] == [0, 2, 1, 3, 0, 2]
+
+
 def test_what_lies_on_another_node_comes_over_the_network():
     layout = ParallelLayout(tensor=4, pipeline=2)
     routes = find_routes(layout, nodes_of(layout, 4), engine_nodes=[0, 1])

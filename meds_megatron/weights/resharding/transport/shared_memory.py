@@ -24,7 +24,7 @@ class SharedFile:
 
 
 class SharedMemory:
-    """Files in a directory of the node's shared memory; whoever starts the run removes the directory."""
+    """Files in a directory of the node's shared memory, made where it is missing."""
 
     def __init__(self, directory: str | Path):
         self._directory = Path(directory)
@@ -40,7 +40,7 @@ class SharedMemory:
             path.unlink(missing_ok=True)
             raise UserError(
                 f"{path}: no room for the engines' weights ({error.strerror}); give the machine, or its container, "
-                "shared memory for two layers of the model and for two copies of its embedding"
+                "shared memory for a copy of the model's embedding and some layers, for each data-parallel replica"
             ) from error
         file = SharedFile(str(path), elements, dtype)
         flat = self.open(file)

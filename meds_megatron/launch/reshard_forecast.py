@@ -18,6 +18,12 @@ PLANS = [
 ]
 
 
+def forecasts(network_gbit: float, local_gbyte: float) -> list[dict]:
+    """A row for each of PLANS, with the seconds that an update takes at least when a node sends and receives
+    `network_gbit` Gbit/s each and a GPU exchanges `local_gbyte` GB/s with its neighbours."""
+    return [predicted(*plan, network_gbit, local_gbyte) for plan in PLANS]
+
+
 def predicted(
     model: str,
     nodes: int,
