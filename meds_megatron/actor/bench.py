@@ -20,23 +20,9 @@ from meds_megatron.actor.messages import Rendezvous
 from meds_megatron.actor.process_group import form_groups, join, open_store
 from meds_megatron.actor.step_data import StepData
 from meds_megatron.config import ModelConfig, ParallelConfig
+from meds_megatron.model.catalogue import QWEN
 from meds_megatron.model.gpt import PolicyModel, build_chunks, chunk_layers, transformer_config
 from meds_megatron.model.shape import ModelShape
-
-QWEN25_05B = ModelShape(
-    architecture="qwen2",
-    hidden_size=896,
-    num_layers=24,
-    num_heads=14,
-    num_kv_heads=2,
-    head_dim=64,
-    ffn_size=4864,
-    vocab_size=151936,
-    tie_embeddings=True,
-    rope_theta=1e6,
-    norm_eps=1e-6,
-    max_positions=32768,
-)
 
 
 def run(
@@ -45,7 +31,7 @@ def run(
     tokens: int = 64,
     rounds: int = 5,
     published_rounds: int = 1,
-    shape: ModelShape = QWEN25_05B,
+    shape: ModelShape = QWEN["Qwen2.5-0.5B"],
 ) -> dict:
     """Measures forward passes on `pipeline` CPU ranks of one thread each, random float32 weights, kinds in turn.
 

@@ -45,10 +45,12 @@ class Piece:
     size: tuple[int, ...]
 
     def hf_slices(self) -> tuple[slice, ...]:
-        return tuple(slice(start, start + size) for start, size in zip(self.hf_start, self.size, strict=True))
+        """The box within the whole Hugging Face tensor."""
+        return box_slices(self.hf_start, self.size)
 
     def local_slices(self) -> tuple[slice, ...]:
-        return tuple(slice(start, start + size) for start, size in zip(self.local_start, self.size, strict=True))
+        """The box within the rank's parameter."""
+        return box_slices(self.local_start, self.size)
 
     def within(self, first: int, count: int) -> "Piece | None":
         """The part in `count` rows of the parameter from row `first`, placed relative to that row; None if empty."""
@@ -171,6 +173,11 @@ class Table:
             raise UserError(
                 f"Megatron parameter {name} has no Hugging Face counterpart: the model must be a dense Qwen2.5 or Qwen3"
             ) from None
+
+
+def box_slices(start: tuple[int, ...], size: tuple[int, ...]) -> tuple[slice, ...]:
+    """The index of a box by its first index and its length in every dimension."""
+    return tuple(slice(first, first + length) for first, length in zip(start, size, strict=True))
 
 
 def row_slabs(piece: Piece, max_rows: int) -> Iterator[Piece]:

@@ -28,6 +28,7 @@ from meds_megatron.weights.resharding.sender import WeightSender
 from meds_megatron.weights.resharding.transport.network import Link, Meeting, open_meeting
 from meds_megatron.weights.resharding.transport.shared_memory import ROOT as SHARED_MEMORY
 from meds_megatron.weights.resharding.transport.shared_memory import SharedMemory
+from meds_megatron.weights.table import box_slices
 
 KINDS = ("aligned", "gather", "memory", "copy")
 
@@ -224,8 +225,7 @@ class _EngineRank:
         self._parts, self._parameters = {}, {}
         for name, shape in self._plan.table.hf_shapes.items():
             box = engine_box(self._plan.shape, name, shape, self._engine_rank, self._plan.engine_tensor)
-            spans = zip(box.start, box.size, strict=True)
-            self._parts[name] = tuple(slice(first, first + size) for first, size in spans)
+            self._parts[name] = box_slices(box.start, box.size)
             self._parameters[name] = torch.zeros(box.size, dtype=torch.bfloat16)
         # What `copy` copies from: as large as the largest parameter, and read anew for each.
         self._source = torch.zeros(max(p.numel() for p in self._parameters.values()), dtype=torch.bfloat16)

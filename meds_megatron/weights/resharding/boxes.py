@@ -71,4 +71,4 @@ def checksum(values: Tensor) -> int:
 
 
 def checksum_key(box: Box, parcel: Parcel) -> tuple[str, tuple[int, ...], int]:
-    return box.hf_name, box.range.start, parcel.engine_rank
+    return box.hf_name, box.hf_start, parcel.engine_rank

@@ -17,7 +17,16 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from meds_megatron.config.layout import ParallelLayout
-from meds_megatron.weights.table import Entry, HfShape, Table, build_table, chunk_groups, group_sizes, padded_vocab
+from meds_megatron.weights.table import (
+    Entry,
+    HfShape,
+    Piece,
+    Table,
+    build_table,
+    chunk_groups,
+    group_sizes,
+    padded_vocab,
+)
 
 if TYPE_CHECKING:
     from meds_megatron.model.shape import ModelShape
@@ -32,7 +41,7 @@ _COLUMNS = ("o_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Range:
-    """A box of a Hugging Face tensor: its first index and its length in every dimension."""
+    """What an engine rank needs of a Hugging Face tensor: the first index and the length in every dimension."""
 
     start: tuple[int, ...]
     size: tuple[int, ...]
@@ -46,27 +55,15 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Box:
-    """A box of a Hugging Face tensor, and where the trainer rank that sends it has it."""
+class Box(Piece):
+    """A piece that one trainer rank sends to one engine rank."""
 
-    hf_name: str
-    range: Range
     entry: str
     """Name of the Megatron parameter, as the table has it."""
-    local_start: tuple[int, ...]
-    """First index of the box in that rank's parameter."""
 
     @property
     def elements(self) -> int:
-        return prod(self.range.size)
-
-    def local_slices(self) -> tuple[slice, ...]:
-        """The box within the sender's parameter."""
-        return _slices(self.local_start, self.range.size)
-
-    def hf_slices(self) -> tuple[slice, ...]:
-        """The box within the whole Hugging Face tensor."""
-        return _slices(self.range.start, self.range.size)
+        return prod(self.size)
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ class ReshardPlan:
                 if common:
                     offsets = zip(piece.local_start, common.start, piece.hf_start, strict=True)
                     local_start = tuple(local + first - begin for local, first, begin in offsets)
-                    yield Box(piece.hf_name, common, entry.name, local_start)
+                    yield Box(piece.hf_name, common.start, local_start, common.size, entry.name)
 
     def _sends(self, entry: Entry, trainer_rank: int, engine_rank: int) -> bool:
         """Whether the trainer rank may send: of a parameter that all have, one rank does for each engine rank."""
@@ -188,7 +185,3 @@ def _cut(shape: HfShape, dimension: int, start: int, length: int) -> Range:
     starts, sizes = [0] * len(shape), list(shape)
     starts[dimension], sizes[dimension] = start, length
     return Range(tuple(starts), tuple(sizes))
-
-
-def _slices(start: tuple[int, ...], size: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(first, first + length) for first, length in zip(start, size, strict=True))

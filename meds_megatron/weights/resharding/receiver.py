@@ -55,7 +55,7 @@ class WeightReceiver:
         flat = self._local.open(handle)
         for box in parcel.boxes:
             values, flat = flat[: box.elements], flat[box.elements :]
-            assembly.give(box, values.view(box.range.size))
+            assembly.give(box, values.view(box.size))
 
     def _take_from_network(self, assembly: TensorAssembly, parcel: Parcel) -> None:
         sender = self._senders[self._plan.stage(parcel.group), parcel.trainer_rank]

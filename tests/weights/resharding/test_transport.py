@@ -18,6 +18,7 @@ from meds_megatron.weights.resharding.receiver import WeightReceiver
 from meds_megatron.weights.resharding.sender import WeightSender
 from meds_megatron.weights.resharding.transport.network import Link, Meeting, open_meeting
 from meds_megatron.weights.resharding.transport.shared_memory import SharedMemory
+from meds_megatron.weights.table import box_slices
 
 QWEN2 = ModelShape("qwen2", 16, 4, 8, 4, 4, 24, 134, False, 1e6, 1e-6, 64)
 QWEN3 = ModelShape("qwen3", 16, 4, 8, 4, 4, 24, 134, True, 1e6, 1e-6, 64)
@@ -64,7 +65,7 @@ def wrong_tensors(spec: SyncSpec, engine_rank: int, received: dict[str, Tensor])
     wrong = []
     for name, whole in hf_tensors(spec).items():
         box = engine_box(spec.shape, name, tuple(whole.shape), engine_rank, spec.engine_tensor)
-        part = tuple(slice(first, first + size) for first, size in zip(box.start, box.size, strict=True))
+        part = box_slices(box.start, box.size)
         same = torch.equal(received[name][part], whole[part].to(getattr(torch, spec.dtype)))
         if received[name].shape != whole.shape or not same:
             wrong.append(name)
@@ -185,7 +186,7 @@ def test_a_byte_that_changes_on_the_way_is_named(tmp_path):
         compare(staged.checksums, receiver.checksums, engine=0)
 
 
-def test_a_full_shared_memory_is_told_in_one_sentence(tmp_path):
+def test_shared_memory_that_cannot_be_had_is_told_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="no room for the engines' weights"):
         SharedMemory(tmp_path / "missing" / "parent").put("group", [torch.zeros(4)], torch.float32)
     assert not list(tmp_path.iterdir())
