@@ -167,7 +167,7 @@ def rollout(config, rounds: int) -> dict:
 
     Both generate the responses of one step's prompts, in turn, with the same model and sampling.
     """
-    from meds_megatron.trainer.bench import rollout
+    from meds_megatron.bench.step import rollout
 
     return rollout(config, rounds)
 
@@ -183,7 +183,7 @@ def step(config, steps: int) -> dict:
 
     Trains as `meds train` would, and keeps neither the model nor the run.
     """
-    from meds_megatron.trainer.bench import step
+    from meds_megatron.bench.step import step
 
     return step(config, steps)
 
@@ -199,7 +199,7 @@ def fingerprint(responses: int, tokens: int, rounds: int) -> dict:
     At the shape of Qwen2.5-0.5B with random weights, on two CPU pipeline stages: the pass without, with ours, and with
     all hidden states kept and the full head run on every layer.
     """
-    from meds_megatron.actor.bench import run
+    from meds_megatron.bench.fingerprint import run
 
     return run(responses=responses, tokens=tokens, rounds=rounds)
 
@@ -223,7 +223,7 @@ def memory(histories: Sequence[int], keys: int, new: int) -> dict:
     Against a version that clusters from scratch, over several shards, and with a million problems; in processor seconds
     of one thread.
     """
-    from meds_megatron.memory.bench import run
+    from meds_megatron.bench.memory import run
 
     return run(histories=histories, keys=keys, new=new)
 
@@ -239,8 +239,8 @@ def reshard(rounds: int, network_gbit: float, local_gbyte: float) -> dict:
     At the shape of Qwen2.5-0.5B on CPU, from TP2 x PP2 to an engine of TP2: our plan against gathering everything. And
     what an update of 7B, 32B and 72B models moves, with the time that it takes at least.
     """
-    from meds_megatron.launch.reshard_forecast import forecasts
-    from meds_megatron.weights.resharding.bench import run
+    from meds_megatron.bench.reshard import run
+    from meds_megatron.bench.reshard_forecast import forecasts
 
     return run(rounds=rounds) | {"plans": forecasts(network_gbit, local_gbyte)}
 

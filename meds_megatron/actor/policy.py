@@ -13,8 +13,8 @@ from meds_megatron.algorithm.advantages import entropy_shaped
 from meds_megatron.algorithm.corrections import importance_weights
 from meds_megatron.algorithm.losses import policy_loss, token_weights
 from meds_megatron.config import Config
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.model.gpt import build_chunks, transformer_config
-from meds_megatron.model.shape import ModelShape
 from meds_megatron.weights.load import load_hf
 
 
@@ -107,7 +107,7 @@ class _TokenLoss:
             rows = torch.from_numpy(np.flatnonzero(data.minibatches_B == minibatch))
             weights_B[rows] = token_weights(
                 lengths_B[rows],
-                config.policy.loss,
+                config.policy.aggregation,
                 total_tokens=int(tokens),
                 total_responses=int(responses),
                 max_response_tokens=config.rollout.max_response_tokens,

@@ -20,7 +20,7 @@ class RankCoordinates(NamedTuple):
 
 
 class ModelSizes(Protocol):
-    """What a layout needs to know of a model; `meds_megatron.model.shape.ModelShape` is one."""
+    """What a layout needs to know of a model; `meds_megatron.config.model_shape.ModelShape` is one."""
 
     num_layers: int
     num_heads: int

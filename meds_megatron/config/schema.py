@@ -1,6 +1,6 @@
 """Every setting of a run, typed. The defaults reproduce the published MEDS method.
 
-This module imports neither torch nor any other room: a launcher reads a config in a blink.
+This module imports neither torch nor any other package of ours: a launcher reads a config in a blink.
 Sources of the published values: the MEDS paper (arXiv 2604.11297) and DAPO (arXiv 2503.14476).
 """
 
@@ -120,6 +120,9 @@ class RolloutConfig:
     threads: int = 1
     """CPU threads of each engine rank without CUDA."""
     max_num_seqs: int = 256
+    deterministic: bool = False
+    """True repeats every response for the same seed, machine and engines: the requests of a generation batch start
+    together in a fixed order. False sends each request to the least loaded engine as soon as there is room."""
     enforce_eager: bool = False
     """True skips vLLM's compilation and CUDA graphs: faster start, slower generation."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -166,9 +169,9 @@ class MemoryConfig:
     """`cluster`: HDBSCAN noise counts as one cluster (published); `ignore`: noise has size 0."""
     allow_single_cluster: bool = False
     """Let HDBSCAN answer that all vectors of a key are one cluster."""
-    unboxed: Literal["escape", "own_cluster"] = "escape"
-    """Targeted wrong answers without a fingerprint, whether nothing is boxed or nothing follows the box's brace:
-    `escape` lets them go unpunished (published); `own_cluster` counts all of a prompt as one cluster."""
+    no_answer: Literal["escape", "own_cluster"] = "escape"
+    """Targeted wrong responses without an answer, and so without a fingerprint: `escape` leaves them unpunished
+    (published); `own_cluster` counts all of a prompt as one cluster."""
     remember_filtered: bool = False
     """Remember the mistakes of prompts that are generated but not trained on too; those that the filter has no need of
     take a forward pass for that."""
@@ -225,11 +228,14 @@ class AdvantageConfig:
 class PolicyConfig:
     """The policy loss."""
 
+    loss: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """`ppo`: clipped token ratios with dual clip (DAPO, GRPO); `gspo`: clipped sequence ratios (arXiv 2507.18071);
+    `cispo`: clipped importance weights of the log-probs (arXiv 2506.13585)."""
     clip_low: float = 0.2
     clip_high: float = 0.28
     dual_clip: float | None = 10.0
     """Lower bound on the loss of negative advantages: ratio clipped at this value; null is off."""
-    loss: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
     """`token_mean`: over all tokens of the mini-batch (DAPO); `sequence_mean`: each response's mean, then the mean of
     responses (GRPO); `sequence_sum`: sum over tokens divided by max_response_tokens, mean of responses (Dr.GRPO)."""
     importance_cap: float | None = None

@@ -76,7 +76,7 @@ SHARES = ("rollout.top_p", "rollout.validation_top_p", "rollout.gpu_memory_utili
 
 
 class TrainableModel(ModelSizes, Protocol):
-    """What a config is judged against; `meds_megatron.model.shape.ModelShape` is one."""
+    """What a config is judged against; `meds_megatron.config.model_shape.ModelShape` is one."""
 
     max_positions: int
     vocab_size: int

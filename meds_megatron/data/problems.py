@@ -45,7 +45,7 @@ def load_problems(
         if left == 0:
             break
         if source == "arithmetic":
-            from meds_megatron.data.arithmetic import arithmetic_problems
+            from meds_megatron.embedded.arithmetic import arithmetic_problems
 
             found = [(p, "arithmetic") for p in arithmetic_problems(split, arithmetic_rules, left, seed)]
         else:

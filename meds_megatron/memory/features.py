@@ -47,7 +47,7 @@ def check_settings(config: MemoryConfig) -> None:
     choices = {
         "method": ("hdbscan", "single"),
         "noise": ("cluster", "ignore"),
-        "unboxed": ("escape", "own_cluster"),
+        "no_answer": ("escape", "own_cluster"),
     }
     for name, known in choices.items():
         value = getattr(config, name)

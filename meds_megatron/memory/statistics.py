@@ -70,7 +70,7 @@ def step_metrics(shards: list[dict]) -> dict[str, float]:
     """Metrics `memory/...` of a step from what every shard's `stats()` gave: sums and shares over all shards, and the
     times of each shard and of the slowest, which is what the others wait for.
 
-    Keys, vectors, clusters and noise are of fingerprints; `memory/unboxed` counts the remembered answers without one.
+    Keys, vectors, clusters and noise are of fingerprints; `memory/no_answer` counts the remembered answers without one.
     Lookups are of both, since both are punished.
     """
 
@@ -94,7 +94,7 @@ def step_metrics(shards: list[dict]) -> dict[str, float]:
         "memory/lookup_size_mean": share("size_sum", "lookups"),
         "memory/saturated_share": share("saturated", "lookups"),
         "memory/top_eigenvalue_share": top_eigenvalue,
-        "memory/unboxed": total("unboxed"),
+        "memory/no_answer": total("unboxed"),
         "memory/fresh_fits": total("fresh_fits"),
         "memory/evicted_vectors": total("evicted_vectors"),
         "memory/bytes": total("bytes"),

@@ -20,8 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from meds_megatron.config import ModelConfig, ParallelConfig
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.model.layers import CausalAttention, RMSNorm
-from meds_megatron.model.shape import ModelShape
 from meds_megatron.weights.chunks import local_parameters, local_table
 from meds_megatron.weights.table import padded_vocab
 
@@ -67,8 +67,8 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         ffn_hidden_size=shape.ffn_size,
         layernorm_epsilon=shape.norm_eps,
         normalization="RMSNorm",
-        qk_layernorm=shape.architecture == "qwen3",
-        add_qkv_bias=shape.architecture == "qwen2",
+        qk_layernorm=shape.qk_norm,
+        add_qkv_bias=shape.qkv_bias,
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=F.silu,

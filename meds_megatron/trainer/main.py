@@ -5,11 +5,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from meds_megatron.config import Config
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.config.validate import validate, validate_model
 from meds_megatron.data.sampler import PromptSampler
+from meds_megatron.embedded.source import ensure_model
 from meds_megatron.errors import UserError
-from meds_megatron.model.shape import ModelShape
-from meds_megatron.model.source import ensure_model
 from meds_megatron.trainer import loop
 from meds_megatron.trainer.console import Console
 from meds_megatron.trainer.parts import Prompts, read_prompts, start_parts, start_ray

@@ -23,6 +23,6 @@ def key_to_ask(sample: Sample, config: Config) -> str | None:
         return None
     if sample.has_fingerprint:
         return memory_key(sample)
-    if config.memory.unboxed == "own_cluster" and not sample.grade.correct:
+    if config.memory.no_answer == "own_cluster" and not sample.grade.correct:
         return memory_key(sample) + UNBOXED
     return None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ray import ObjectRef
 
-UNBOXED = "|unboxed"
+UNBOXED = "|no_answer"
 """End of the keys of answers without a fingerprint."""
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import ray
 
 from meds_megatron.config import Config
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.data.problems import load_problems
 from meds_megatron.data.prompts import Prompt, build_prompts
 from meds_megatron.errors import UserError
 from meds_megatron.launch.placement import Placement
-from meds_megatron.model.shape import ModelShape
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.rollout.group import EngineGroup
 from meds_megatron.trainer.console import Console

@@ -7,9 +7,9 @@ import ray
 
 from meds_megatron.config import Config
 from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
 from meds_megatron.launch.placement import engine_places, rank_places
-from meds_megatron.model.shape import ModelShape
 from meds_megatron.rollout.engine import engine_dtype
 from meds_megatron.rollout.group import EngineGroup
 from meds_megatron.trainer.policy_group import PolicyGroup

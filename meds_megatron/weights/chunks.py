@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from meds_megatron.model.shape import ModelShape
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.weights.table import Entry, Table, build_table, padded_vocab
 
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.model.shape import ModelShape
 from meds_megatron.weights.chunks import local_parameters, local_table
 from meds_megatron.weights.directory import writing_directory
 from meds_megatron.weights.gather import iterate_hf

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.model.shape import ModelShape
 from meds_megatron.weights.directory import begin_directory, finish_directory, writing_directory
 from meds_megatron.weights.load import INDEX_FILE, SINGLE_FILE
 from meds_megatron.weights.shard_file import ShardFile

@@ -12,8 +12,8 @@ from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.model.shape import ModelShape
 from meds_megatron.weights.chunks import local_parameters, local_table
 from meds_megatron.weights.table import LM_HEAD, Entry, HfShape, row_slabs
 

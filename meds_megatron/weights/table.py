@@ -19,7 +19,7 @@ from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.errors import UserError
 
 if TYPE_CHECKING:
-    from meds_megatron.model.shape import ModelShape
+    from meds_megatron.config.model_shape import ModelShape
 
 HfShape = tuple[int, ...]
 
@@ -281,9 +281,9 @@ def _layer(shape: "ModelShape", layer: int) -> list[Entry]:
         Entry(f"{mcore}mlp.linear_fc1.weight", group, gate_up, hidden, split=0),
         plain("mlp.linear_fc2.weight", "mlp.down_proj.weight", hidden, ffn, split=1),
     ]
-    if shape.architecture == "qwen2":
+    if shape.qkv_bias:
         entries.append(qkv("bias", None))
-    if shape.architecture == "qwen3":
+    if shape.qk_norm:
         entries.append(plain("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", shape.head_dim))
         entries.append(plain("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", shape.head_dim))
     return entries

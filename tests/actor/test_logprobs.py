@@ -61,8 +61,8 @@ def test_values_and_gradients_are_those_of_log_softmax(ranks, tensor, chunk_toke
 
 def peak_bytes(rank: int, tokens: int) -> int:
     """The most that the log-probs of `tokens` tokens have allocated at once."""
-    from meds_megatron.actor.bench import peak_bytes
     from meds_megatron.actor.process_group import form_groups
+    from meds_megatron.bench.fingerprint import peak_bytes
     from meds_megatron.config import ParallelConfig
 
     form_groups(ParallelConfig(), seed=0)

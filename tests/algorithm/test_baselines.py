@@ -39,7 +39,7 @@ def advantages_and_loss(config: Config) -> tuple[list[float], float]:
     entropy_T = torch.ones(6)
     advantages_T = entropy_shaped(advantages_T, entropy_T, advantage.entropy_coefficient, advantage.entropy_bound)
     totals = dict(total_tokens=6, total_responses=4, max_response_tokens=MAX_RESPONSE_TOKENS)
-    weights_T = token_weights(LENGTHS_B, config.policy.loss, **totals).repeat_interleave(LENGTHS_B)
+    weights_T = token_weights(LENGTHS_B, config.policy.aggregation, **totals).repeat_interleave(LENGTHS_B)
     old_T = torch.full((6,), -2.0)
     logprobs_T = old_T + torch.tensor([math.log(1.3), 0, 0, 0, 0, 0])
     loss = policy_loss(logprobs_T, old_T, advantages_T, weights_T, config.policy).loss

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from meds_megatron.config import Config, load_config, validate, validate_model
-from meds_megatron.model.shape import ModelShape
+from meds_megatron.config.model_shape import ModelShape
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ALL = sorted(CONFIGS.rglob("*.yaml"))
@@ -79,7 +79,7 @@ def test_the_recommended_setting_departs_from_the_published_one_where_it_says_so
     assert differences(published, recommended) - {"name", "run_dir"} == {
         "memory.noise",
         "memory.allow_single_cluster",
-        "memory.unboxed",
+        "memory.no_answer",
         "memory.remember_filtered",
         "filter.metric",
         "advantage.std_floor",

@@ -124,7 +124,7 @@ def test_a_step_without_fingerprints_is_a_step():
     [
         ({"method": "dbscan"}, "memory.method is 'dbscan': it must be one of hdbscan, single"),
         ({"noise": "drop"}, "memory.noise is 'drop'"),
-        ({"unboxed": "punish"}, "memory.unboxed is 'punish': it must be one of escape, own_cluster"),
+        ({"no_answer": "punish"}, "memory.no_answer is 'punish': it must be one of escape, own_cluster"),
         ({"min_cluster_size": 1}, "memory.min_cluster_size is 1: it must be at least 2"),
         ({"window": 0}, "memory.window is 0"),
         ({"half_life_steps": 0.0}, "memory.half_life_steps is 0.0: it must be positive"),

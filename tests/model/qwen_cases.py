@@ -143,7 +143,7 @@ def make_policy(
     config.model.dtype, config.memory.norm = dtype, norm
     config.rollout.max_prompt_tokens = config.rollout.max_response_tokens = 16
     config.train.micro_batch_responses = micro_batch
-    config.policy.loss = loss
+    config.policy.aggregation = loss
     # Large enough that the second update of a step depends on what the first one did.
     config.optimizer.lr, config.optimizer.warmup_steps = 1e-3, 1
     form_groups(config.parallel, seed=0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from meds_megatron.config.layout import ParallelLayout
-from meds_megatron.model.shape import ModelShape
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.rollout.group import EngineGroup
 from meds_megatron.weights.load import HfWeights
 from meds_megatron.weights.resharding.messages import SyncSpec

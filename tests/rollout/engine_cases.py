@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from meds_megatron.config import Config
-from meds_megatron.model.embedded import build_tokenizer
+from meds_megatron.embedded.arithmetic_model import build_tokenizer
 from meds_megatron.rollout.response import Response
 
 PROMPTS = [[40 + (7 * i + 11 * j) % 90 for j in range(3 + 2 * i)] for i in range(5)]

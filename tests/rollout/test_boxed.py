@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meds_megatron.model.embedded import build_tokenizer
+from meds_megatron.embedded.arithmetic_model import build_tokenizer
 from meds_megatron.rollout.boxed import BOX_AT_END, FIRST_WINDOW, NO_BOX, BoxedLocator, BoxedPosition
 
 OPENING = re.compile(r"\\boxed\s*\{")

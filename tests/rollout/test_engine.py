@@ -59,7 +59,7 @@ def test_logprobs_have_the_temperature_applied(engines, model_dir):
 
 
 def test_a_response_stops_with_the_end_token_or_at_its_limit(responses):
-    from meds_megatron.model.embedded import build_tokenizer
+    from meds_megatron.embedded.arithmetic_model import build_tokenizer
 
     end = build_tokenizer().eos_token_id
     stopped = [response for response in responses if response.finish_reason == "stop"]
@@ -70,7 +70,7 @@ def test_a_response_stops_with_the_end_token_or_at_its_limit(responses):
 
 
 def test_text_and_fingerprint_position_go_with_the_tokens(responses):
-    from meds_megatron.model.embedded import build_tokenizer
+    from meds_megatron.embedded.arithmetic_model import build_tokenizer
     from meds_megatron.rollout.boxed import BoxedLocator
 
     tokenizer = build_tokenizer()

@@ -6,7 +6,7 @@ import pytest
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory) -> Path:
     """The arithmetic model after a short warm-up: it answers in boxes, mostly wrongly."""
-    from meds_megatron.model.embedded import WarmUp, make_arithmetic_model
+    from meds_megatron.embedded.arithmetic_model import WarmUp, make_arithmetic_model
 
     directory = tmp_path_factory.mktemp("model")
     make_arithmetic_model(directory, "shared", WarmUp(steps=250))

@@ -61,7 +61,7 @@ def test_others_change_nothing_about_the_groups(batch):
 def test_fingerprints_are_addressed_to_the_shards_that_own_them():
     groups = two_groups()
     groups[0].samples[1].memory_row = MemoryRow(0, "a|wrong", 3)
-    groups[0].samples[2].memory_row = MemoryRow(1, "a|wrong|unboxed", 1)
+    groups[0].samples[2].memory_row = MemoryRow(1, "a|wrong|no_answer", 1)
     groups[1].samples[0].memory_row = MemoryRow(2, "b|wrong", 0)
     data = Batch.of_groups(groups, 1, 2).data
     assert data.memory_shards_B.tolist() == [-1, 3, -1, 0, -1, -1]
@@ -83,15 +83,15 @@ def test_only_targeted_responses_with_a_fingerprint_meet_the_memory(batch, targe
 @pytest.mark.parametrize(("target", "met"), [("wrong", True), ("both", True), ("right", False), ("none", False)])
 def test_wrong_answers_without_a_box_have_a_key_of_their_own_if_they_must_not_escape(target, met):
     config = Config()
-    config.penalty.target, config.memory.unboxed = target, "own_cluster"
+    config.penalty.target, config.memory.no_answer = target, "own_cluster"
     right, wrong = group("a", [True, False], [-1, -1]).samples
-    assert key_to_ask(wrong, config) == ("a|wrong|unboxed" if met else None)
+    assert key_to_ask(wrong, config) == ("a|wrong|no_answer" if met else None)
     assert key_to_ask(right, config) is None
 
 
 def test_what_could_not_be_graded_is_no_mistake():
     config = Config()
-    config.memory.unboxed = "own_cluster"
+    config.memory.no_answer = "own_cluster"
     for outcome in ("timeout", "error"):
         samples = group("a", [False, False], [0, -1], outcome=outcome).samples
         assert [key_to_ask(sample, config) for sample in samples] == [None, None]

@@ -166,7 +166,7 @@ def test_a_step_that_trains_on_nothing_still_teaches_the_memory(train):
         prompts=2,
         memory__method="single",
         memory__remember_filtered=True,
-        memory__unboxed="own_cluster",
+        memory__no_answer="own_cluster",
     )
     assert policy.forwarded == [6, 4, 8] and policy.updated == [8]
     assert sizes(seen[1]) == [[4] * 4, [2] * 4]

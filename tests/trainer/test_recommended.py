@@ -94,7 +94,7 @@ def test_sizes_are_those_of_every_mistake_of_earlier_steps(config, metrics, roll
             unboxed[key] += mine.count(None)
             memories[key].remember(np.array([fingerprint for fingerprint in mine if fingerprint is not None]))
         assert line["memory/vectors"] == sum(len(memory.vectors) for memory in memories.values())
-        assert line["memory/unboxed"] == sum(unboxed.values())
+        assert line["memory/no_answer"] == sum(unboxed.values())
     assert recurring > 20
     assert sum(unboxed.values()) > 0 and not all(row["kept"] for rows in rollouts for row in rows)
 

@@ -17,7 +17,7 @@ def draw(step: int) -> tuple[list[str], np.ndarray]:
     """Keys and fingerprints [N, L] of a step; those of keys `unboxed` are not to be had."""
     rng = np.random.default_rng(step)
     habits = np.random.default_rng(0).normal(size=(4, LAYERS))
-    keys = [f"{number}|wrong{'|unboxed' if rng.random() < 0.2 else ''}" for number in rng.integers(7, size=RESPONSES)]
+    keys = [f"{number}|wrong{'|no_answer' if rng.random() < 0.2 else ''}" for number in rng.integers(7, size=RESPONSES)]
     return keys, (habits[rng.integers(4, size=RESPONSES)] + 0.1 * rng.normal(size=(RESPONSES, LAYERS))).astype("f4")
 
 
@@ -25,7 +25,7 @@ def pieces_of(keys: list[str], fingerprints_NL: np.ndarray, numbers: np.ndarray,
     """What each rank hands over, of responses that were dealt out in any order."""
     order = rng.permutation(RESPONSES)
     for rows in (order[rank::ranks] for rank in range(ranks)):
-        boxed_B = np.array([not keys[row].endswith("unboxed") for row in rows])
+        boxed_B = np.array([not keys[row].endswith("no_answer") for row in rows])
         data = StepData.of_responses([[1]] * len(rows), [[2]] * len(rows), [[0.0]] * len(rows), [0] * len(rows), rows)
         data.memory_shards_B = np.where(boxed_B, [shard_of(keys[row], shards) for row in rows], -1)
         data.memory_rows_B = np.where(boxed_B, numbers[rows], -1)
@@ -74,7 +74,7 @@ def test_they_are_those_of_a_plain_shard(on_one_rank):
     for step in range(4):
         for batch in range(2):
             keys, fingerprints_NL = draw(2 * step + batch)
-            boxed = np.array([not key.endswith("unboxed") for key in keys])
+            boxed = np.array([not key.endswith("no_answer") for key in keys])
             sizes_N = np.zeros(RESPONSES, dtype=np.int64)
             for rows, given in ((np.flatnonzero(boxed), LAYERS), (np.flatnonzero(~boxed), 0)):
                 chosen = [keys[row] for row in rows]
@@ -89,8 +89,8 @@ def test_they_are_those_of_a_plain_shard(on_one_rank):
 
 def test_what_is_not_named_is_forgotten():
     memory = StepMemory(MemoryConfig(), 0, 1)
-    memory.lookup([0, 1], ["a|wrong|unboxed"] * 2)
+    memory.lookup([0, 1], ["a|wrong|no_answer"] * 2)
     memory.remember([1])
-    assert memory.lookup([0], ["a|wrong|unboxed"]).tolist() == [1]
+    assert memory.lookup([0], ["a|wrong|no_answer"]).tolist() == [1]
     with pytest.raises(KeyError):
         memory.remember([1])

@@ -6,8 +6,8 @@ import pytest
 import ray
 
 from meds_megatron.config import Config
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.model.shape import ModelShape
 from meds_megatron.rollout.fleet import Fleet, Health
 from meds_megatron.rollout.group import FAILED, EngineGroup
 from meds_megatron.trainer import sync

@@ -9,9 +9,9 @@ from megatron.core import parallel_state
 
 from meds_megatron.actor.process_group import form_groups
 from meds_megatron.config import ModelConfig, ParallelConfig
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
 from meds_megatron.model.gpt import build_chunks, chunk_layers, transformer_config
-from meds_megatron.model.shape import ModelShape
 from meds_megatron.weights.directory import writing_directory
 from meds_megatron.weights.export import export_hf
 from meds_megatron.weights.gather import iterate_hf

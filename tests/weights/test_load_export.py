@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from meds_megatron.config.layout import ParallelLayout
-from meds_megatron.model.shape import ModelShape
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.weights.table import build_table
 from tests.weights import round_trip
 from tests.weights.hf_cases import LAYERS, MODELS, make_source, tensors_in, unequal

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from meds_megatron.model.shape import ModelShape
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.weights.gather import merge
 from meds_megatron.weights.table import build_table, padded_vocab
 

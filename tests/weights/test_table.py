@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.config.model_shape import QWEN
 from meds_megatron.errors import UserError
-from meds_megatron.model.catalogue import QWEN
 from meds_megatron.weights.table import build_table, canonical_name, chunk_groups, padded_vocab
 
 LAYOUTS = {

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.model.shape import ModelShape
 from meds_megatron.weights.conversion.checkpoint_metadata import METADATA_FILE, read_metadata
 from meds_megatron.weights.gather import merge
 from meds_megatron.weights.table import TRANSFORMER_ENGINE_NAMES, Entry, build_table, canonical_name

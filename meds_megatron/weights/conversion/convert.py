@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.model.shape import ModelShape
 from meds_megatron.weights.conversion.checkpoint import CheckpointWeights, is_checkpoint
 from meds_megatron.weights.conversion.checkpoint_writer import CHUNK_BYTES, write_checkpoint
 from meds_megatron.weights.directory import finish_directory, new_directory

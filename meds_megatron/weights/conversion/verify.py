@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from meds_megatron.model.shape import ModelShape
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.weights.conversion.checkpoint import CheckpointWeights, is_checkpoint
 from meds_megatron.weights.conversion.convert import to_hf
 from meds_megatron.weights.conversion.text_logprobs import SAMPLE_TEXT, text_tokens, token_logprobs

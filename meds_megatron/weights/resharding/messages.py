@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meds_megatron.config.layout import ParallelLayout
-from meds_megatron.model.shape import ModelShape
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.weights.resharding.plan import ReshardPlan
 
 Checksums = dict[tuple[str, tuple[int, ...], int], int]

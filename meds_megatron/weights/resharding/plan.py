@@ -29,7 +29,7 @@ from meds_megatron.weights.table import (
 )
 
 if TYPE_CHECKING:
-    from meds_megatron.model.shape import ModelShape
+    from meds_megatron.config.model_shape import ModelShape
 
 ENGINE_VOCAB_MULTIPLE = 64
 """vLLM rounds the vocabulary up to a multiple of this before it shares it out."""

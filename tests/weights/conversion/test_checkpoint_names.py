@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.distributed import checkpoint as torch_checkpoint
 
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.model.shape import ModelShape
 from meds_megatron.weights.conversion.convert import to_hf
 from meds_megatron.weights.load import HfWeights
 from meds_megatron.weights.table import build_table

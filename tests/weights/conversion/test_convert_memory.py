@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from meds_megatron.model.shape import ModelShape
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.weights.table import build_table, group_sizes
 from tests.weights.hf_cases import make_source
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from meds_megatron.config.layout import ParallelLayout
-from meds_megatron.model.catalogue import QWEN
-from meds_megatron.model.shape import ModelShape
+from meds_megatron.config.model_shape import QWEN, ModelShape
 from meds_megatron.weights.resharding.plan import Range, ReshardPlan, engine_box, interleaved
 
 # (trainer TP, PP, VPP, engine TP): alike on both sides, more and fewer engine ranks than trainer ranks.

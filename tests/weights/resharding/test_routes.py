@@ -5,7 +5,7 @@ from math import prod
 import pytest
 
 from meds_megatron.config.layout import ParallelLayout
-from meds_megatron.model.catalogue import QWEN
+from meds_megatron.config.model_shape import QWEN
 from meds_megatron.weights.resharding.plan import ReshardPlan
 from meds_megatron.weights.resharding.routes import find_routes, predict
 

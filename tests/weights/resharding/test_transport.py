@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.model.shape import ModelShape
 from meds_megatron.trainer.sync import compare
 from meds_megatron.weights.resharding.boxes import checksum
 from meds_megatron.weights.resharding.messages import SyncSpec

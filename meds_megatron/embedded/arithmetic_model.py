@@ -1,8 +1,8 @@
 """The embedded model: a small Qwen3 with its own tokenizer, warm-started on the arithmetic task.
 
 It is a plain Hugging Face directory that transformers and vLLM load. The warm-up shows it worked answers that follow
-the right rule and the wrong ones in the shares of `meds_megatron.data.arithmetic`: afterwards it calculates well, but
-by habits, and it is left to reinforcement learning to find out which of them are right.
+the right rule and the wrong ones in the shares of `embedded.arithmetic`: afterwards it calculates well, but by habits,
+and it is left to reinforcement learning to find out which of them are right.
 """
 
 import random
@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from meds_megatron.data import arithmetic
+from meds_megatron.embedded import arithmetic
 
 END, PAD, START = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
 BOX = " \\boxed{"

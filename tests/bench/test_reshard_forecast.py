@@ -1,6 +1,6 @@
 import pytest
 
-from meds_megatron.launch.reshard_forecast import PLANS, predicted
+from meds_megatron.bench.reshard_forecast import PLANS, predicted
 
 
 @pytest.mark.parametrize("row", PLANS, ids=lambda row: f"{row[0]} engines on {row[-1] or 'shared'} nodes")

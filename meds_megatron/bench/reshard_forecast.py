@@ -2,8 +2,8 @@
 
 from meds_megatron.config import ClusterConfig, RolloutConfig
 from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.config.model_shape import QWEN
 from meds_megatron.launch.placement import engine_places, rank_places
-from meds_megatron.model.catalogue import QWEN
 from meds_megatron.weights.resharding.plan import ReshardPlan
 from meds_megatron.weights.resharding.routes import find_routes, predict
 

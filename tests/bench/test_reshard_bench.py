@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+from meds_megatron.bench.reshard import Ranks
 from meds_megatron.config.layout import ParallelLayout
-from meds_megatron.model.catalogue import QWEN
-from meds_megatron.weights.resharding.bench import Ranks
+from meds_megatron.config.model_shape import QWEN
 from meds_megatron.weights.resharding.messages import SyncSpec
 from meds_megatron.weights.resharding.routes import gathered_bytes
 

@@ -5,18 +5,18 @@ import json
 import tempfile
 from contextlib import ExitStack
 
+from meds_megatron.bench import rollout as rollout_bench
 from meds_megatron.config import Config
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.config.validate import validate_model
-from meds_megatron.model.shape import ModelShape
-from meds_megatron.model.source import ensure_model
-from meds_megatron.rollout import bench as rollout_bench
+from meds_megatron.embedded.source import ensure_model
 from meds_megatron.trainer.main import resolve_device, train
 from meds_megatron.trainer.parts import read_prompts, start_ray
 from meds_megatron.trainer.run_dir import RunDirectory
 
 
 def rollout(config: Config, rounds: int) -> dict:
-    """`meds_megatron.rollout.bench.run` on the prompts of one step of a run."""
+    """`meds_megatron.bench.rollout.run` on the prompts of one step of a run."""
     config.cluster.device = resolve_device(config.cluster.device)
     model_dir = ensure_model(config.model, config.data, config.cache_dir)
     validate_model(config, ModelShape.from_hf(model_dir))

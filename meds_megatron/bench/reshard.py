@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from meds_megatron.bench.peak_memory import PeakMemory
 from meds_megatron.config.layout import ParallelLayout
-from meds_megatron.model.catalogue import QWEN
+from meds_megatron.config.model_shape import QWEN
 from meds_megatron.weights.gather import whole_tensors
 from meds_megatron.weights.resharding.messages import SyncSpec
-from meds_megatron.weights.resharding.peak_memory import PeakMemory
 from meds_megatron.weights.resharding.plan import engine_box
 from meds_megatron.weights.resharding.receiver import WeightReceiver
 from meds_megatron.weights.resharding.sender import WeightSender

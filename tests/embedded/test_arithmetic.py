@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from meds_megatron.data.arithmetic import (
+from meds_megatron.embedded.arithmetic import (
     KINDS,
     RIGHT_SHARE,
     RULES,

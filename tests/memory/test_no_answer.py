@@ -7,7 +7,7 @@ from meds_megatron.config import MemoryConfig
 from meds_megatron.errors import UserError
 from meds_megatron.memory import UNKNOWN, MemoryShard, shard_of, step_metrics
 
-KEY = "problem|wrong|unboxed"
+KEY = "problem|wrong|no_answer"
 BOXED = np.random.default_rng(0).normal(size=(9, 16)) + 5
 
 
@@ -40,7 +40,7 @@ def test_the_size_is_the_number_of_earlier_ones_from_the_first_on(config):
     shard.recluster()
     assert sizes(shard) == [4]
     assert shard.labels(KEY).tolist() == [0, 0, 0, 0]
-    assert shard.lookup(["other|wrong|unboxed"], none_of(1)).tolist() == [0]
+    assert shard.lookup(["other|wrong|no_answer"], none_of(1)).tolist() == [0]
 
 
 def test_they_leave_a_window_and_fade_as_others_do():
@@ -56,10 +56,10 @@ def test_the_budget_holds_for_them_too():
     both = MemoryShard(MemoryConfig(budget_gib=budget / 2**30))
     for number in range(12):
         both.remember([f"{number}|wrong"] * 9, BOXED)
-        both.remember([f"{number}|wrong|unboxed"] * 9, none_of(9))
+        both.remember([f"{number}|wrong|no_answer"] * 9, none_of(9))
         both.recluster()
         assert both.bytes_used <= budget
-    assert len(both.labels("11|wrong")) and len(both.labels("11|wrong|unboxed"))
+    assert len(both.labels("11|wrong")) and len(both.labels("11|wrong|no_answer"))
 
 
 def test_metrics_of_fingerprints_are_as_without_them():
@@ -70,7 +70,7 @@ def test_metrics_of_fingerprints_are_as_without_them():
     with_them, without = step_metrics([shard.stats()]), step_metrics([plain.stats()])
     for name in ("keys", "vectors", "clusters", "noise_share", "top_eigenvalue_share"):
         assert with_them[f"memory/{name}"] == without[f"memory/{name}"], name
-    assert (with_them["memory/unboxed"], without["memory/unboxed"]) == (20, 0)
+    assert (with_them["memory/no_answer"], without["memory/no_answer"]) == (20, 0)
     assert with_them["memory/evicted_vectors"] == 17
     sizes(shard, 4)
     asked = step_metrics([shard.stats()])

@@ -20,9 +20,8 @@ from meds_megatron.actor.messages import Rendezvous
 from meds_megatron.actor.process_group import form_groups, join, open_store
 from meds_megatron.actor.step_data import StepData
 from meds_megatron.config import ModelConfig, ParallelConfig
-from meds_megatron.model.catalogue import QWEN
+from meds_megatron.config.model_shape import QWEN, ModelShape
 from meds_megatron.model.gpt import PolicyModel, build_chunks, chunk_layers, transformer_config
-from meds_megatron.model.shape import ModelShape
 
 
 def run(

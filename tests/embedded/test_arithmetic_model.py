@@ -6,11 +6,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meds_megatron.config import DataConfig, ModelConfig, RandomModelConfig
-from meds_megatron.data import arithmetic
+from meds_megatron.embedded import arithmetic
+from meds_megatron.embedded.arithmetic_model import BOX, END, WORDS, WarmUp
+from meds_megatron.embedded.source import ensure_model
 from meds_megatron.errors import UserError
 from meds_megatron.model import embedded
-from meds_megatron.model.embedded import BOX, END, WORDS, WarmUp
-from meds_megatron.model.source import ensure_model
 
 SHORT = WarmUp(steps=3, batch=4)
 

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from meds_megatron.config import Config, DataConfig, ModelConfig, ParallelConfig, validate_model
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.model.shape import ModelShape
 
 QWEN2_5_MATH_7B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -104,5 +104,5 @@ def test_a_shape_can_be_judged_against_a_config(tmp_path):
 
 
 def test_reading_a_shape_needs_no_torch():
-    code = "import sys, meds_megatron.model.shape; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, meds_megatron.config.model_shape; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from meds_megatron.config import RandomModelConfig
+from meds_megatron.embedded.boxing import teach_boxing
 from meds_megatron.errors import UserError
-from meds_megatron.model.boxing import teach_boxing
 
 TOKENIZER_FILES = (
     "tokenizer.json",

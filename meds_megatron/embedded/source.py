@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from meds_megatron.config import DataConfig, ModelConfig, RandomModelConfig
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.model.shape import ModelShape
 
 REPORT_EVERY = 100
 """Warm-up steps between two reports."""
@@ -39,8 +39,8 @@ def ensure_model(
 
 
 def _arithmetic_model(data: DataConfig, cache: Path, report: Callable[[str], None] | None) -> Path:
-    from meds_megatron.data import arithmetic
-    from meds_megatron.model import embedded
+    from meds_megatron.embedded import arithmetic
+    from meds_megatron.embedded import arithmetic_model as embedded
 
     warm_up = embedded.WarmUp()
 
@@ -59,7 +59,7 @@ def _arithmetic_model(data: DataConfig, cache: Path, report: Callable[[str], Non
 
 
 def _random_model(config: RandomModelConfig, cache: Path) -> Path:
-    from meds_megatron.model import boxing, random_model
+    from meds_megatron.embedded import boxing, random_model
 
     tokenizer = Path(config.tokenizer).expanduser()
     files = {
