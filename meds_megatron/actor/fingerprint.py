@@ -145,4 +145,4 @@ def rms_norm(hidden_NH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
 
 def _target_tokens(batch: TrainBatch, rows_N: np.ndarray) -> np.ndarray:
     """The token after the answer's position: the answer's first token."""
-    return data.tokens_T[data.offsets_B1[rows_N] + batch.answer_positions_B[rows_N] + 1]
+    return batch.tokens_T[batch.offsets_B1[rows_N] + batch.answer_positions_B[rows_N] + 1]

@@ -56,4 +56,3 @@ def build_micro_batch(batch: TrainBatch, rows: np.ndarray, pad_to: int, device: 
         answer_sequence_N=torch.tensor(answer_sequence, dtype=torch.int64, device=device),
         answer_position_N=torch.from_numpy(batch.answer_positions_B[answer_rows]).to(device),
     )
-

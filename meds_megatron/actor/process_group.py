@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from meds_megatron.actor.worker import ProcessGroupAddress
 from meds_megatron.config import ParallelConfig
 from meds_megatron.model import cpu_backend
 
@@ -16,21 +15,21 @@ def open_store(host: str, world_size: int) -> dist.TCPStore:
     return dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
 
 
-def join(address: ProcessGroupAddress, store: dist.TCPStore | None = None) -> str:
+def join(
+    host: str, port: int, rank: int, world_size: int, timeout_minutes: int = 30, store: dist.TCPStore | None = None
+) -> str:
     """Initialises torch.distributed (NCCL on a GPU, gloo without) and returns the device this rank computes on.
 
-    `store` is rank 0's own; the other ranks connect to it by its address.
+    `store` is rank 0's own; the other ranks connect to it at `host` and `port`.
     """
     cpu_backend.install()
     on_gpu = torch.cuda.is_available()
-    if store is None:
-        store = dist.TCPStore(address.host, address.port, address.world_size, is_master=False)
     dist.init_process_group(
         backend="nccl" if on_gpu else "gloo",
-        store=store,
-        rank=address.rank,
-        world_size=address.world_size,
-        timeout=timedelta(minutes=address.timeout_minutes),
+        store=store or dist.TCPStore(host, port, world_size, is_master=False),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(minutes=timeout_minutes),
     )
     if not on_gpu:
         return "cpu"

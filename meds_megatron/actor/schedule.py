@@ -40,7 +40,9 @@ def schedule(
         for rank in range(ranks):
             places = np.searchsorted(rows[rank], np.sort(share[rank]))
             places = places[np.argsort(-lengths_B[rows[rank][places]], kind="stable")]
-            cuts = [places[start : start + micro_batch_responses] for start in range(0, len(places), micro_batch_responses)]
+            cuts = [
+                places[start : start + micro_batch_responses] for start in range(0, len(places), micro_batch_responses)
+            ]
             micro_batches[rank].append(cuts + [_NO_ROWS] * (count - len(cuts)))
     return Schedule(rows, micro_batches)
 

@@ -31,7 +31,7 @@ class TrainBatch:
     """float32; the policy's log-probs before the first update of the step."""
     entropy_R: np.ndarray | None = None
     fingerprints_BL: np.ndarray | None = None
-    """float32; one logit a layer, 0 where there is no answer."""
+    """float32; one logit a layer, NaN where no answer went through the model."""
 
     cluster_sizes_B: np.ndarray | None = None
     """int64; earlier mistakes in the cluster that a response falls into, 0 where the memory is not looked up."""

@@ -6,7 +6,6 @@ with its own environment variables.
 
 import logging
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,17 +13,6 @@ from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOut
 from meds_megatron.config import Config
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.weights.resharding.types import SyncSpec
-
-
-@dataclass(frozen=True)
-class ProcessGroupAddress:
-    """Address of the store through which the ranks of a process group connect, and which of them this one is."""
-
-    host: str
-    port: int
-    rank: int
-    world_size: int
-    timeout_minutes: int = 30
 
 
 def rank_env_vars(config: Config) -> dict[str, str]:
@@ -59,8 +47,8 @@ class PolicyWorker:
         self._store = open_store(host, world_size)
         return host, self._store.port
 
-    def start(self, address: ProcessGroupAddress, model_dir: str) -> None:
-        """Connects to the other ranks and loads this rank's share of the model."""
+    def start(self, host: str, port: int, world_size: int, model_dir: str) -> None:
+        """Connects to the other ranks through the store at `host` and loads this rank's share of the model."""
         import torch
 
         # megatron-core warns at every import of the optional packages that are absent.
@@ -70,7 +58,8 @@ class PolicyWorker:
         from meds_megatron.actor.process_group import form_groups, join
 
         torch.set_num_threads(self._config.cluster.threads_per_rank)
-        device = join(address, self._store)
+        timeout = self._config.cluster.collective_timeout_minutes
+        device = join(host, port, self._rank, world_size, timeout, self._store)
         form_groups(self._config.parallel, self._config.train.seed)
         self._policy = Policy(self._config, model_dir, device)
 
