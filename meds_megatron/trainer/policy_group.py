@@ -43,7 +43,7 @@ class PolicyGroup:
         flat = [[rows for micro_batches in minibatches for rows in micro_batches] for minibatches in work.micro_batches]
         replicas = self._on_shards("forward", batch, work, flat)
         outputs = [next(output for output in replica if output is not None) for replica in replicas]
-        return _scatter(outputs, work.rows, batch.response_lengths_B)
+        return scatter(outputs, work.rows, batch.response_lengths_B)
 
     def update(self, batch: TrainBatch, minibatches_B: np.ndarray, step: int) -> list[UpdateOutput]:
         """The optimizer steps of training step `step`, one a mini-batch."""
@@ -51,7 +51,7 @@ class PolicyGroup:
         replicas = self._on_shards("update", batch, work, work.micro_batches, step)
         # Of each replica only ranks of the last stage have sums, and all of them the same.
         outputs = [max(replica, key=lambda updates: len(updates[0].token_sums)) for replica in replicas]
-        return [_add_up(of_replicas) for of_replicas in zip(*outputs, strict=True)]
+        return [add_up(of_replicas) for of_replicas in zip(*outputs, strict=True)]
 
     def prepare_weight_sync(self, spec: SyncSpec) -> None:
         """Makes every rank ready to send its share of the weights."""
@@ -99,7 +99,7 @@ class PolicyGroup:
         return results
 
 
-def _scatter(outputs: list[ForwardOutput], rows: list[np.ndarray], lengths_B: np.ndarray) -> ForwardOutput:
+def scatter(outputs: list[ForwardOutput], rows: list[np.ndarray], lengths_B: np.ndarray) -> ForwardOutput:
     """The outputs of data-parallel ranks in the order of the whole batch, 0 for rows of no rank."""
     rest = np.setdiff1d(np.arange(len(lengths_B)), np.concatenate(rows))
     zeros_R = np.zeros(lengths_B[rest].sum(), dtype=np.float32)
@@ -117,7 +117,7 @@ def _scatter(outputs: list[ForwardOutput], rows: list[np.ndarray], lengths_B: np
     )
 
 
-def _add_up(updates: tuple[UpdateOutput, ...]) -> UpdateOutput:
+def add_up(updates: tuple[UpdateOutput, ...]) -> UpdateOutput:
     """One optimizer step from the parts of the data-parallel ranks."""
     first = updates[0]
     sums = {name: sum(update.token_sums[name] for update in updates) for name in first.token_sums}
