@@ -1,4 +1,4 @@
-"""A trainer of one rank whose weights are those of a model directory: what engines are given in tests."""
+"""A trainer of one rank whose weights are those of a model directory."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,11 +7,10 @@ import torch
 
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import ModelShape
-from meds_megatron.rollout.group import EngineGroup
+from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.weights.load import HfWeights
-from meds_megatron.weights.resharding.messages import SyncSpec
-from meds_megatron.weights.resharding.sender import WeightSender
-from meds_megatron.weights.resharding.transport.shared_memory import SharedMemory
+from meds_megatron.weights.resharding.transfer import WeightSender
+from meds_megatron.weights.resharding.types import SyncSpec
 
 
 class DiskTrainer:
@@ -22,30 +21,30 @@ class DiskTrainer:
         self.spec = SyncSpec(shape, ParallelLayout(), engine_tensor, "float32", str(shared))
         self.plan = self.spec.plan()
         weights, parameters = HfWeights(directory), {}
-        for group in self.plan.groups:
-            for entry in self.plan.table.groups[group]:
-                if not entry.copy:
-                    parameters[entry.name] = torch.empty(entry.local_shape(1))
-                    weights.fill(parameters[entry.name], entry, 0, 1)
-        self._sender = WeightSender(self.spec, 0, 0, parameters, SharedMemory(shared))
+        for bucket in self.plan.buckets:
+            for row in self.plan.table.buckets[bucket]:
+                if not row.copy:
+                    parameters[row.name] = torch.empty(row.local_shape(1))
+                    weights.fill(parameters[row.name], row, 0, 1)
+        self._sender = WeightSender(self.spec, 0, parameters, "cpu", "127.0.0.1")
 
-    def connect(self, group: EngineGroup) -> None:
-        assert len(group.outcomes(group.call(group.ready(), "connect", self.spec, None, {}))) == len(group.engines)
+    def connect(self, pool: EnginePool) -> None:
+        assert len(pool.outcomes(pool.call(pool.ready(), "connect", self.spec, None, {}))) == len(pool.engines)
 
-    def stage(self, number: int):
-        return self._sender.stage(number, checksums=True)
+    def stage(self, bucket: int):
+        return self._sender.stage(bucket, checksums=True)
 
-    def load(self, group: EngineGroup, numbers: Iterable[int]) -> None:
-        """Loads groups of the plan into all engines, comparing checksums."""
-        for number in numbers:
-            staged = self.stage(number)
-            found = group.outcomes(group.call(group.ready(), "load_group", number, True, staged))
+    def load(self, pool: EnginePool, buckets: Iterable[int]) -> None:
+        """Loads buckets of the plan into all engines and compares checksums."""
+        for bucket in buckets:
+            staged = self.stage(bucket)
+            found = pool.outcomes(pool.call(pool.ready(), "load_bucket", bucket, True, staged))
             assert all(sums and sums.items() <= staged.checksums.items() for sums in found.values())
-            self._sender.release(number)
+            self._sender.release(bucket)
 
-    def update(self, group: EngineGroup, version: int) -> None:
+    def update(self, pool: EnginePool, version: int) -> None:
         """A whole update of all engines."""
-        group.outcomes(group.call(group.ready(), "begin_weight_update", version))
-        self.load(group, self.plan.groups)
-        for engine in group.outcomes(group.call(group.ready(), "finish_weight_update")):
-            group.fleet.filled(engine)
+        pool.outcomes(pool.call(pool.ready(), "begin_weight_update", version))
+        self.load(pool, self.plan.buckets)
+        for engine in pool.outcomes(pool.call(pool.ready(), "finish_weight_update")):
+            pool.engines[engine].health.updated()
