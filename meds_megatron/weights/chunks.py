@@ -1,11 +1,11 @@
-"""The parameters that a rank holds, matched with their entries of the table."""
+"""Parameters that a rank holds, matched with their rows of the table."""
 
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
 from meds_megatron.config.model_shape import ModelShape
-from meds_megatron.weights.table import Entry, Table, build_table, padded_vocab
+from meds_megatron.weights.table import MegatronParameter, Table, build_table, padded_vocab
 
 
 def unwrapped(chunk: nn.Module) -> nn.Module:
@@ -20,26 +20,29 @@ def local_table(shape: ModelShape, tp_size: int) -> Table:
     return build_table(shape, padded_vocab(shape.vocab_size, tp_size))
 
 
-def local_parameters(chunks: Iterable[nn.Module], table: Table, tp_size: int) -> Iterator[tuple[Entry, Tensor]]:
-    """Every parameter of this rank's model chunks with its entry, in the order of the model.
+def local_parameters(
+    chunks: Iterable[nn.Module], table: Table, tp_size: int
+) -> Iterator[tuple[MegatronParameter, Tensor]]:
+    """Row of the table and tensor of every parameter of this rank's model chunks, in the order of the model.
 
-    Raises UserError for a parameter that the table does not know, ValueError for one of another shape than expected.
+    Raises UserError for a parameter that the table does not have, ValueError for one of another shape than expected.
     """
     for wrapped in chunks:
         chunk = unwrapped(wrapped)
         global_layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
-        for name, parameter in chunk.named_parameters():
+        for name, tensor in chunk.named_parameters():
             layer = global_layers[int(name.split(".")[2])] if name.startswith("decoder.layers.") else None
-            entry = table.entry(name, layer)
-            if tuple(parameter.shape) != entry.local_shape(tp_size):
+            parameter = table.parameter(name, layer)
+            if tuple(tensor.shape) != parameter.local_shape(tp_size):
                 raise ValueError(
-                    f"{entry.name} is {list(parameter.shape)} in the model and {list(entry.local_shape(tp_size))} in"
-                    f" the table at TP={tp_size}: the model was built for another shape"
+                    f"{parameter.name} is {list(tensor.shape)} in the model and"
+                    f" {list(parameter.local_shape(tp_size))} in the table at TP={tp_size}: the model was built for"
+                    " another shape"
                 )
-            yield entry, parameter
+            yield parameter, tensor
 
 
-def shares(chunks: Iterable[nn.Module], shape: ModelShape, tp_size: int) -> dict[str, Tensor]:
-    """This rank's parameters by the names of their entries; a tied head, which is a copy, is left out."""
+def rank_parameters(chunks: Iterable[nn.Module], shape: ModelShape, tp_size: int) -> dict[str, Tensor]:
+    """This rank's parameters by Megatron name, without a tied head, which is a copy of the embedding."""
     held = local_parameters(chunks, local_table(shape, tp_size), tp_size)
-    return {entry.name: parameter for entry, parameter in held if not entry.copy}
+    return {parameter.name: tensor for parameter, tensor in held if not parameter.copy}

@@ -1,17 +1,17 @@
 """The one table of names and shapes between Hugging Face and megatron-core, for Qwen2.5 and Qwen3.
 
-Pure Python over shapes. Each Megatron parameter is described by an `Entry`: one or more blocks of rows taken from
-Hugging Face tensors. `Entry.pieces` turns it into boxes: which box of which Hugging Face tensor lies where in one
-tensor-parallel rank's parameter. Loading copies the boxes one way, export the other, and a resharding plan intersects
-them with the boxes that the other side wants.
+Pure Python over shapes. A `MegatronParameter` is a row of the table: one or more blocks of rows taken from Hugging Face
+tensors. `MegatronParameter.slices` lists, for one tensor-parallel rank, which slice of which Hugging Face tensor lies
+where in the rank's parameter. Loading copies the slices one way, export the other, and the resharding plan intersects
+them with the slices that an engine rank needs.
 
-Names are Megatron's own with the layer's place in the whole model, counted from 0, as its local layer spec has them;
-`canonical_name` brings Transformer Engine's names into that form.
+Names are those of Megatron's local layer spec, with the number of the layer in the whole model, counted from 0;
+`canonical_name` converts Transformer Engine's names to that form.
 """
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -36,30 +36,45 @@ _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A box of one Hugging Face tensor, and where the same box lies in a rank's Megatron parameter."""
+class TensorSlice:
+    """A rectangular part of a Hugging Face tensor, and its place in one rank's Megatron parameter."""
 
+    parameter: str
+    """Name of the Megatron parameter."""
     hf_name: str
     hf_start: tuple[int, ...]
+    """First index in the whole Hugging Face tensor."""
     local_start: tuple[int, ...]
+    """First index in the rank's parameter."""
     size: tuple[int, ...]
 
+    @property
+    def elements(self) -> int:
+        return prod(self.size)
+
     def hf_slices(self) -> tuple[slice, ...]:
-        """The box within the whole Hugging Face tensor."""
-        return box_slices(self.hf_start, self.size)
+        """Index of the part in the whole Hugging Face tensor."""
+        return tuple(slice(first, first + length) for first, length in zip(self.hf_start, self.size, strict=True))
 
     def local_slices(self) -> tuple[slice, ...]:
-        """The box within the rank's parameter."""
-        return box_slices(self.local_start, self.size)
+        """Index of the part in the rank's parameter."""
+        return tuple(slice(first, first + length) for first, length in zip(self.local_start, self.size, strict=True))
 
-    def within(self, first: int, count: int) -> "Piece | None":
-        """The part in `count` rows of the parameter from row `first`, placed relative to that row; None if empty."""
-        row, *rest = self.local_start
-        begin, end = max(row, first), min(row + self.size[0], first + count)
-        if begin >= end:
+    def intersect(self, region: tuple[slice, ...]) -> "TensorSlice | None":
+        """The part that lies in `region` of the whole Hugging Face tensor; None if there is none."""
+        own = self.hf_slices()
+        begin = tuple(max(a.start, b.start) for a, b in zip(own, region, strict=True))
+        size = tuple(min(a.stop, b.stop) - first for a, b, first in zip(own, region, begin, strict=True))
+        if min(size) <= 0:
             return None
-        hf_start = (self.hf_start[0] + begin - row, *self.hf_start[1:])
-        return Piece(self.hf_name, hf_start, (begin - first, *rest), (end - begin, *self.size[1:]))
+        offsets = zip(self.local_start, begin, self.hf_start, strict=True)
+        local_start = tuple(local + first - own_first for local, first, own_first in offsets)
+        return replace(self, hf_start=begin, local_start=local_start, size=size)
+
+    def rows(self, first: int, stop: int) -> "TensorSlice | None":
+        """The part in rows `first` to `stop` of the rank's parameter; None if there is none."""
+        begin = self.hf_start[0] - self.local_start[0]
+        return self.intersect((slice(begin + first, begin + stop), *self.hf_slices()[1:]))
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows that follow each other and are shared out as one; `padding` rows without a source come last."""
+    """Consecutive rows that are split as one; `padding` rows without a source come last."""
 
     rows: tuple[Rows, ...]
     padding: int = 0
@@ -84,17 +99,17 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Entry:
+class MegatronParameter:
     """One Megatron parameter: the Hugging Face tensors it is made of and how it is split over tensor-parallel ranks.
 
-    `split` is None (every rank has all of it), 0 (each block is cut by rows, and a rank holds its part of the first
-    block, then its part of the second, ...) or 1 (cut by columns). `group` is the unit in which weights are streamed:
-    0 the embedding, 1..L the layers, L + 1 the final norm and head. `copy` marks the tied head of the last pipeline
-    stage: filled from the embedding on loading, never exported.
+    `split` is None (every rank holds all of it), 0 (each block is split by rows, and a rank holds its part of the first
+    block, then its part of the second, ...) or 1 (split by columns). `bucket` is the unit in which weights are
+    transferred: 0 the embedding, 1..L the layers, L + 1 the final norm and head. `copy` marks the tied head of the last
+    pipeline stage: filled from the embedding on loading, never exported.
     """
 
     name: str
-    group: int
+    bucket: int
     blocks: tuple[Block, ...]
     columns: int | None = None
     """Columns of the whole parameter; None for a vector."""
@@ -117,39 +132,39 @@ class Entry:
     def local_shape(self, tp_size: int) -> tuple[int, ...]:
         """Shape of the parameter on one of `tp_size` tensor-parallel ranks."""
         if self.columns is None:
-            return (self._cut(self.rows, tp_size, 0),)
-        return (self._cut(self.rows, tp_size, 0), self._cut(self.columns, tp_size, 1))
+            return (self._share(self.rows, tp_size, 0),)
+        return (self._share(self.rows, tp_size, 0), self._share(self.columns, tp_size, 1))
 
-    def pieces(self, tp_rank: int, tp_size: int) -> Iterator[Piece]:
-        """The boxes that make up the parameter on rank `tp_rank` of `tp_size`; rows of padding belong to none."""
-        columns = () if self.columns is None else (self._cut(self.columns, tp_size, 1),)
+    def slices(self, tp_rank: int, tp_size: int) -> Iterator[TensorSlice]:
+        """The slices that make up the parameter on rank `tp_rank` of `tp_size`; rows of padding belong to none."""
+        columns = () if self.columns is None else (self._share(self.columns, tp_size, 1),)
         first_column = tuple(tp_rank * count if self.split == 1 else 0 for count in columns)
         zero = (0,) * len(columns)
         local_row = 0
         for block in self.blocks:
-            count = self._cut(block.size, tp_size, 0)
+            count = self._share(block.size, tp_size, 0)
             begin = tp_rank * count if self.split == 0 else 0
             block_row = 0
             for rows in block.rows:
                 first, last = max(block_row, begin), min(block_row + rows.count, begin + count)
                 if first < last:
-                    hf_row = rows.start + first - block_row
-                    yield Piece(
+                    yield TensorSlice(
+                        parameter=self.name,
                         hf_name=rows.hf_name,
-                        hf_start=(hf_row, *first_column),
+                        hf_start=(rows.start + first - block_row, *first_column),
                         local_start=(local_row + first - begin, *zero),
                         size=(last - first, *columns),
                     )
                 block_row += rows.count
             local_row += count
 
-    def _cut(self, size: int, tp_size: int, dimension: int) -> int:
+    def _share(self, size: int, tp_size: int, dimension: int) -> int:
         if self.split != dimension:
             return size
         if size % tp_size:
             kind = "rows" if dimension == 0 else "columns"
             raise UserError(
-                f"{self.name}: its {size} {kind} cannot be shared out over {tp_size} tensor-parallel ranks;"
+                f"{self.name}: its {size} {kind} cannot be split over {tp_size} tensor-parallel ranks;"
                 f" choose parallel.tensor so that it divides {size}"
             )
         return size // tp_size
@@ -157,38 +172,31 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """All entries of one model, by Megatron name (`entries`) and by streaming group (`groups`)."""
+    """All parameters of one model."""
 
-    entries: dict[str, Entry]
+    parameters: dict[str, MegatronParameter]
+    """By Megatron name, in the order of the model."""
     hf_shapes: dict[str, HfShape]
     """Every tensor of the Hugging Face directory."""
-    groups: list[list[Entry]] = field(repr=False)
+    buckets: list[list[MegatronParameter]] = field(repr=False)
+    """The parameters of each bucket; a tied head, which is a copy, is in none."""
 
-    def entry(self, megatron_name: str, global_layer: int | None = None) -> Entry:
-        """The entry of a parameter of either layer spec; `global_layer` stands in for the layer number in the name."""
+    @property
+    def stored(self) -> list[MegatronParameter]:
+        """The parameters of all buckets."""
+        return [parameter for bucket in self.buckets for parameter in bucket]
+
+    def parameter(self, megatron_name: str, global_layer: int | None = None) -> MegatronParameter:
+        """The row of a parameter of either layer spec; `global_layer` replaces the layer number in the name.
+
+        Raises UserError when the table has no such parameter.
+        """
         name = canonical_name(megatron_name, global_layer)
-        try:
-            return self.entries[name]
-        except KeyError:
+        if name not in self.parameters:
             raise UserError(
                 f"Megatron parameter {name} has no Hugging Face counterpart: the model must be a dense Qwen2.5 or Qwen3"
-            ) from None
-
-
-def box_slices(start: tuple[int, ...], size: tuple[int, ...]) -> tuple[slice, ...]:
-    """The index of a box by its first index and its length in every dimension."""
-    return tuple(slice(first, first + length) for first, length in zip(start, size, strict=True))
-
-
-def row_slabs(piece: Piece, max_rows: int) -> Iterator[Piece]:
-    """The piece cut into pieces of at most `max_rows` rows."""
-    for row in range(0, piece.size[0], max_rows):
-        yield Piece(
-            piece.hf_name,
-            (piece.hf_start[0] + row, *piece.hf_start[1:]),
-            (piece.local_start[0] + row, *piece.local_start[1:]),
-            (min(max_rows, piece.size[0] - row), *piece.size[1:]),
-        )
+            )
+        return self.parameters[name]
 
 
 def padded_vocab(vocab_size: int, tp_size: int) -> int:
@@ -208,85 +216,81 @@ def canonical_name(megatron_name: str, global_layer: int | None = None) -> str:
 def build_table(shape: "ModelShape", vocab_rows: int | None = None) -> Table:
     """The table of a model whose Megatron embedding has `vocab_rows` rows, padding included (default: no padding).
 
-    A table of a 72B model (80 layers) has a thousand entries and is built in milliseconds.
+    A table of a 72B model (80 layers) has a thousand parameters and is built in milliseconds.
     """
     padding = (vocab_rows or shape.vocab_size) - shape.vocab_size
     if padding < 0:
         raise ValueError(f"{vocab_rows} rows cannot hold a vocabulary of {shape.vocab_size}")
-    groups = [[_vocabulary("embedding.word_embeddings.weight", EMBED_TOKENS, 0, shape, padding)]]
-    groups += [_layer(shape, layer) for layer in range(shape.num_layers)]
     last = shape.num_layers + 1
     head = EMBED_TOKENS if shape.tie_embeddings else LM_HEAD
-    groups.append(
-        [
-            _plain("decoder.final_layernorm.weight", "model.norm.weight", last, shape.hidden_size),
-            _vocabulary(OUTPUT_LAYER, head, last, shape, padding, copy=shape.tie_embeddings),
-        ]
-    )
-    entries = {entry.name: entry for group in groups for entry in group}
-    hf_shapes = {name: s for entry in entries.values() for name, s in entry.hf_shapes().items()}
-    return Table(entries, hf_shapes, groups)
+    rows = [
+        _vocabulary("embedding.word_embeddings.weight", EMBED_TOKENS, 0, shape, padding),
+        *(parameter for layer in range(shape.num_layers) for parameter in _layer(shape, layer)),
+        _plain("decoder.final_layernorm.weight", "model.norm.weight", last, shape.hidden_size),
+        _vocabulary(OUTPUT_LAYER, head, last, shape, padding, copy=shape.tie_embeddings),
+    ]
+    hf_shapes = {name: s for parameter in rows for name, s in parameter.hf_shapes().items()}
+    buckets: list[list[MegatronParameter]] = [[] for _ in range(last + 1)]
+    for parameter in rows:
+        if not parameter.copy:
+            buckets[parameter.bucket].append(parameter)
+    return Table({parameter.name: parameter for parameter in rows}, hf_shapes, buckets)
 
 
-def chunk_groups(layout: ParallelLayout, stage: int, chunk: int, num_layers: int) -> list[int]:
-    """The streaming groups that model chunk `chunk` of pipeline stage `stage` holds, in the order of the model."""
+def chunk_buckets(layout: ParallelLayout, stage: int, chunk: int, num_layers: int) -> list[int]:
+    """The buckets that model chunk `chunk` of pipeline stage `stage` holds, in the order of the model."""
     first = stage == chunk == 0
     last = (stage, chunk) == (layout.pipeline - 1, layout.virtual - 1)
     layers = [layer + 1 for layer in layout.layers_of(stage, chunk, num_layers)]
     return [0] * first + layers + [num_layers + 1] * last
 
 
-def group_sizes(table: Table) -> list[int]:
-    """Elements of the Hugging Face tensors of each streaming group."""
-    return [
-        sum(prod(s) for entry in group if not entry.copy for s in entry.hf_shapes().values()) for group in table.groups
-    ]
+def bucket_sizes(table: Table) -> list[int]:
+    """Elements of the Hugging Face tensors of each bucket."""
+    return [sum(prod(s) for parameter in bucket for s in parameter.hf_shapes().values()) for bucket in table.buckets]
 
 
-def _vocabulary(name: str, hf_name: str, group: int, shape: "ModelShape", padding: int, copy: bool = False) -> Entry:
+def _vocabulary(
+    name: str, hf_name: str, bucket: int, shape: "ModelShape", padding: int, copy: bool = False
+) -> MegatronParameter:
     block = Block((Rows(hf_name, 0, shape.vocab_size),), padding)
-    return Entry(name, group, (block,), shape.hidden_size, split=0, copy=copy)
+    return MegatronParameter(name, bucket, (block,), shape.hidden_size, split=0, copy=copy)
 
 
 def _plain(
-    name: str, hf_name: str, group: int, rows: int, columns: int | None = None, split: int | None = None
-) -> Entry:
-    return Entry(name, group, (Block((Rows(hf_name, 0, rows),)),), columns, split)
+    name: str, hf_name: str, bucket: int, rows: int, columns: int | None = None, split: int | None = None
+) -> MegatronParameter:
+    return MegatronParameter(name, bucket, (Block((Rows(hf_name, 0, rows),)),), columns, split)
 
 
-def _layer(shape: "ModelShape", layer: int) -> list[Entry]:
-    mcore, hf, group = f"decoder.layers.{layer}.", f"model.layers.{layer}.", layer + 1
+def _layer(shape: "ModelShape", layer: int) -> list[MegatronParameter]:
+    mcore, hf, bucket = f"decoder.layers.{layer}.", f"model.layers.{layer}.", layer + 1
     hidden, ffn = shape.hidden_size, shape.ffn_size
 
-    def plain(name: str, hf_name: str, rows: int, columns: int | None = None, split: int | None = None) -> Entry:
-        return _plain(mcore + name, hf + hf_name, group, rows, columns, split)
+    def plain(name: str, hf_name: str, *sizes: int, split: int | None = None) -> MegatronParameter:
+        return _plain(mcore + name, hf + hf_name, bucket, *sizes, split=split)
 
-    def qkv(kind: str, columns: int | None) -> Entry:
+    def qkv(kind: str, columns: int | None) -> MegatronParameter:
         block = _qkv_block(shape, hf, kind)
-        return Entry(f"{mcore}self_attention.linear_qkv.{kind}", group, (block,), columns, split=0)
+        return MegatronParameter(f"{mcore}self_attention.linear_qkv.{kind}", bucket, (block,), columns, split=0)
 
-    # Gate and up are shared out separately: a rank holds its rows of gate, then its rows of up.
+    # Gate and up are split separately: a rank holds its rows of gate, then its rows of up.
     gate_up = tuple(Block((Rows(f"{hf}mlp.{half}_proj.weight", 0, ffn),)) for half in ("gate", "up"))
-    entries = [
+    query_columns = shape.num_heads * shape.head_dim
+    parameters = [
         plain("input_layernorm.weight", "input_layernorm.weight", hidden),
         qkv("weight", hidden),
-        plain(
-            "self_attention.linear_proj.weight",
-            "self_attn.o_proj.weight",
-            hidden,
-            shape.num_heads * shape.head_dim,
-            split=1,
-        ),
+        plain("self_attention.linear_proj.weight", "self_attn.o_proj.weight", hidden, query_columns, split=1),
         plain("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", hidden),
-        Entry(f"{mcore}mlp.linear_fc1.weight", group, gate_up, hidden, split=0),
+        MegatronParameter(f"{mcore}mlp.linear_fc1.weight", bucket, gate_up, hidden, split=0),
         plain("mlp.linear_fc2.weight", "mlp.down_proj.weight", hidden, ffn, split=1),
     ]
     if shape.qkv_bias:
-        entries.append(qkv("bias", None))
+        parameters.append(qkv("bias", None))
     if shape.qk_norm:
-        entries.append(plain("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", shape.head_dim))
-        entries.append(plain("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", shape.head_dim))
-    return entries
+        parameters.append(plain("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", shape.head_dim))
+        parameters.append(plain("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", shape.head_dim))
+    return parameters
 
 
 def _qkv_block(shape: "ModelShape", hf: str, kind: str) -> Block:

@@ -1,1 +1,1 @@
-"""From the policy's weights to the engines': the plan, its transports, the trainer's side and vLLM's."""
+"""Weight updates of the engines: the resharding plan, both ends of a transfer, the transports, vLLM's backend."""

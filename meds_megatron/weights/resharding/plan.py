@@ -1,30 +1,31 @@
-"""The resharding plan: which box of which trainer rank's parameter goes to which engine rank. Pure shapes, no tensors.
+"""The resharding plan: which slice of which trainer rank's parameter goes to which engine rank, and by which route.
+Pure shapes, no tensors.
 
-Trainer and engine cut the same Hugging Face tensors differently: Megatron by tensor- and pipeline-parallel rank with q,
-k and v interleaved by group of heads, vLLM by its own tensor-parallel rank. `weights.table` says which boxes of a
-tensor a trainer rank holds, `engine_box` which one an engine rank needs, and the plan is their intersection: every
-element that an engine rank needs is sent to it exactly once, nothing else is, and no trainer rank gathers from another.
-Where both sides cut alike, a box is a trainer rank's whole share of a tensor.
+Trainer and engine split the same Hugging Face tensors differently: Megatron by tensor- and pipeline-parallel rank with
+q, k and v interleaved by kv head, vLLM by its own tensor-parallel rank. `weights.table` lists the slices of a tensor
+that a trainer rank holds, `engine_slices` gives the part that an engine rank needs, and the plan is their intersection:
+every element that an engine rank needs is sent to it exactly once, nothing else is sent, and no trainer rank gathers
+from another. Where both sides split alike, a slice is a trainer rank's whole share of a tensor.
 
-Weights travel a group at a time: the embedding, each layer, the final norm with the head. No buffer on either side is
-larger than the largest group, which for Qwen2.5-72B is its embedding of 2376 MiB in bfloat16.
+Weights travel a bucket at a time: the embedding, each layer, the final norm with the head. No buffer on either side is
+larger than the largest bucket, which for Qwen2.5-72B is its embedding of 2376 MiB in bfloat16.
 """
 
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from math import prod
 from typing import TYPE_CHECKING
 
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.weights.table import (
-    Entry,
     HfShape,
-    Piece,
-    Table,
+    MegatronParameter,
+    TensorSlice,
+    bucket_sizes,
     build_table,
-    chunk_groups,
-    group_sizes,
+    chunk_buckets,
     padded_vocab,
 )
 
@@ -32,156 +33,160 @@ if TYPE_CHECKING:
     from meds_megatron.config.model_shape import ModelShape
 
 ENGINE_VOCAB_MULTIPLE = 64
-"""vLLM rounds the vocabulary up to a multiple of this before it shares it out."""
+"""vLLM rounds the vocabulary up to a multiple of this before it splits it."""
 
-# The dimension along which vLLM cuts a layer's matrix; a bias is cut like the rows of its matrix.
-_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-_COLUMNS = ("o_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Range:
-    """What an engine rank needs of a Hugging Face tensor: the first index and the length in every dimension."""
-
-    start: tuple[int, ...]
-    size: tuple[int, ...]
-
-    def intersect(self, other: "Range") -> "Range | None":
-        start = tuple(map(max, self.start, other.start))
-        ends = zip(self.start, self.size, other.start, other.size, strict=True)
-        stop = tuple(min(a + n, b + m) for a, n, b, m in ends)
-        size = tuple(last - first for first, last in zip(start, stop, strict=True))
-        return Range(start, size) if all(length > 0 for length in size) else None
+# The dimension along which vLLM splits a layer's matrix; a bias is split like the rows of its matrix.
+_SPLIT_DIMENSION = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), 0)
+_SPLIT_DIMENSION |= dict.fromkeys(("o_proj", "down_proj"), 1)
 
 
 @dataclass(frozen=True)
-class Box(Piece):
-    """A piece that one trainer rank sends to one engine rank."""
+class Transfer:
+    """Slices of one bucket that tensor-parallel rank `trainer_rank` sends to engine rank `engine_rank`, in order."""
 
-    entry: str
-    """Name of the Megatron parameter, as the table has it."""
-
-    @property
-    def elements(self) -> int:
-        return prod(self.size)
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """What tensor-parallel rank `trainer_rank` sends to engine rank `engine_rank` of one group, in this order."""
-
-    group: int
+    bucket: int
     trainer_rank: int
     engine_rank: int
-    boxes: tuple[Box, ...]
+    slices: tuple[TensorSlice, ...]
 
     @property
     def elements(self) -> int:
-        return sum(box.elements for box in self.boxes)
+        return sum(part.elements for part in self.slices)
 
 
 class ReshardPlan:
-    """From a trainer of one layout to engines of one tensor-parallel size."""
+    """Transfers from a trainer of one layout to engines of one tensor-parallel size."""
 
     def __init__(self, shape: "ModelShape", layout: ParallelLayout, engine_tensor: int):
         self.shape = shape
         self.layout = layout
         self.engine_tensor = engine_tensor
-        self.table: Table = build_table(shape, padded_vocab(shape.vocab_size, layout.tensor))
+        self.table = build_table(shape, padded_vocab(shape.vocab_size, layout.tensor))
         self._stages = {
-            group: stage
+            bucket: stage
             for stage in range(layout.pipeline)
             for chunk in range(layout.virtual)
-            for group in chunk_groups(layout, stage, chunk, shape.num_layers)
+            for bucket in chunk_buckets(layout, stage, chunk, shape.num_layers)
         }
-        self._parcels = cache(self._make_parcels)
+        self._transfers = cache(self._make_transfers)
 
     @property
-    def groups(self) -> range:
-        """Numbers of the groups, in the order of the model."""
-        return range(len(self.table.groups))
-
-    def stage(self, group: int) -> int:
-        """The pipeline stage that holds a group."""
-        return self._stages[group]
-
-    def parcels(self, group: int) -> list[Parcel]:
-        """All parcels of a group, by trainer rank and then by engine rank."""
-        return self._parcels(group)
-
-    def hf_shapes(self, group: int) -> dict[str, HfShape]:
-        """The whole shapes of a group's tensors, as the engines expect them."""
-        entries = self.table.groups[group]
-        return {name: shape for entry in entries if not entry.copy for name, shape in entry.hf_shapes().items()}
-
-    def elements(self, group: int) -> int:
-        """Elements that travel to one engine, all its ranks together."""
-        return sum(parcel.elements for parcel in self.parcels(group))
+    def buckets(self) -> range:
+        """Numbers of the buckets, in the order of the model."""
+        return range(len(self.table.buckets))
 
     @property
-    def largest_group(self) -> int:
-        """Elements of the largest group: the bound of every buffer."""
-        return max(group_sizes(self.table))
+    def largest_bucket(self) -> int:
+        """Elements of the largest bucket: the bound of every buffer."""
+        return max(bucket_sizes(self.table))
 
-    def _make_parcels(self, group: int) -> list[Parcel]:
+    def stage(self, bucket: int) -> int:
+        """The pipeline stage that holds the bucket."""
+        return self._stages[bucket]
+
+    def transfers(self, bucket: int) -> list[Transfer]:
+        """All transfers of the bucket to one engine, by trainer rank and then by engine rank."""
+        return self._transfers(bucket)
+
+    def elements(self, bucket: int) -> int:
+        """Elements of the bucket that travel to one engine, all its ranks together."""
+        return sum(transfer.elements for transfer in self.transfers(bucket))
+
+    def hf_shapes(self, bucket: int) -> dict[str, HfShape]:
+        """Whole shapes of the bucket's Hugging Face tensors."""
+        return {name: s for parameter in self.table.buckets[bucket] for name, s in parameter.hf_shapes().items()}
+
+    def _make_transfers(self, bucket: int) -> list[Transfer]:
         return [
-            Parcel(group, trainer_rank, engine_rank, boxes)
+            Transfer(bucket, trainer_rank, engine_rank, slices)
             for trainer_rank in range(self.layout.tensor)
             for engine_rank in range(self.engine_tensor)
-            if (boxes := tuple(self._boxes(group, trainer_rank, engine_rank)))
+            if (slices := tuple(self._slices(bucket, trainer_rank, engine_rank)))
         ]
 
-    def _boxes(self, group: int, trainer_rank: int, engine_rank: int):
-        for entry in self.table.groups[group]:
-            if entry.copy or not self._sends(entry, trainer_rank, engine_rank):
-                continue
-            shapes = entry.hf_shapes()
-            for piece in entry.pieces(trainer_rank, self.layout.tensor):
-                wanted = engine_box(self.shape, piece.hf_name, shapes[piece.hf_name], engine_rank, self.engine_tensor)
-                common = Range(piece.hf_start, piece.size).intersect(wanted)
-                if common:
-                    offsets = zip(piece.local_start, common.start, piece.hf_start, strict=True)
-                    local_start = tuple(local + first - begin for local, first, begin in offsets)
-                    yield Box(piece.hf_name, common.start, local_start, common.size, entry.name)
+    def _slices(self, bucket: int, trainer_rank: int, engine_rank: int) -> Iterator[TensorSlice]:
+        for parameter in self.table.buckets[bucket]:
+            if self._sends(parameter, trainer_rank, engine_rank):
+                shapes = parameter.hf_shapes()
+                for held in parameter.slices(trainer_rank, self.layout.tensor):
+                    shape = shapes[held.hf_name]
+                    needed = engine_slices(self.shape, held.hf_name, shape, engine_rank, self.engine_tensor)
+                    if common := held.intersect(needed):
+                        yield common
 
-    def _sends(self, entry: Entry, trainer_rank: int, engine_rank: int) -> bool:
-        """Whether the trainer rank may send: of a parameter that all have, one rank does for each engine rank."""
-        return entry.split is not None or trainer_rank == engine_rank * self.layout.tensor // self.engine_tensor
+    def _sends(self, parameter: MegatronParameter, trainer_rank: int, engine_rank: int) -> bool:
+        """Whether the trainer rank may send: a parameter that all ranks hold is sent to an engine rank by only one."""
+        return parameter.split is not None or trainer_rank == engine_rank * self.layout.tensor // self.engine_tensor
 
 
-def engine_box(shape: "ModelShape", hf_name: str, hf_shape: HfShape, rank: int, size: int) -> Range:
-    """What vLLM's tensor-parallel rank `rank` of `size` takes of a Hugging Face tensor.
+def engine_slices(shape: "ModelShape", hf_name: str, hf_shape: HfShape, rank: int, size: int) -> tuple[slice, ...]:
+    """Index of the part of a Hugging Face tensor that vLLM's tensor-parallel rank `rank` of `size` holds.
 
     Source: the weight loaders of vLLM 0.32's `QKVParallelLinear`, `MergedColumnParallelLinear`, `RowParallelLinear` and
-    `VocabParallelEmbedding`. A box of the vocabulary is empty where a rank has only rows of padding.
+    `VocabParallelEmbedding`. The part of the vocabulary is empty where a rank has only rows of padding.
+    Raises ValueError when the tensor cannot be split evenly.
     """
-    parent = hf_name.split(".")[-2]
+    parent, dimension = hf_name.split(".")[-2], 0
     if parent in ("embed_tokens", "lm_head"):
         share = -(-shape.vocab_size // ENGINE_VOCAB_MULTIPLE) * ENGINE_VOCAB_MULTIPLE // size
-        first = min(rank * share, shape.vocab_size)
-        return _cut(hf_shape, 0, first, min(share, shape.vocab_size - first))
-    if parent in ("k_proj", "v_proj") and shape.num_kv_heads < size:
-        # Several ranks then have the same key and value head.
-        return _cut(hf_shape, 0, rank * shape.num_kv_heads // size * shape.head_dim, shape.head_dim)
-    for dimension, parents in enumerate((_ROWS, _COLUMNS)):
-        if parent in parents:
-            share, rest = divmod(hf_shape[dimension], size)
-            if rest:
-                raise ValueError(f"{hf_name}, {list(hf_shape)}, cannot be cut for {size} engine ranks")
-            return _cut(hf_shape, dimension, rank * share, share)
-    return Range((0,) * len(hf_shape), hf_shape)
+        first, last = (min(end * share, shape.vocab_size) for end in (rank, rank + 1))
+    elif parent in ("k_proj", "v_proj") and shape.num_kv_heads < size:
+        # Several ranks then hold the same key and value head.
+        first = rank * shape.num_kv_heads // size * shape.head_dim
+        last = first + shape.head_dim
+    elif parent in _SPLIT_DIMENSION:
+        dimension = _SPLIT_DIMENSION[parent]
+        share, rest = divmod(hf_shape[dimension], size)
+        if rest:
+            raise ValueError(f"{hf_name}, {list(hf_shape)}, cannot be split over {size} engine ranks")
+        first, last = rank * share, (rank + 1) * share
+    else:
+        first, last = 0, hf_shape[0]
+    whole = [slice(0, length) for length in hf_shape]
+    return (*whole[:dimension], slice(first, last), *whole[dimension + 1 :])
 
 
 def interleaved(plan: ReshardPlan) -> list[int]:
-    """The groups in an order in which the pipeline stages take turns, so that they work side by side."""
-    stages = [plan.stage(group) for group in plan.groups]
+    """The buckets in an order in which the pipeline stages take turns, so that they work in parallel."""
+    stages = [plan.stage(bucket) for bucket in plan.buckets]
     starts = [0, *(i for i, (a, b) in enumerate(pairwise(stages), 1) if a != b), len(stages)]
-    runs = [list(plan.groups)[first:last] for first, last in pairwise(starts)]
+    runs = [list(plan.buckets)[first:last] for first, last in pairwise(starts)]
     turns = range(max(map(len, runs)))
     return [run[turn] for turn in turns for run in runs if turn < len(run)]
 
 
-def _cut(shape: HfShape, dimension: int, start: int, length: int) -> Range:
-    starts, sizes = [0] * len(shape), list(shape)
-    starts[dimension], sizes[dimension] = start, length
-    return Range(tuple(starts), tuple(sizes))
+@dataclass(frozen=True)
+class Route:
+    """The trainer rank that serves one engine with the weights of one pipeline stage and tensor-parallel rank."""
+
+    engine: int
+    stage: int
+    trainer_rank: int
+    """Tensor-parallel rank."""
+    rank: int
+    """The serving rank, of the whole world."""
+    local: bool
+    """Whether the weights go through the memory of a node that both share, and not over the network."""
+
+
+def find_routes(
+    layout: ParallelLayout, rank_nodes: list[int], engine_nodes: list[int], allow_local: bool = True
+) -> list[Route]:
+    """A route for every engine, pipeline stage and tensor-parallel rank.
+
+    Every data-parallel replica of the trainer holds all weights. An engine is served by the replica's rank on its own
+    node where there is one, and otherwise by one over the network; engines take turns among the replicas, so that no
+    rank serves them all. `rank_nodes` and `engine_nodes` are the node of each trainer rank and of each engine. Without
+    `allow_local` all routes use the network.
+    """
+    routes = []
+    turns: dict[int, int] = defaultdict(int)
+    for engine, node in enumerate(engine_nodes):
+        turn, turns[node] = turns[node], turns[node] + 1
+        for stage in range(layout.pipeline):
+            for tensor in range(layout.tensor):
+                replicas = [layout.rank(tensor, data, stage) for data in range(layout.data)]
+                near = [rank for rank in replicas if allow_local and rank_nodes[rank] == node]
+                rank = near[turn % len(near)] if near else replicas[engine % len(replicas)]
+                routes.append(Route(engine, stage, tensor, rank, bool(near)))
+    return routes

@@ -1,0 +1,191 @@
+"""Transports of weights from a trainer rank to an engine rank. The plan decides what goes where; a transport moves it.
+
+Within a node: files in shared memory between processes on the CPU (`SharedMemory`), CUDA IPC handles of a trainer
+rank's GPU memory between GPUs (`CudaIpc`). Between nodes: a process group (`TransferGroup`), gloo on the CPU, NCCL on
+GPUs.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
+
+from meds_megatron.errors import UserError
+from meds_megatron.weights.resharding.types import Rendezvous
+
+TIMEOUT = timedelta(minutes=5)
+"""For the members of a transfer group to join, and for one message."""
+
+# Place of the device index among the arguments of torch's `rebuild_cuda_tensor`.
+_DEVICE_ARGUMENT = 6
+
+
+class LocalTransport(Protocol):
+    """Memory of one node that one process writes and others map."""
+
+    def put(self, name: str, parts: list[Tensor], dtype: torch.dtype) -> Any:
+        """Writes the parts flat, one after another, as `dtype`; returns a picklable handle for the readers."""
+
+    def open(self, handle: Any) -> Tensor:
+        """The flat values behind a handle; they stay valid after the writer's `drop`."""
+
+    def drop(self, handle: Any) -> None:
+        """Frees the memory as soon as no reader has it open. Called by the writer."""
+
+
+def local_transport(device: torch.device | str, directory: str) -> LocalTransport:
+    """The transport between processes of one node that compute on `device`."""
+    return SharedMemory(directory) if torch.device(device).type == "cpu" else CudaIpc()
+
+
+@dataclass(frozen=True)
+class SharedFile:
+    path: str
+    elements: int
+    dtype: torch.dtype
+
+
+class SharedMemory:
+    """Files in a directory of the node's shared memory, which is created where it is missing."""
+
+    def __init__(self, directory: str | Path):
+        self._directory = Path(directory)
+
+    def put(self, name: str, parts: list[Tensor], dtype: torch.dtype) -> SharedFile:
+        """Raises UserError when the shared memory is full or cannot be written to."""
+        path = self._directory / name
+        file = SharedFile(str(path), sum(part.numel() for part in parts), dtype)
+        try:
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            _allocate(path, file.elements * dtype.itemsize)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise UserError(
+                f"{path}: no memory for the engines' weights ({error.strerror}); give the machine, or its container, "
+                "shared memory for a copy of the model's embedding and some layers, for each data-parallel replica"
+            ) from error
+        for values, part in zip(self.open(file).split([part.numel() for part in parts]), parts, strict=True):
+            values.view(part.shape).copy_(part)
+        return file
+
+    def open(self, handle: SharedFile) -> Tensor:
+        return torch.from_file(handle.path, shared=True, size=handle.elements, dtype=handle.dtype)
+
+    def drop(self, handle: SharedFile) -> None:
+        Path(handle.path).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    name: str
+    gpu: str
+    """UUID: device indices differ from process to process."""
+    arguments: tuple[Any, ...]
+    """Of torch's `rebuild_cuda_tensor`."""
+
+
+class CudaIpc:
+    """GPU memory of the writer, kept until it is dropped.
+
+    Every process of a run sees all GPUs of its node, its own first, so it can open a handle of any of them.
+    """
+
+    def __init__(self) -> None:
+        self._staged: dict[str, Tensor] = {}
+
+    def put(self, name: str, parts: list[Tensor], dtype: torch.dtype) -> GpuMemory:
+        flat = torch.cat([part.to(dtype).flatten() for part in parts])
+        # Readers do not wait for this process's stream.
+        torch.cuda.synchronize(flat.device)
+        self._staged[name] = flat
+        _, arguments = reduce_tensor(flat)
+        return GpuMemory(name, _uuid(flat.device.index), arguments)
+
+    def open(self, handle: GpuMemory) -> Tensor:
+        """A copy on this process's own GPU. Raises RuntimeError when the writer's GPU is not visible here."""
+        arguments = list(handle.arguments)
+        arguments[_DEVICE_ARGUMENT] = _device_index(handle.gpu)
+        return rebuild_cuda_tensor(*arguments).to(torch.cuda.current_device(), copy=True)
+
+    def drop(self, handle: GpuMemory) -> None:
+        self._staged.pop(handle.name, None)
+
+
+class TransferGroup:
+    """A process group of one engine's ranks and of the trainer ranks that serve it over the network.
+
+    It is separate from torch's default group, which vLLM and Megatron each use themselves, and every engine has its
+    own: one that fails breaks no other's. With gloo a member fails at once when another is gone; with NCCL late or not
+    at all, which has not been tried.
+    """
+
+    def __init__(self, rendezvous: Rendezvous, member: int, device: str, store: dist.TCPStore | None = None):
+        """Joins as `member` and returns when all others have. `store` is that of `open_rendezvous`, in the process that
+        opened it.
+
+        Raises ConnectionError when a member does not join in time.
+        """
+        try:
+            store = store or dist.TCPStore(rendezvous.host, rendezvous.port, rendezvous.members, is_master=False)
+            self._group = _process_group(store, member, rendezvous.members, device)
+        except RuntimeError as error:
+            raise ConnectionError(f"not all members of a transfer group joined: {error}") from error
+        self._store = store
+        self._senders = rendezvous.senders
+        self.sent_bytes = 0
+
+    def send(self, values: Tensor, engine_rank: int) -> None:
+        """Returns when `values` may be overwritten. Raises ConnectionError when the engine is gone."""
+        values = values.contiguous()
+        try:
+            self._group.send([values], self._senders + engine_rank, 0).wait()
+        except RuntimeError as error:
+            raise ConnectionError(f"rank {engine_rank} of the engine is gone: {error}") from error
+        self.sent_bytes += values.nbytes
+
+    def receive(self, target: Tensor, sender: int) -> None:
+        """Fills `target`, which must be contiguous. Raises ConnectionError when the sender is gone."""
+        try:
+            self._group.recv([target], sender, 0).wait()
+        except RuntimeError as error:
+            raise ConnectionError(f"member {sender} of the transfer group is gone: {error}") from error
+
+
+def open_rendezvous(host: str, senders: int, receivers: int) -> tuple[Rendezvous, dist.TCPStore]:
+    """A rendezvous at a free port of this machine; it exists as long as the returned store is kept."""
+    store = dist.TCPStore(host, 0, senders + receivers, is_master=True, wait_for_workers=False)
+    return Rendezvous(host, store.port, senders, receivers), store
+
+
+def _process_group(store: dist.TCPStore, member: int, members: int, device: str) -> dist.ProcessGroup:
+    if device == "cpu":
+        return dist.ProcessGroupGloo(store, member, members, TIMEOUT)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = TIMEOUT
+    return dist.ProcessGroupNCCL(store, member, members, options)
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Creates the file with all its memory: writing to a page that cannot be allocated would kill the process."""
+    descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, max(size, 1))
+    finally:
+        os.close(descriptor)
+
+
+def _uuid(index: int) -> str:
+    return str(torch.cuda.get_device_properties(index).uuid)
+
+
+def _device_index(uuid: str) -> int:
+    for index in range(torch.cuda.device_count()):
+        if _uuid(index) == uuid:
+            return index
+    raise RuntimeError(f"GPU {uuid}, which holds weights for this engine, is not visible to it")
