@@ -1,182 +1,273 @@
-"""One vLLM engine, as it lives in a Ray actor.
+"""One vLLM engine in a Ray actor.
 
-Importing this module does not import vLLM: that happens when an engine is made, in a process whose environment
-`rollout.environment` has set.
+Importing this module imports neither vLLM nor Ray; vLLM is imported when an engine starts, in a process with the
+variables of `rollout.settings.engine_env_vars`.
 """
 
 import json
 import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from meds_megatron.config import Config
 from meds_megatron.errors import UserError
-from meds_megatron.rollout.boxed import BoxedLocator
-from meds_megatron.rollout.response import Response
-from meds_megatron.rollout.sampling import Sampling
+from meds_megatron.rollout.answer_position import AnswerLocator
+from meds_megatron.rollout.samples import Completion
+from meds_megatron.rollout.settings import Sampling
 
 if TYPE_CHECKING:
-    from vllm import CompletionOutput
+    from vllm import CompletionOutput, SamplingParams
 
-    from meds_megatron.weights.resharding.messages import Checksums, Staged, SyncSpec
-    from meds_megatron.weights.resharding.transport.network import Meeting
+    from meds_megatron.weights.resharding.types import Checksums, Rendezvous, StagedBucket, SyncSpec
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to be answered `sampling.responses` times."""
+
+    number: int
+    """Unique among the requests of a pool."""
+    prompt: Sequence[int]
+    """Token ids."""
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class _Finished:
+    number: int
+    outputs: "list[CompletionOutput]"
+    policy_version: int
 
 
 class RolloutEngine:
-    """Generates responses with the weights it was last given.
+    """Generates completions with the weights of its last weight update, or those on disk.
 
-    Its weights are stale until `trust_disk_weights` or a whole weight update says which version they are, and again
-    from the beginning of an update to its end; a stale engine refuses to generate. `index` tells the engines of a run
-    apart.
+    All calls of vLLM are made on one thread, decode steps included. A decode step queues the next one behind the calls
+    that arrived meanwhile, so that a call waits for one step at most and none overlaps another.
+
+    The actor is neither asynchronous nor has it several threads for its calls, since Ray would then not keep their
+    order, which weights on the network need. `take_finished`, which waits, has a concurrency group of its own.
     """
 
-    def __init__(self, config: Config, model_dir: str, use_gpu: bool, index: int = 0, read_weights: bool = True):
-        """Without `read_weights` the engine does not read the model's weights from disk, only what kind it is: a weight
-        update has to bring them."""
+    def __init__(
+        self, config: Config, model_dir: str, use_gpu: bool, index: int = 0, disk_version: int | None = None
+    ) -> None:
+        """`disk_version` is the version of the weights in `model_dir`. Without it they are not read, and the engine
+        refuses requests until the end of a weight update. `index` is the engine's number in its pool."""
         self._config, self._model_dir, self._use_gpu, self._index = config, model_dir, use_gpu, index
-        self._read_weights = read_weights
+        self._disk_version = disk_version
         self._version: int | None = None
         self._next_version: int | None = None
-        self._failed = self._started = False
+        self._update_failed = False
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vllm")
+        self._numbers: dict[str, int] = {}
+        """Numbers of the unfinished requests by vLLM's name for them."""
+        self._finished: SimpleQueue[_Finished | Exception] = SimpleQueue()
 
     def start(self) -> None:
         """Loads the model. Raises UserError when this machine cannot run it, and what vLLM raises otherwise."""
+        self.on_vllm_thread(self._start)
+
+    def on_vllm_thread(self, function: Callable, *arguments: Any, **keywords: Any) -> Any:
+        """Calls a function between two decode steps and returns its result."""
+        return self._thread.submit(function, *arguments, **keywords).result()
+
+    def add(self, requests: Sequence[Request], seed: int | None = None) -> None:
+        """Starts requests, in the order given.
+
+        With a seed, the engine must have no unfinished ones. It then returns the same completions for the same seed,
+        requests, weights and engine number. Raises RuntimeError when the weights are stale; whatever is raised here
+        is raised by `take_finished` too.
+        """
+        try:
+            self.on_vllm_thread(self._add, requests, seed)
+        except Exception as error:
+            self._finished.put(error)
+            raise
+
+    def take_finished(self) -> dict[int, list[Completion]]:
+        """Waits until requests are finished and returns their completions by request number.
+
+        Raises what vLLM raised while it decoded.
+        """
+        taken = [self._finished.get()]
+        while not self._finished.empty():
+            taken.append(self._finished.get())
+        for error in taken:
+            if isinstance(error, Exception):
+                raise error
+        return {finished.number: self._completions(finished) for finished in taken}
+
+    def connect(self, spec: "SyncSpec", rendezvous: "Rendezvous | None", senders: dict[tuple[int, int], int]) -> None:
+        """Gives the engine's ranks the sources of their weights; returns when the transfer group has formed."""
+        self._on_ranks("init_weight_transfer_engine", init_info=dict(spec=spec, rendezvous=rendezvous, senders=senders))
+
+    def begin_weight_update(self, version: int) -> None:
+        """Makes the weights stale; the buckets of `version` follow. Raises RuntimeError for an engine with unfinished
+        requests or a failed update."""
+        if self._update_failed:
+            raise RuntimeError(f"engine {self._index} failed in a weight update: restart it")
+        if self._numbers:
+            raise RuntimeError(f"engine {self._index} has unfinished requests: wait for them before a weight update")
+        self._version, self._next_version = None, version
+        self._update("start_weight_update")
+
+    def load_bucket(self, bucket: int, checksums: bool, *staged: "StagedBucket") -> "Checksums":
+        """Loads a bucket of the reshard plan from the memory of this node and from the network.
+
+        Returns the checksums of what was received if `checksums`. Raises an error that names the tensor when the model
+        has no such parameter or has received it in this update. The engine can then only be closed.
+        """
+        handles = {key: handle for part in staged for key, handle in part.handles.items()}
+        self._update("update_weights", update_info=dict(bucket=bucket, handles=handles, checksums=checksums))
+        if not checksums:
+            return {}
+        return {key: value for part in self._on_ranks(_weight_checksums) for key, value in part.items()}
+
+    def finish_weight_update(self) -> None:
+        """Makes the new weights those in use.
+
+        Raises an error that names the parameters that were not received. The engine can then only be closed.
+        """
+        self._update("finish_weight_update")
+        self.on_vllm_thread(self._reset_prefix_cache)
+        self._version = self._next_version
+
+    def sleep(self) -> None:
+        """Frees the GPU's memory: the weights move to host memory, the KV cache is dropped."""
+        self.on_vllm_thread(lambda: self.llm.sleep(level=1))
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Takes the memory back, first for the weights, then for the KV cache."""
+        self.on_vllm_thread(lambda: self.llm.wake_up(tags=[part]))
+
+    def close(self) -> None:
+        """Ends vLLM's own processes and frees the memory shared with them."""
+        self._numbers.clear()
+        if hasattr(self, "llm"):
+            self.on_vllm_thread(self.llm.llm_engine.engine_core.shutdown)
+
+    def _start(self) -> None:
         from transformers import AutoTokenizer
 
-        # vLLM warns while it is imported, before it applies the level that its environment asks for.
+        # vLLM logs warnings while it is imported, before it applies the level that its environment sets.
         logging.getLogger("vllm").setLevel(logging.ERROR)
         if not self._use_gpu:
             check_cpu_can_run(self._model_dir)
         self._tokenizer = AutoTokenizer.from_pretrained(self._model_dir)
-        self._boxed = BoxedLocator(self._tokenizer)
+        self._answers = AnswerLocator(self._tokenizer)
         self._stop_token_ids = stop_token_ids(self._model_dir, self._tokenizer.eos_token_id)
-        self.llm = make_llm(self._config, self._model_dir, self._use_gpu, self._read_weights)
-        self._started = True
+        self.llm = make_llm(self._config, self._model_dir, self._use_gpu, self._disk_version is not None)
+        # Engines are built with one seed, with which all would draw alike.
+        self._seed_sampling(self._config.train.seed)
+        self._version = self._disk_version
 
-    def weights_version(self) -> int | None:
-        """Version of the weights, None while they are stale."""
-        return self._version
+    def _add(self, requests: Sequence[Request], seed: int | None) -> None:
+        from vllm import TokensPrompt
 
-    def trust_disk_weights(self, version: int = 0) -> None:
-        """Declares that the weights read from the model's directory are `version`."""
-        self._version = version
-
-    def generate(self, prompts: list[list[int]], indices: list[int], sampling: Sampling, seed: int) -> list[Response]:
-        """Responses to `prompts` (token ids), `sampling.responses` of each, in the order of the prompts.
-
-        `indices` are the prompts' numbers, which the responses carry. The same engine with the same weights gives the
-        same responses for the same arguments. Raises RuntimeError when the weights are stale.
-        """
         if self._version is None:
-            raise RuntimeError(
-                f"engine {self._index} has stale weights: finish a weight update, or trust the ones on disk, first"
-            )
-        from vllm import SamplingParams, TokensPrompt
+            raise RuntimeError(f"engine {self._index} has stale weights: finish a weight update first")
+        idle = not self._numbers
+        if seed is not None:
+            self._seed_sampling(seed)
+            # A prefix cached by earlier requests would change what is computed, and so the order of samples.
+            self._reset_prefix_cache()
+        names = self.llm.enqueue(
+            [TokensPrompt(prompt_token_ids=request.prompt) for request in requests],
+            [self._sampling_params(request.sampling) for request in requests],
+            use_tqdm=False,
+        )
+        # vLLM appends a random suffix to the names that its outputs have.
+        self._numbers |= {
+            name.rpartition("-")[0]: request.number for name, request in zip(names, requests, strict=True)
+        }
+        if idle and self._numbers:
+            self._thread.submit(self._decode_step)
 
-        (engine_seed,) = np.random.SeedSequence([seed, self._index]).generate_state(1)
-        self._on_ranks("seed_sampling", seed=int(engine_seed))
-        parameters = SamplingParams(
+    def _decode_step(self) -> None:
+        try:
+            for output in self.llm.llm_engine.step():
+                self._finished.put(_Finished(self._numbers.pop(output.request_id), output.outputs, self._version))
+        except Exception as error:
+            self._finished.put(error)
+            return
+        if self._numbers:
+            self._thread.submit(self._decode_step)
+
+    def _sampling_params(self, sampling: Sampling) -> "SamplingParams":
+        from vllm import SamplingParams
+
+        return SamplingParams(
             n=sampling.responses,
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            stop_token_ids=self._stop_token_ids,
+            seed=sampling.seed,
+            ignore_eos=not sampling.stop,
+            stop_token_ids=self._stop_token_ids if sampling.stop else None,
             # 0: of the sampled token only.
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
         )
-        # A prefix that another call left in the cache would change what is computed, and so the order of samples.
-        self._forget_prefixes()
-        outputs = self.llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], parameters, use_tqdm=False)
-        numbered = [
-            (index, completion) for index, output in zip(indices, outputs, strict=True) for completion in output.outputs
-        ]
-        texts = self._tokenizer.batch_decode([c.token_ids for _, c in numbered], skip_special_tokens=True)
-        return [
-            self._response(index, completion, text) for (index, completion), text in zip(numbered, texts, strict=True)
-        ]
 
-    def connect(self, spec: "SyncSpec", meeting: "Meeting | None", senders: dict[tuple[int, int], int]) -> None:
-        """Tells the engine's ranks where their weights come from; returns when those they meet over the network are
-        there."""
-        self._on_ranks("init_weight_transfer_engine", init_info=dict(spec=spec, meeting=meeting, senders=senders))
+    def _completions(self, finished: _Finished) -> list[Completion]:
+        texts = self._tokenizer.batch_decode([c.token_ids for c in finished.outputs], skip_special_tokens=True)
+        completions = []
+        for output, text in zip(finished.outputs, texts, strict=True):
+            token_ids = list(output.token_ids)
+            completions.append(
+                Completion(
+                    np.array(token_ids, dtype=np.int64),
+                    np.array(output.logprobs.logprobs, dtype=np.float32),
+                    text,
+                    output.finish_reason,
+                    finished.policy_version,
+                    *self._answers.locate(token_ids),
+                )
+            )
+        return completions
 
-    def begin_weight_update(self, version: int) -> None:
-        """Makes the engine stale, ready for the groups of `version`."""
-        if self._failed:
-            raise RuntimeError(f"engine {self._index} failed in a weight update: start it anew")
-        self._version, self._next_version = None, version
-        self._update("start_weight_update")
+    def _seed_sampling(self, seed: int) -> None:
+        (engine_seed,) = np.random.SeedSequence([seed, self._index]).generate_state(1)
+        self.llm.collective_rpc(_seed_sampling, args=(int(engine_seed),))
 
-    def load_group(self, group: int, checksums: bool, *staged: "Staged") -> "Checksums":
-        """Loads one group of the resharding plan, what is staged on this node and what comes over the network.
+    def _reset_prefix_cache(self) -> None:
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError(f"engine {self._index} could not reset its prefix cache: a request is still running")
 
-        Returns the checksums of what was received, where they are wanted. Raises an error that names the tensor when
-        the model has no such parameter or got it before in this update. The engine can then only be ended.
-        """
-        handles = {place: handle for part in staged for place, handle in part.handles.items()}
-        self._update("update_weights", update_info=dict(group=group, handles=handles, checksums=checksums))
-        if not checksums:
-            return {}
-        return {key: value for part in self._on_ranks("weight_checksums") for key, value in part.items()}
-
-    def finish_weight_update(self) -> None:
-        """Makes the new weights the ones in use.
-
-        Raises an error that names the parameters that never came. The engine can then only be ended.
-        """
-        self._update("finish_weight_update")
-        self._forget_prefixes()
-        self._version = self._next_version
-
-    def sleep(self) -> None:
-        """Gives the GPU's memory to others: the weights wait in the machine's memory, the KV cache is thrown away."""
-        self.llm.sleep(level=1)
-
-    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
-        """Takes the memory back, first for the weights, then for the KV cache."""
-        self.llm.wake_up(tags=[part])
-
-    def close(self) -> None:
-        """Ends vLLM's own processes and gives back the shared memory they speak through."""
-        if self._started:
-            self.llm.llm_engine.engine_core.shutdown()
-
-    def _on_ranks(self, method: str, **arguments) -> list:
-        return self.llm.collective_rpc(method, kwargs=arguments)
+    def _on_ranks(self, method: str | Callable, **arguments) -> list:
+        return self.on_vllm_thread(self.llm.collective_rpc, method, kwargs=arguments)
 
     def _update(self, method: str, **arguments) -> None:
         try:
             self._on_ranks(method, **arguments)
         except Exception:
-            self._failed = True
+            self._update_failed = True
             raise
 
-    def _response(self, index: int, completion: "CompletionOutput", text: str) -> Response:
-        token_ids = list(completion.token_ids)
-        boxed = self._boxed.locate(token_ids)
-        return Response(
-            prompt_index=index,
-            token_ids=token_ids,
-            logprobs=completion.logprobs.logprobs,
-            text=text,
-            finish_reason=completion.finish_reason,
-            weights_version=self._version,
-            boxed_token=boxed.token,
-            no_fingerprint_reason=boxed.reason,
-        )
 
-    def _forget_prefixes(self) -> None:
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError(f"engine {self._index} could not reset its prefix cache: a request is still running")
+def _seed_sampling(worker, seed: int) -> None:
+    """Seeds the generators that a rank samples from. Tensor-parallel ranks need the same seed: each of them samples."""
+    from vllm.utils.torch_utils import set_random_seed
+
+    set_random_seed(seed)
+
+
+def _weight_checksums(worker) -> "Checksums":
+    """Checksums of the bucket that a rank received last."""
+    return worker.weight_transfer_engine.checksums
 
 
 def make_llm(config: Config, model_dir: str, use_gpu: bool, read_weights: bool = True):
-    """A `vllm.LLM` that takes our weight updates and gives the log-probabilities that samples were drawn with.
+    """A `vllm.LLM` with this package's weight transfer and the log-probabilities that samples were drawn with.
 
     Without `read_weights` its weights are random until the first update.
     """
@@ -204,26 +295,22 @@ def make_llm(config: Config, model_dir: str, use_gpu: bool, read_weights: bool =
         enforce_eager=rollout.enforce_eager,
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",
-        # Prompts come as tokens and all responses are decoded together, which costs less than one by one.
+        # Prompts are token ids, and finished responses are decoded whole, which costs less than token by token.
         skip_tokenizer_init=True,
         disable_log_stats=True,
         use_tqdm_on_load=False,
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-        worker_extension_cls="meds_megatron.rollout.vllm_worker.EngineRank",
         **memory,
     )
 
 
 def engine_dtype(config: Config) -> str:
-    """Type of the engines' weights, without the `torch.`."""
+    """Data type of the engines' weights, without `torch.`."""
     return config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
 
 
 def check_cpu_can_run(model_dir: str) -> None:
-    """Raises UserError for attention heads of a size that vLLM's CPU kernels do not have.
-
-    vLLM itself notices only when it generates.
-    """
+    """Raises UserError for a size of attention heads that vLLM's CPU kernels lack: vLLM itself fails in generation."""
     from transformers import AutoConfig
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -238,7 +325,7 @@ def check_cpu_can_run(model_dir: str) -> None:
 
 
 def stop_token_ids(model_dir: str | Path, tokenizer_eos: int | None) -> list[int]:
-    """The tokens that end a response: the tokenizer's own and those that the model's files name."""
+    """Tokens that end a response: the tokenizer's end-of-sequence token and those named in the model's files."""
     stops = set() if tokenizer_eos is None else {tokenizer_eos}
     for name in ("generation_config.json", "config.json"):
         path = Path(model_dir) / name

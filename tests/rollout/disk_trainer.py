@@ -1,4 +1,4 @@
-"""A trainer of one rank with the weights of a model directory, which the tests load into engines."""
+"""A trainer of one rank with the weights of a model directory."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,14 +7,14 @@ import torch
 
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import ModelShape
-from meds_megatron.rollout.group import EngineGroup
+from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.weights.load import HfWeights
 from meds_megatron.weights.resharding.transfer import WeightSender
 from meds_megatron.weights.resharding.types import StagedBucket, SyncSpec
 
 
 class DiskTrainer:
-    """Sends the weights of `directory` to engines through files in `shared`."""
+    """Gives engines the weights of `directory` through files in `shared`."""
 
     def __init__(self, directory: Path, shared: Path, engine_tensor: int):
         shape = ModelShape.from_hf(directory)
@@ -26,23 +26,23 @@ class DiskTrainer:
             weights.fill(parameters[parameter.name], parameter, 0, 1)
         self._sender = WeightSender(self.spec, 0, parameters, "cpu", "127.0.0.1")
 
-    def connect(self, group: EngineGroup) -> None:
-        assert len(group.outcomes(group.call(group.ready(), "connect", self.spec, None, {}))) == len(group.engines)
+    def connect(self, pool: EnginePool) -> None:
+        assert len(pool.outcomes(pool.call(pool.ready(), "connect", self.spec, None, {}))) == len(pool.engines)
 
     def stage(self, bucket: int) -> StagedBucket:
         return self._sender.stage(bucket, checksums=True)
 
-    def load(self, group: EngineGroup, buckets: Iterable[int]) -> None:
-        """Loads buckets of the plan into all engines, comparing checksums."""
+    def load(self, pool: EnginePool, buckets: Iterable[int]) -> None:
+        """Loads buckets of the plan into all engines and compares checksums."""
         for bucket in buckets:
             staged = self.stage(bucket)
-            found = group.outcomes(group.call(group.ready(), "load_bucket", bucket, True, staged))
+            found = pool.outcomes(pool.call(pool.ready(), "load_bucket", bucket, True, staged))
             assert all(sums and sums.items() <= staged.checksums.items() for sums in found.values())
             self._sender.release(bucket)
 
-    def update(self, group: EngineGroup, version: int) -> None:
+    def update(self, pool: EnginePool, version: int) -> None:
         """A whole update of all engines."""
-        group.outcomes(group.call(group.ready(), "begin_weight_update", version))
-        self.load(group, self.plan.buckets)
-        for engine in group.outcomes(group.call(group.ready(), "finish_weight_update")):
-            group.fleet.filled(engine)
+        pool.outcomes(pool.call(pool.ready(), "begin_weight_update", version))
+        self.load(pool, self.plan.buckets)
+        for engine in pool.outcomes(pool.call(pool.ready(), "finish_weight_update")):
+            pool.engines[engine].health.updated()

@@ -1,13 +1,13 @@
-"""Small models for engines, and what transformers makes of their responses."""
+"""Small models for engines, and log-probabilities of transformers for their completions."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from meds_megatron.config import Config
 from meds_megatron.embedded.arithmetic_model import build_tokenizer
-from meds_megatron.rollout.response import Response
+from meds_megatron.rollout.samples import Completion
 
 PROMPTS = [[40 + (7 * i + 11 * j) % 90 for j in range(3 + 2 * i)] for i in range(5)]
 
@@ -46,11 +46,12 @@ def make_model(directory: Path, name: str, seed: int) -> Path:
     return directory
 
 
-def engine_config(engines: int = 1, tensor: int = 1) -> Config:
+def engine_config(engines: int = 1, tensor: int = 1, deterministic: bool = True) -> Config:
     config = Config()
     config.model.dtype = "float32"
     config.rollout.engines = engines
     config.rollout.tensor = tensor
+    config.rollout.deterministic = deterministic
     config.rollout.max_prompt_tokens = 300
     config.rollout.max_response_tokens = 100
     config.rollout.max_num_seqs = 64
@@ -60,18 +61,29 @@ def engine_config(engines: int = 1, tensor: int = 1) -> Config:
 
 
 def logprob_error(
-    directory: Path, prompts: list[list[int]], responses: Iterable[Response], temperature: float = 1.0
+    directory: Path, prompts: list[list[int]], completions: Sequence[Sequence[Completion]], temperature: float = 1.0
 ) -> float:
-    """Largest difference between the responses' log-probabilities and those of the model in `directory`."""
+    """Largest difference between the log-probabilities of each prompt's completions and those of the model in
+    `directory`."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     worst = 0.0
-    for response in responses:
-        prompt = prompts[response.prompt_index]
+    for prompt, completion in ((p, c) for p, of_prompt in zip(prompts, completions, strict=True) for c in of_prompt):
+        token_ids = completion.token_ids_R.tolist()
         with torch.no_grad():
-            logits_TV = model(torch.tensor([prompt + response.token_ids])).logits[0, len(prompt) - 1 : -1]
-        logprobs_TV = (logits_TV / temperature).log_softmax(-1)
-        expected_T = logprobs_TV.gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
-        worst = max(worst, (expected_T - torch.tensor(response.logprobs)).abs().max().item())
+            logits_RV = model(torch.tensor([prompt + token_ids])).logits[0, len(prompt) - 1 : -1]
+        expected_R = (logits_RV / temperature).log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+        worst = max(worst, (expected_R - torch.from_numpy(completion.logprobs_R)).abs().max().item())
     return worst
+
+
+def comparable(completions: Sequence[Sequence[Completion]]) -> list[list[tuple]]:
+    """Completions with arrays as bytes, so that equality is equality of every bit."""
+    return [
+        [
+            (c.token_ids_R.tobytes(), c.logprobs_R.tobytes(), c.text, c.finish_reason, c.policy_version)
+            for c in of_prompt
+        ]
+        for of_prompt in completions
+    ]

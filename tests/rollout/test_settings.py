@@ -1,4 +1,4 @@
-"""What an engine's process and its sampling take from the config."""
+"""Settings of an engine's process and of its sampling."""
 
 import json
 import subprocess
@@ -8,25 +8,24 @@ from transformers import Qwen3Config
 
 from meds_megatron.config import Config
 from meds_megatron.rollout.engine import stop_token_ids
-from meds_megatron.rollout.environment import engine_environment
-from meds_megatron.rollout.sampling import Sampling
+from meds_megatron.rollout.settings import Sampling, engine_env_vars
 
 
 def test_the_driver_imports_no_vllm():
-    code = "import sys, meds_megatron.rollout.group; print('vllm' in sys.modules)"
+    code = "import sys, meds_megatron.rollout.producer; print('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
-def test_environment_is_made_of_strings_from_the_config():
+def test_env_vars_are_strings_from_the_config():
     config = Config()
     config.rollout.threads = 3
-    on_cpu, on_gpu = engine_environment(config, use_gpu=False), engine_environment(config, use_gpu=True)
+    on_cpu, on_gpu = engine_env_vars(config, use_gpu=False), engine_env_vars(config, use_gpu=True)
     assert on_cpu["OMP_NUM_THREADS"] == "3"
     assert "TORCHDYNAMO_DISABLE" not in on_cpu
     assert not any(name.startswith(("VLLM_CPU", "OMP", "TORCHDYNAMO")) for name in on_gpu)
     assert all(isinstance(value, str) for value in on_cpu.values())
     config.rollout.enforce_eager = True
-    assert engine_environment(config, use_gpu=False)["TORCHDYNAMO_DISABLE"] == "1"
+    assert engine_env_vars(config, use_gpu=False)["TORCHDYNAMO_DISABLE"] == "1"
 
 
 def test_sampling_of_training_and_validation():
@@ -35,7 +34,7 @@ def test_sampling_of_training_and_validation():
     assert Sampling.validation(config.rollout) == Sampling(1, 3072, temperature=1.0, top_p=0.7, top_k=-1)
 
 
-def test_stop_tokens_are_the_tokenizers_and_the_models(tmp_path):
+def test_stop_tokens_come_from_tokenizer_and_model(tmp_path):
     assert stop_token_ids(tmp_path, 5) == [5]
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 3}))
     assert stop_token_ids(tmp_path, 5) == [3, 5]

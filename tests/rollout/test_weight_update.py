@@ -1,11 +1,12 @@
-"""New weights for a real engine, against transformers with the same weights."""
+"""Weight updates of a real engine, against transformers with the same weights."""
 
 import pytest
 import ray
 
 from meds_megatron.launch.placement import Placement
-from meds_megatron.rollout.group import EngineGroup
-from meds_megatron.rollout.sampling import Sampling
+from meds_megatron.rollout.engine import Request
+from meds_megatron.rollout.pool import WAITING, EnginePool
+from meds_megatron.rollout.settings import Sampling
 from tests.rollout.disk_trainer import DiskTrainer
 from tests.rollout.engine_cases import PROMPTS, engine_config, logprob_error, make_model
 
@@ -25,65 +26,77 @@ def case(request, ray_cluster, tmp_path_factory):
     trainers = [DiskTrainer(directory, shared, tensor) for directory in directories]
     config = engine_config(tensor=tensor)
     placement = Placement(config.cluster, use_gpu=False)
-    group = EngineGroup(config, str(directories[0]), use_gpu=False, placement=placement, read_weights=False)
-    group.start()
-    trainers[0].connect(group)
-    yield group, directories, trainers
-    group.close()
+    pool = EnginePool(config, str(directories[0]), use_gpu=False, placement=placement)
+    pool.start()
+    trainers[0].connect(pool)
+    yield pool, directories, trainers
+    pool.close()
 
 
 def test_the_engine_computes_with_each_new_version(case):
-    group, directories, trainers = case
+    pool, directories, trainers = case
     prompts = [*PROMPTS, LONG_PROMPT]
     for version, place in enumerate([0, 1, 0, 1]):
-        trainers[place].update(group, version)
-        responses = group.generate(prompts, SAMPLING, seed=version)
-        assert {response.weights_version for response in responses} == {version}
-        assert logprob_error(directories[place], prompts, responses) < 1e-4
-    assert group.fleet.restarts == 0
+        trainers[place].update(pool, version)
+        completions = pool.generate(prompts, SAMPLING, seed=version)
+        assert {completion.policy_version for of_prompt in completions for completion in of_prompt} == {version}
+        assert logprob_error(directories[place], prompts, completions) < 1e-4
+    assert pool.engines[0].health.restarts == 0
 
 
 def test_a_stale_prefix_cache_would_be_seen(case):
-    group, directories, (old, new) = case
-    old.update(group, 4)
-    group.generate([LONG_PROMPT], SAMPLING, seed=0)
-    staged = [new.stage(number) for number in new.plan.groups]
+    pool, directories, (old, new) = case
+    old.update(pool, 4)
+    pool.generate([LONG_PROMPT], SAMPLING, seed=0)
+    staged = [new.stage(bucket) for bucket in new.plan.buckets]
     run = _update_without_reset([part.handles for part in staged], LONG_PROMPT)
-    without_reset, with_reset = ray.get(group.engines[0].__ray_call__.remote(run))
+    without_reset, with_reset = ray.get(pool.engines[0].actor.__ray_call__.remote(run))
     assert with_reset == pytest.approx(_likeliest_logprob(directories[1]), abs=1e-4)
     assert abs(without_reset - with_reset) > 1e-2
 
 
 def test_the_engine_is_stale_while_an_update_lasts(case):
-    group, _, (_, new) = case
-    (engine,) = group.engines
+    pool, _, (_, new) = case
+    engine = pool.engines[0].actor
     ray.get(engine.begin_weight_update.remote(5))
-    refused = [[PROMPTS[0]], [0], SAMPLING, 0]
-    with pytest.raises(RuntimeError, match="engine 0 has stale weights"):
-        ray.get(engine.generate.remote(*refused))
-    new.load(group, new.plan.groups)
-    with pytest.raises(RuntimeError, match="engine 0 has stale weights"):
-        ray.get(engine.generate.remote(*refused))
+    assert_refuses_requests(engine)
+    new.load(pool, new.plan.buckets)
+    assert_refuses_requests(engine)
     ray.get(engine.finish_weight_update.remote())
-    group.generate(PROMPTS, SAMPLING, seed=0)
+    pool.generate(PROMPTS, SAMPLING, seed=0)
 
 
 def test_an_engine_that_failed_in_an_update_is_not_used_again(case):
     """The last test of an engine."""
-    group, _, (_, new) = case
-    (engine,) = group.engines
+    pool, _, (_, new) = case
+    engine = pool.engines[0].actor
     ray.get(engine.begin_weight_update.remote(6))
-    new.load(group, list(new.plan.groups)[1:])
+    new.load(pool, list(new.plan.buckets)[1:])
     with pytest.raises(Exception, match=r"the weight update lacks model\.embed_tokens\.weight"):
         ray.get(engine.finish_weight_update.remote())
-    with pytest.raises(RuntimeError, match="engine 0 has stale weights"):
-        ray.get(engine.generate.remote([PROMPTS[0]], [0], SAMPLING, 0))
-    with pytest.raises(RuntimeError, match="engine 0 failed in a weight update: start it anew"):
+    assert_refuses_requests(engine)
+    with pytest.raises(RuntimeError, match="engine 0 failed in a weight update: restart it"):
         ray.get(engine.begin_weight_update.remote(7))
 
 
+def test_the_pool_waits_for_no_stale_engine(case):
+    pool = case[0]
+    pool.engines[0].health.update_began()
+    pool.submit([PROMPTS[0]], SAMPLING, seed=0)
+    with pytest.raises(RuntimeError, match="no engine can generate: wake the engines and run the weight sync first"):
+        pool.wait()
+
+
+def assert_refuses_requests(engine):
+    """`add` raises, and so does the call that waits for what it should have made."""
+    taken = engine.take_finished.options(concurrency_group=WAITING).remote()
+    for call in (engine.add.remote([Request(0, PROMPTS[0], SAMPLING)]), taken):
+        with pytest.raises(RuntimeError, match="engine 0 has stale weights: finish a weight update first"):
+            ray.get(call)
+
+
 def _update_without_reset(handles, prompt):
-    """A function of an engine that loads all groups with vLLM's calls alone and returns the log-probability of the
+    """A function of an engine that loads all buckets with vLLM's calls alone and returns the log-probability of the
     likeliest next token, before and after the prefix cache is reset."""
 
     # A function within a function travels to the actor whole, where this module cannot be imported.
@@ -96,15 +109,15 @@ def _update_without_reset(handles, prompt):
             return output.outputs[0].logprobs.logprobs[0]
 
         engine.llm.collective_rpc("start_weight_update")
-        for group, staged in enumerate(handles):
-            info = {"group": group, "handles": staged, "checksums": False}
+        for bucket, staged in enumerate(handles):
+            info = {"bucket": bucket, "handles": staged, "checksums": False}
             engine.llm.collective_rpc("update_weights", kwargs={"update_info": info})
         engine.llm.collective_rpc("finish_weight_update")
         stale = logprob()
         engine.llm.reset_prefix_cache()
         return stale, logprob()
 
-    return run
+    return lambda engine: engine.on_vllm_thread(run, engine)
 
 
 def _likeliest_logprob(directory) -> float:

@@ -1,13 +1,12 @@
-r"""Where a response's fingerprint is taken: at the token that holds the `{` of its last `\boxed{`.
+r"""Position of a response's answer: the token that holds the `{` of its last `\boxed{`. The fingerprint is taken there.
 
-Found in the text that the tokens spell, not as a sequence of token ids: tokenizers merge the brace with what stands
-beside it (`{\`, `{-`, ` {`, ` \boxed{`), and may spell `\boxed` in several ways.
+The box is searched in the text of the tokens, not as a sequence of token ids: tokenizers merge the brace with its
+neighbours (`{\`, `{-`, ` {`, ` \boxed{`), and may split `\boxed` in several ways.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from meds_megatron.latex import BOX_OPENING
 
@@ -15,40 +14,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FIRST_WINDOW = 64
-"""Tokens looked at first, from the end; each further look takes WINDOW_GROWTH times as many."""
+"""Tokens searched first, from the end; each further search takes WINDOW_GROWTH times as many."""
 WINDOW_GROWTH = 4
 
 _OPENING = re.compile(BOX_OPENING.encode())
 
 
-@dataclass(frozen=True)
-class BoxedPosition:
-    """Indices into a response's tokens, -1 where `reason` says why there is no fingerprint.
+class AnswerPosition(NamedTuple):
+    """Where a response's answer begins.
 
-    `token` holds the brace of the last box. `target` is the token that follows it, the answer's first: when the brace
-    is merged with the beginning of the answer, still the next one, since that is what the model predicts at `token`.
+    `index` is that of the token that holds the `{` of the last `\\boxed{`, -1 where `reason` says why there is no
+    answer. The token after it is the answer's first; where the brace is merged with the beginning of the answer, it is
+    still the next one, since that is what the model predicts at `index`.
     """
 
-    token: int
-    target: int
+    index: int
     reason: Literal["", "no_box", "box_at_end"]
-    """`no_box`: nothing is boxed. `box_at_end`: nothing of an answer follows the brace's token, only the end of the
-    response or a special token. An earlier box does not stand in for the last one."""
+    """`no_box`: the response has no box. `box_at_end`: only the end of the response or a special token follows the
+    brace's token. An earlier box does not stand in for the last one."""
 
 
-NO_BOX = BoxedPosition(-1, -1, "no_box")
-BOX_AT_END = BoxedPosition(-1, -1, "box_at_end")
+NO_BOX = AnswerPosition(-1, "no_box")
+BOX_AT_END = AnswerPosition(-1, "box_at_end")
 
 
-class BoxedLocator:
-    """Finds the position in responses of one tokenizer, whose table of token bytes it builds once."""
+class AnswerLocator:
+    """Finds answer positions in responses of one tokenizer; builds the tokenizer's table of token bytes once."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._pieces_V = token_bytes(tokenizer)
         self._special = frozenset(tokenizer.all_special_ids)
 
-    def locate(self, token_ids: Sequence[int]) -> BoxedPosition:
-        """The position in a response's tokens, the end-of-sequence token included or not."""
+    def locate(self, token_ids: Sequence[int]) -> AnswerPosition:
+        """Position in the tokens of a response, with or without the end-of-sequence token."""
         size = FIRST_WINDOW
         while True:
             start = max(0, len(token_ids) - size)
@@ -58,10 +56,9 @@ class BoxedLocator:
             if start == 0:
                 return NO_BOX
             size *= WINDOW_GROWTH
-        target = token + 1
-        if target == len(token_ids) or token_ids[target] in self._special:
+        if token + 1 == len(token_ids) or token_ids[token + 1] in self._special:
             return BOX_AT_END
-        return BoxedPosition(token, target, "")
+        return AnswerPosition(token, "")
 
     def _last_opening(self, token_ids: Sequence[int], start: int) -> int | None:
         """Index of the token with the brace of the last box that opens in the tokens from `start` on."""
@@ -80,15 +77,15 @@ class BoxedLocator:
         return start + index
 
     def _piece(self, token_id: int) -> bytes:
-        """The bytes of a token; a model's padded vocabulary has rows beyond the tokenizer's, which spell nothing."""
+        """The bytes of a token; a model's padded vocabulary has rows beyond the tokenizer's, which have none."""
         return self._pieces_V[token_id] if token_id < len(self._pieces_V) else b""
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> list[bytes]:
-    """[V] what each token id spells, in bytes; empty for an id without a token.
+    """[V] text of each token id, in bytes; empty for an id without a token.
 
-    Byte-level BPE tokens need not be whole characters, so they are spelled byte by byte, and added tokens as they read.
-    Tokens of another kind of tokenizer are taken as it decodes them one by one.
+    Byte-level BPE tokens need not be whole characters, so they are translated byte by byte, added tokens as they are.
+    Tokens of other kinds of tokenizer are decoded one by one.
     """
     vocabulary = tokenizer.get_vocab()
     pieces_V = [b""] * (max(vocabulary.values()) + 1)
@@ -105,7 +102,7 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> list[bytes]:
 
 
 def _byte_alphabet() -> list[str]:
-    """[256] the character that stands for each byte in byte-level BPE: itself where it prints, else one from 256 on."""
+    """[256] character of each byte in byte-level BPE: the byte's own where it is printable, else one from 256 on."""
     prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(prints)]
     stands_for = {byte: chr(byte) for byte in prints} | {byte: chr(256 + n) for n, byte in enumerate(others)}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meds_megatron.embedded.arithmetic_model import build_tokenizer
-from meds_megatron.rollout.boxed import BOX_AT_END, FIRST_WINDOW, NO_BOX, BoxedLocator, BoxedPosition
+from meds_megatron.rollout.answer_position import BOX_AT_END, FIRST_WINDOW, NO_BOX, AnswerLocator, AnswerPosition
 
 OPENING = re.compile(r"\\boxed\s*\{")
 
@@ -65,7 +65,7 @@ HAND_CHECKED = [
 
 @pytest.fixture(scope="module")
 def locator(qwen_tokenizer):
-    return BoxedLocator(qwen_tokenizer)
+    return AnswerLocator(qwen_tokenizer)
 
 
 def brute_force(tokenizer, token_ids: list[int]) -> int | None:
@@ -83,10 +83,9 @@ def test_hand_checked_answers(locator, qwen_tokenizer, text, brace, target):
     token_ids = qwen_tokenizer(text)["input_ids"]
     position = locator.locate(token_ids)
     assert position.reason == ""
-    assert position.target == position.token + 1
-    assert qwen_tokenizer.decode(token_ids[position.token]) == brace
-    assert qwen_tokenizer.decode(token_ids[position.target]) == target
-    assert position.token == brute_force(qwen_tokenizer, token_ids)
+    assert qwen_tokenizer.decode(token_ids[position.index]) == brace
+    assert qwen_tokenizer.decode(token_ids[position.index + 1]) == target
+    assert position.index == brute_force(qwen_tokenizer, token_ids)
 
 
 @pytest.mark.parametrize(
@@ -97,11 +96,11 @@ def test_without_a_box_there_is_no_position(locator, qwen_tokenizer, text):
 
 
 @pytest.mark.parametrize("text", ["\\boxed{", "\\boxed{<|im_end|>", "\\boxed{-<|endoftext|>", "\\boxed{1} \\boxed{"])
-def test_a_box_at_the_very_end_has_no_target(locator, qwen_tokenizer, text):
+def test_a_box_at_the_very_end_has_no_answer(locator, qwen_tokenizer, text):
     assert locator.locate(qwen_tokenizer(text)["input_ids"]) == BOX_AT_END
 
 
-def test_a_box_in_the_prompt_is_none_of_the_response(locator, qwen_tokenizer):
+def test_a_box_in_the_prompt_does_not_count(locator, qwen_tokenizer):
     prompt, response = (
         qwen_tokenizer(text)["input_ids"] for text in ("Put it within \\boxed{}. How many?", "It is 5.")
     )
@@ -109,7 +108,7 @@ def test_a_box_in_the_prompt_is_none_of_the_response(locator, qwen_tokenizer):
     assert locator.locate(response) == NO_BOX
 
 
-def test_every_boxed_solution_has_its_position(locator, qwen_tokenizer, shared_data):
+def test_positions_in_real_solutions(locator, qwen_tokenizer, shared_data):
     lines = (shared_data / "data" / "math500.jsonl").read_text().splitlines()
     solutions = [json.loads(line)["solution"] for line in lines]
     boxed = 0
@@ -117,7 +116,7 @@ def test_every_boxed_solution_has_its_position(locator, qwen_tokenizer, shared_d
         token_ids = qwen_tokenizer(solution)["input_ids"]
         position = locator.locate(token_ids)
         expected = brute_force(qwen_tokenizer, token_ids)
-        assert position == (NO_BOX if expected is None else BoxedPosition(expected, expected + 1, ""))
+        assert position == (NO_BOX if expected is None else AnswerPosition(expected, ""))
         boxed += expected is not None
     assert boxed == sum("\\boxed" in solution for solution in solutions) == 500
 
@@ -127,15 +126,15 @@ def test_the_box_may_be_anywhere_in_a_long_response(locator, qwen_tokenizer):
     filler = qwen_tokenizer(" so")["input_ids"]
     for after in (*range(FIRST_WINDOW - 8, FIRST_WINDOW + 8), 1000):
         token_ids = filler * 500 + box + filler * after
-        assert locator.locate(token_ids) == BoxedPosition(502, 503, "")
+        assert locator.locate(token_ids) == AnswerPosition(502, "")
 
 
-def test_rows_beyond_the_tokenizer_spell_nothing(locator, qwen_tokenizer):
+def test_padded_vocabulary_rows_have_no_text(locator, qwen_tokenizer):
     padded_row = 151935
     box = qwen_tokenizer("\\boxed{5}")["input_ids"]
     token_ids = [padded_row, *box[:2], padded_row, *box[2:]]
-    assert locator.locate(token_ids) == BoxedPosition(4, 5, "")
-    assert locator.locate([*box[:3], padded_row]) == BoxedPosition(2, 3, "")
+    assert locator.locate(token_ids) == AnswerPosition(4, "")
+    assert locator.locate([*box[:3], padded_row]) == AnswerPosition(2, "")
 
 
 @settings(max_examples=300, deadline=None)
@@ -153,7 +152,7 @@ def test_however_the_text_is_cut_into_tokens(locator, qwen_tokenizer, pieces):
     elif expected + 1 == len(token_ids):
         assert position == BOX_AT_END
     else:
-        assert position == BoxedPosition(expected, expected + 1, "")
+        assert position == AnswerPosition(expected, "")
 
 
 @settings(max_examples=200, deadline=None)
@@ -168,9 +167,9 @@ def test_the_bytes_of_the_tokens_are_the_text(locator, qwen_tokenizer, text):
 def test_the_embedded_tokenizer_holds_the_whole_box_in_one_token():
     tokenizer = build_tokenizer()
     token_ids = tokenizer.encode("6*4=24 \\boxed{26}", add_special_tokens=False)
-    position = BoxedLocator(tokenizer).locate([*token_ids, tokenizer.eos_token_id])
-    assert tokenizer.decode(token_ids[position.token]) == " \\boxed{"
-    assert tokenizer.decode(token_ids[position.target]) == "2"
+    position = AnswerLocator(tokenizer).locate([*token_ids, tokenizer.eos_token_id])
+    assert tokenizer.decode(token_ids[position.index]) == " \\boxed{"
+    assert tokenizer.decode(token_ids[position.index + 1]) == "2"
 
 
 def test_a_tokenizer_of_whole_words():
@@ -180,4 +179,4 @@ def test_a_tokenizer_of_whole_words():
 
     vocabulary = {"[UNK]": 0, "so": 1, "\\boxed{": 2, "5": 3, "}": 4}
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="[UNK]")))
-    assert BoxedLocator(words).locate([1, 2, 3, 4]) == BoxedPosition(1, 2, "")
+    assert AnswerLocator(words).locate([1, 2, 3, 4]) == AnswerPosition(1, "")

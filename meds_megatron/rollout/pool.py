@@ -1,0 +1,306 @@
+"""All engines of a run: their requests, health, restarts and sleep."""
+
+import concurrent.futures
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Literal
+
+import ray
+
+from meds_megatron.config import Config
+from meds_megatron.errors import UserError
+from meds_megatron.launch.placement import Placement, engine_places
+from meds_megatron.rollout.engine import Request, RolloutEngine
+from meds_megatron.rollout.health import EngineHealth, EngineState
+from meds_megatron.rollout.samples import Completion
+from meds_megatron.rollout.settings import Sampling, engine_env_vars
+
+CLOSE_SECONDS = 10
+LONGEST_REASON = 300
+IN_FLIGHT = 1.5
+"""Responses of an engine in flight, as a multiple of `rollout.max_num_seqs`. More than 1, since those of a prompt count
+until the last of them is finished; little more, so that the rest stays with the pool for whichever engine is free."""
+WAITING = "finished"
+"""Concurrency group of the calls that wait for finished requests."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Engine:
+    """The pool's record of an engine."""
+
+    number: int
+    node: int
+    options: dict[str, Any]
+    """Of its Ray actor."""
+    health: EngineHealth
+    actor: ray.actor.ActorHandle | None = None
+    """Another after every restart."""
+    starting: Future | None = None
+    finished: Future | None = None
+    """The call that waits for finished requests."""
+    running: dict[int, "_Queued"] = field(default_factory=dict)
+    """By request number."""
+
+    @property
+    def load(self) -> int:
+        """Responses in flight."""
+        return sum(queued.request.sampling.responses for queued in self.running.values())
+
+
+@dataclass(frozen=True)
+class _Queued:
+    request: Request
+    batch: int
+    """Number of the call of `submit`."""
+    seed: int
+
+
+class EnginePool:
+    """Starts an actor for every engine and gives queued requests to the engines.
+
+    A request goes to the FRESH engine with the fewest responses in flight. With `rollout.deterministic` the requests of
+    a `submit` go to the FRESH engines in turn instead, start together and are finished before the next start, so that
+    the completions depend on nothing but the seed.
+
+    An engine whose process ends, or that raises, is restarted, and its unfinished requests go back to the head of the
+    queue. With `disk_version` all engines, restarted ones too, read the weights in `model_dir`, whose version that is.
+    Otherwise they stay STALE until a weight sync supplies weights.
+
+    The constructor returns at once, so that engines and trainer ranks can start together; `start` waits.
+    """
+
+    def __init__(
+        self, config: Config, model_dir: str, use_gpu: bool, placement: Placement, disk_version: int | None = None
+    ) -> None:
+        self.deterministic = config.rollout.deterministic
+        self.regenerated_prompts = 0
+        """Since the run began."""
+        self._disk_version = disk_version
+        self._actor_class = ray.remote(concurrency_groups={WAITING: 1})(RolloutEngine)
+        self._arguments = (config, model_dir, use_gpu)
+        self._most_in_flight = IN_FLIGHT * config.rollout.max_num_seqs
+        # vLLM can sleep on GPUs only; there is no need where engines have nodes of their own.
+        self._sleeps = use_gpu and config.rollout.nodes is None
+        self._asleep = False
+        self._queue: deque[_Queued] = deque()
+        self._numbers, self._batches = count(), count()
+        env_vars = engine_env_vars(config, use_gpu)
+        self.engines = [
+            Engine(
+                number,
+                place.node,
+                placement.options(place, env_vars),
+                EngineHealth(number, config.rollout.max_failures),
+            )
+            for number, place in enumerate(engine_places(config.cluster, config.rollout))
+        ]
+        for engine in self.engines:
+            self._make(engine)
+            self._start(engine)
+
+    def start(self) -> None:
+        """Returns when all engines have loaded the model. Raises UserError when the machine cannot run it."""
+        self._wait_until_started()
+
+    # Requests.
+
+    def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], seed: int) -> list[int]:
+        """Queues prompts (token ids), each with its sampling or all with one; returns their request numbers.
+
+        `seed` has an effect with `rollout.deterministic` only: give every call of a step another.
+        """
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+        batch = next(self._batches)
+        queued = [
+            _Queued(Request(next(self._numbers), prompt, own), batch, seed)
+            for prompt, own in zip(prompts, samplings, strict=True)
+        ]
+        self._queue += queued
+        self._dispatch()
+        return [entry.request.number for entry in queued]
+
+    def wait(self, *others: Future) -> dict[int, list[Completion]]:
+        """Waits until a request is finished, an engine has started or failed, or one of `others` is done.
+
+        Returns the completions of all requests finished since the last call, by request number. Raises RuntimeError
+        when nothing can happen: no engine is FRESH, or all are asleep.
+        """
+        self._dispatch()
+        events = [event for engine in self.engines for event in (engine.starting, engine.finished) if event]
+        if not events and not others:
+            raise RuntimeError("no engine can generate: wake the engines and run the weight sync first")
+        concurrent.futures.wait([*events, *others], return_when=concurrent.futures.FIRST_COMPLETED)
+        self._take_started()
+        completions = {number: made for engine in self.engines for number, made in self._take_finished(engine).items()}
+        self._dispatch()
+        return completions
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], seed: int
+    ) -> list[list[Completion]]:
+        """Completions of each prompt, in order. For a pool that has no other requests."""
+        numbers = self.submit(prompts, sampling, seed)
+        completions: dict[int, list[Completion]] = {}
+        while len(completions) < len(numbers):
+            completions |= self.wait()
+        return [completions[number] for number in numbers]
+
+    # Calls of the weight sync.
+
+    def ready(self) -> list[int]:
+        """Engines that have loaded the model: they can be given weights."""
+        self._take_started()
+        return [engine.number for engine in self.engines if engine.health.state is not EngineState.STARTING]
+
+    def stale(self) -> list[int]:
+        """Engines that have loaded the model but lack the present weights."""
+        return [number for number in self.ready() if self.engines[number].health.state is EngineState.STALE]
+
+    def call(self, engines: Iterable[int], method: str, *arguments: Any) -> dict[int, ray.ObjectRef]:
+        """Calls a method of several engines; `outcomes` returns the results."""
+        return {engine: getattr(self.engines[engine].actor, method).remote(*arguments) for engine in engines}
+
+    def outcomes(self, calls: dict[int, ray.ObjectRef]) -> dict[int, Any]:
+        """Results of `call` by engine. Engines that failed are left out and restarted. Raises UserError as is."""
+        results = {}
+        for engine, reference in calls.items():
+            try:
+                results[engine] = ray.get(reference)
+            except UserError:
+                raise
+            except ray.exceptions.RayError as error:
+                self._restart(self.engines[engine], error)
+        return results
+
+    # Memory of GPUs that engines and trainer ranks share. Elsewhere engines do not sleep.
+
+    def sleep(self) -> None:
+        """Frees the engines' GPU memory. A starting engine is waited for: it would take the memory that others need."""
+        if not self._sleeps or self._asleep:
+            return
+        if any(engine.running for engine in self.engines):
+            raise RuntimeError("engines with unfinished requests cannot sleep: wait for the requests first")
+        self._wait_until_started()
+        self._asleep = True
+        self.outcomes(self.call(self.ready(), "sleep"))
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Takes the GPU memory back: for the weights before an update, for the KV cache after it.
+
+        An engine that failed meanwhile is started after the KV caches.
+        """
+        if not self._asleep:
+            return
+        self.outcomes(self.call(self.ready(), "wake", part))
+        if part == "kv_cache":
+            self._asleep = False
+            for engine in self.engines:
+                if engine.health.state is EngineState.STARTING and not engine.starting:
+                    self._start(engine)
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "rollout/engine_restarts": sum(engine.health.restarts for engine in self.engines),
+            "rollout/regenerated_prompts": self.regenerated_prompts,
+        }
+
+    def close(self) -> None:
+        """Ends the engines; one that has not ended after CLOSE_SECONDS is killed."""
+        calls = [engine.actor.close.remote() for engine in self.engines]
+        ray.wait(calls, num_returns=len(calls), timeout=CLOSE_SECONDS)
+        for engine in self.engines:
+            ray.kill(engine.actor)
+
+    def _dispatch(self) -> None:
+        fresh = [engine for engine in self.engines if engine.health.state is EngineState.FRESH]
+        if self._asleep or not fresh or not self._queue:
+            return
+        shares: dict[int, list[_Queued]] = {engine.number: [] for engine in fresh}
+        seed = None
+        if self.deterministic:
+            if any(engine.running for engine in self.engines):
+                return
+            batch, seed = self._queue[0].batch, self._queue[0].seed
+            for place in range(sum(queued.batch == batch for queued in self._queue)):
+                shares[fresh[place % len(fresh)].number].append(self._queue.popleft())
+        else:
+            loads = {engine.number: engine.load for engine in fresh}
+            while self._queue and min(loads.values()) < self._most_in_flight:
+                least = min(loads, key=loads.__getitem__)
+                shares[least].append(queued := self._queue.popleft())
+                loads[least] += queued.request.sampling.responses
+        for engine in fresh:
+            if share := shares[engine.number]:
+                engine.running |= {queued.request.number: queued for queued in share}
+                # What `add` raises is raised by `take_finished` too.
+                engine.actor.add.remote([queued.request for queued in share], seed)
+                self._watch(engine)
+
+    def _watch(self, engine: Engine) -> None:
+        if engine.running and not engine.finished:
+            engine.finished = engine.actor.take_finished.options(concurrency_group=WAITING).remote().future()
+
+    def _take_finished(self, engine: Engine) -> dict[int, list[Completion]]:
+        if not engine.finished or not engine.finished.done():
+            return {}
+        event, engine.finished = engine.finished, None
+        completions = self._result(engine, event) or {}
+        for number in completions:
+            del engine.running[number]
+            engine.health.generated()
+        self._watch(engine)
+        return completions
+
+    def _take_started(self) -> None:
+        for engine in self.engines:
+            if engine.starting and engine.starting.done():
+                event, engine.starting = engine.starting, None
+                actor = engine.actor
+                self._result(engine, event)
+                if engine.actor is actor:
+                    engine.health.started()
+                    if self._disk_version is not None:
+                        engine.health.updated()
+
+    def _wait_until_started(self) -> None:
+        while events := [engine.starting for engine in self.engines if engine.starting]:
+            concurrent.futures.wait(events)
+            self._take_started()
+
+    def _result(self, engine: Engine, event: Future) -> Any:
+        """Result of a call of the engine's present actor; None if it failed: the engine is then being restarted."""
+        try:
+            return event.result()
+        except UserError:
+            raise
+        except ray.exceptions.RayError as error:
+            self._restart(engine, error)
+
+    def _restart(self, engine: Engine, error: Exception) -> None:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = lines[-1][:LONGEST_REASON]
+        # An actor that still runs frees what it shares with its ranks.
+        ray.wait([engine.actor.close.remote()], timeout=CLOSE_SECONDS)
+        ray.kill(engine.actor)
+        engine.health.failed(reason)
+        logger.warning("engine %d on node %d failed and is restarted: %s", engine.number, engine.node, reason)
+        self.regenerated_prompts += len(engine.running)
+        self._queue.extendleft(reversed(engine.running.values()))
+        engine.running, engine.starting, engine.finished = {}, None, None
+        self._make(engine)
+        # While the others sleep there is no memory for it: `wake` starts it.
+        if not self._asleep:
+            self._start(engine)
+
+    def _make(self, engine: Engine) -> None:
+        actor_class = self._actor_class.options(**engine.options)
+        engine.actor = actor_class.remote(*self._arguments, engine.number, self._disk_version)
+
+    def _start(self, engine: Engine) -> None:
+        engine.starting = engine.actor.start.remote().future()

@@ -1,0 +1,55 @@
+"""Responses on their way from engine to training batch: Completion, graded Sample, PromptGroup."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from meds_megatron.data.prompts import Prompt
+from meds_megatron.reward.grading import Grade
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """One response of an engine. R: its tokens, an end-of-sequence token included when the model gave one."""
+
+    token_ids_R: np.ndarray
+    """int64"""
+    logprobs_R: np.ndarray
+    """float32 log-probability of each token as it was sampled: temperature, top-p and top-k applied."""
+    text: str
+    """The tokens as text, special tokens left out."""
+    finish_reason: Literal["stop", "length"]
+    policy_version: int
+    """Version of the weights that generated it."""
+    answer_position: int = -1
+    """Index of the token that holds the `{` of the last `\\boxed{`; -1: no answer, and so no fingerprint."""
+    no_answer_reason: str = ""
+    """"no_box" or "box_at_end" (`rollout.answer_position`); empty with an answer."""
+
+
+@dataclass
+class Sample:
+    """A graded completion."""
+
+    prompt: Prompt
+    completion: Completion
+    grade: Grade
+    score: float
+    """Correctness plus over-long penalty."""
+
+
+@dataclass
+class PromptGroup:
+    """The samples of one prompt."""
+
+    prompt: Prompt
+    samples: list[Sample]
+    kept: bool = True
+    """False where the group filter dropped it."""
+    index: int = 0
+    """Number of the prompt in the order of submission: groups become complete in another."""
+
+    @property
+    def accuracy(self) -> list[float]:
+        return [float(sample.grade.correct) for sample in self.samples]

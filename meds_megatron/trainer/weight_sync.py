@@ -1,0 +1,162 @@
+"""Weight updates of the engines: the reshard plan carried out, a bucket at a time."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import ray
+
+from meds_megatron.config import Config
+from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.config.model_shape import ModelShape
+from meds_megatron.errors import UserError
+from meds_megatron.launch.placement import engine_places, rank_places
+from meds_megatron.rollout.engine import engine_dtype
+from meds_megatron.rollout.pool import EnginePool
+from meds_megatron.trainer.policy_group import PolicyGroup
+from meds_megatron.weights.resharding.plan import interleaved
+from meds_megatron.weights.resharding.routes import Route, find_routes
+from meds_megatron.weights.resharding.types import Checksums, StagedBucket, SyncSpec
+
+
+class WeightSync:
+    """Copies the policy's weights into the engines, and numbers their versions.
+
+    For every bucket of the plan, the trainer ranks on an engine's node stage their transfers in the node's memory and
+    those elsewhere send theirs, while the engine loads. As many buckets are under way as are together no larger than
+    the largest: a data-parallel replica stages that much at most, and an engine holds as much.
+
+    An engine that fails during an update is restarted by the pool and left out; the others finish. Engines that share
+    GPUs with the trainer must have their weights awake.
+    """
+
+    def __init__(
+        self, config: Config, shape: ModelShape, policy: PolicyGroup, pool: EnginePool, shared_directory: str
+    ) -> None:
+        """`shared_directory` is a directory in the shared memory of every node; the caller removes it at the end."""
+        self.version = -1
+        """Policy version: the number of updates after the first, which gives the engines their first weights."""
+        layout = ParallelLayout.from_config(config)
+        self._policy, self._pool = policy, pool
+        self._spec = SyncSpec(shape, layout, config.rollout.tensor, engine_dtype(config), shared_directory)
+        self._plan = self._spec.plan()
+        self._checksum_every = config.sync.checksum_every
+        self._routes: dict[int, list[Route]] = defaultdict(list)
+        for route in find_routes(
+            layout,
+            [place.node for place in rank_places(config.cluster)],
+            [place.node for place in engine_places(config.cluster, config.rollout)],
+            allow_local=config.sync.transport == "auto",
+        ):
+            self._routes[route.engine].append(route)
+        self._connected: dict[int, ray.actor.ActorHandle] = {}
+        """Actor of each engine when it was connected: a restarted engine has another."""
+        policy.prepare_weight_sync(self._spec)
+
+    def update(self) -> None:
+        """Gives all engines the present weights under the next version. Raises UserError when a checksum differs."""
+        self.version += 1
+        self._load(self._pool.ready())
+
+    def refill(self) -> None:
+        """Gives restarted engines the present weights under the present version; returns at once when there are none.
+
+        Raises UserError when a checksum differs.
+        """
+        if stale := self._pool.stale():
+            self._load(stale)
+
+    def _load(self, engines: list[int]) -> None:
+        check = self.version == 0 or (self._checksum_every > 0 and self.version % self._checksum_every == 0)
+        engines = [engine for engine in engines if self._is_connected(engine) or self._connect(engine)]
+        engines = self._on_engines(engines, "begin_weight_update", self.version)
+        for engine in engines:
+            self._pool.engines[engine].health.update_began()
+        under_way: list[_BucketTransfer] = []
+        for bucket in interleaved(self._plan):
+            elements = self._plan.elements(bucket)
+            while under_way and sum(t.elements for t in under_way) + elements > self._plan.largest_bucket:
+                engines = self._finish(under_way.pop(0), engines)
+            under_way.append(self._begin(bucket, engines, check))
+        for transfer in under_way:
+            engines = self._finish(transfer, engines)
+        for engine in self._on_engines(engines, "finish_weight_update"):
+            self._pool.engines[engine].health.updated()
+
+    def _begin(self, bucket: int, engines: list[int], check: bool) -> "_BucketTransfer":
+        stage = self._plan.stage(bucket)
+        routes = [route for engine in engines for route in self._routes[engine] if route.stage == stage]
+        local_ranks = {route.rank for route in routes if route.local}
+        staged = {rank: self._on_sender(rank, "stage", bucket, check) for rank in sorted(local_ranks)}
+        # Staged before anything is sent: an engine reads staged transfers first, and a sender waits for its engine.
+        sent = [self._on_sender(route.rank, "send", bucket, route.engine, check) for route in routes if not route.local]
+        loads = {}
+        for engine in engines:
+            near = sorted({route.rank for route in routes if route.engine == engine and route.local})
+            loads |= self._pool.call([engine], "load_bucket", bucket, check, *(staged[rank] for rank in near))
+        return _BucketTransfer(bucket, self._plan.elements(bucket), staged, sent, loads)
+
+    def _finish(self, transfer: "_BucketTransfer", engines: list[int]) -> list[int]:
+        """Waits for a bucket and frees its staged memory; returns the engines that have loaded it."""
+        loaded = self._pool.outcomes({engine: transfer.loads[engine] for engine in engines})
+        staged: list[StagedBucket] = ray.get(list(transfer.staged.values()))
+        sent: list[Checksums] = ray.get(transfer.sent)
+        ray.get([self._on_sender(rank, "release", transfer.bucket) for rank in transfer.staged])
+        expected: Checksums = {}
+        for checksums in [*(part.checksums for part in staged), *sent]:
+            expected |= checksums
+        for engine, found in loaded.items():
+            compare(expected, found, engine)
+        return list(loaded)
+
+    def _is_connected(self, engine: int) -> bool:
+        return self._connected.get(engine) is self._pool.engines[engine].actor
+
+    def _connect(self, engine: int) -> bool:
+        """Gives an engine the sources of its weights and, for those on other nodes, a transfer group."""
+        actor = self._pool.engines[engine].actor
+        remote = [route for route in self._routes[engine] if not route.local]
+        rendezvous, senders = None, {}
+        if remote:
+            senders = {(route.stage, route.trainer_rank): member for member, route in enumerate(remote)}
+            opened = self._on_sender(remote[0].rank, "open_group", engine, len(remote), self._plan.engine_tensor)
+            rendezvous = ray.get(opened)
+        calls = self._pool.call([engine], "connect", self._spec, rendezvous, senders)
+        joined = [
+            self._on_sender(route.rank, "join_group", engine, rendezvous, member) for member, route in enumerate(remote)
+        ]
+        connected = bool(self._pool.outcomes(calls))
+        if connected := all(ray.get(joined)) and connected:
+            self._connected[engine] = actor
+        return connected
+
+    def _on_engines(self, engines: Iterable[int], method: str, *arguments) -> list[int]:
+        """Calls a method; returns the engines that did not fail."""
+        return list(self._pool.outcomes(self._pool.call(engines, method, *arguments)))
+
+    def _on_sender(self, rank: int, method: str, *arguments) -> ray.ObjectRef:
+        """Calls a method of a trainer rank's WeightSender."""
+        return self._policy.on_rank(rank, "weights", method, *arguments)
+
+
+@dataclass(frozen=True)
+class _BucketTransfer:
+    """A bucket under way."""
+
+    bucket: int
+    elements: int
+    staged: dict[int, ray.ObjectRef]
+    """By trainer rank."""
+    sent: list[ray.ObjectRef]
+    loads: dict[int, ray.ObjectRef]
+    """By engine."""
+
+
+def compare(expected: Checksums, found: Checksums, engine: int) -> None:
+    """Raises UserError, naming it, for a tensor slice whose received values differ from those sent."""
+    for (name, start, engine_rank), value in found.items():
+        if expected[name, start, engine_rank] != value:
+            raise UserError(
+                f"engine {engine} (rank {engine_rank}) received other values of {name} from {list(start)} on than "
+                "the trainer sent: check the memory of the machine and the network, and start again from a checkpoint"
+            )

@@ -1,0 +1,108 @@
+"""Groups from a real engine and real graders."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from meds_megatron.data.problems import Problem
+from meds_megatron.data.prompts import Prompt
+from meds_megatron.launch.placement import Placement
+from meds_megatron.reward.grading import GraderPool
+from meds_megatron.reward.overlong import overlong_penalties
+from meds_megatron.rollout.pool import EnginePool
+from meds_megatron.rollout.producer import GroupProducer, failed_gradings
+from meds_megatron.rollout.settings import Sampling
+from tests.rollout.engine_cases import comparable, engine_config, make_model
+
+SAMPLING = Sampling(responses=3, max_tokens=60)
+PROMPTS = [Prompt(Problem(str(n), f"question {n}", str(n), "made"), [40 + n, 50, 60 + n]) for n in range(30)]
+
+
+class Graders(GraderPool):
+    """A pool that records the order of its texts."""
+
+    def __init__(self):
+        super().__init__(workers=1, timeout_seconds=10)
+        self.texts = []
+        self._one_by_one = ThreadPoolExecutor(max_workers=1)
+
+    def submit(self, text, answer):
+        self.texts.append(text)
+        return self._one_by_one.submit(lambda: self.grade([text], [answer])[0])
+
+
+@pytest.fixture(scope="module")
+def parts(ray_cluster, tmp_path_factory):
+    config = engine_config()
+    config.reward.overlong.buffer = 90
+    directory = make_model(tmp_path_factory.mktemp("model"), "qwen3 tied", seed=0)
+    pool = EnginePool(config, str(directory), False, Placement(config.cluster, use_gpu=False), disk_version=0)
+    pool.start()
+    with Graders() as graders:
+        yield config, pool, graders
+    pool.close()
+
+
+def all_groups(producer):
+    groups = []
+    while producer.busy:
+        groups += producer.advance()
+    return groups
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_groups_hold_graded_completions_of_their_prompts(parts, deterministic):
+    config, pool, graders = parts
+    pool.deterministic = deterministic
+    producer = GroupProducer(pool, graders, config)
+    assert not producer.busy
+    producer.submit(PROMPTS, SAMPLING, seed=1)
+    groups = sorted(all_groups(producer), key=lambda group: group.index)
+    pool.deterministic = True
+    assert [group.prompt for group in groups] == PROMPTS
+    assert [group.index for group in groups] == list(range(30))
+    for group in groups:
+        assert len(group.samples) == 3 and group.kept
+        texts = [sample.completion.text for sample in group.samples]
+        grades = graders.grade(texts, [group.prompt.problem.answer] * 3)
+        assert [sample.grade for sample in group.samples] == grades
+        lengths = [len(sample.completion.token_ids_R) for sample in group.samples]
+        penalties = overlong_penalties(lengths, 100, config.reward.overlong)
+        assert [sample.score for sample in group.samples] == [
+            float(grade.correct) + float(penalty) for grade, penalty in zip(grades, penalties, strict=True)
+        ]
+        assert group.accuracy == [float(grade.correct) for grade in grades]
+    assert failed_gradings(groups) == 0
+
+
+def test_deterministic_groups_are_those_of_one_call_of_the_pool(parts):
+    config, pool, graders = parts
+    producer = GroupProducer(pool, graders, config)
+    producer.submit(PROMPTS, SAMPLING, seed=1)
+    groups = sorted(all_groups(producer), key=lambda group: group.index)
+    expected = pool.generate([prompt.token_ids for prompt in PROMPTS], SAMPLING, seed=1)
+    made = [[sample.completion for sample in group.samples] for group in groups]
+    assert comparable(made) == comparable(expected)
+
+
+def test_groups_are_graded_while_others_are_decoded(parts):
+    config, pool, graders = parts
+    producer = GroupProducer(pool, graders, config)
+    producer.submit(PROMPTS, SAMPLING, seed=2)
+    graders.texts.clear()
+    first = []
+    while not first:
+        first = producer.advance()
+    assert len(graders.texts) < 3 * len(PROMPTS)
+    assert len(first) + len(all_groups(producer)) == len(PROMPTS)
+
+
+def test_a_grading_that_fails_is_counted(parts):
+    config, pool, graders = parts
+    producer = GroupProducer(pool, graders, config)
+    nothing = Prompt(Problem("empty", "question", "$$", "made"), [41, 50, 61])
+    producer.submit([nothing], Sampling(responses=2, max_tokens=5), seed=0)
+    (group,) = all_groups(producer)
+    group.samples[0].grade = graders.grade(["\\boxed{1}"], ["$$"])[0]
+    assert group.samples[0].grade.outcome == "error"
+    assert failed_gradings([group]) == 1
