@@ -1,4 +1,4 @@
-"""Group-relative advantages (GRPO, arXiv 2402.03300, section 4.1.2; without the deviation Dr.GRPO, arXiv 2503.20783)."""
+"""Group-relative advantages: GRPO (arXiv 2402.03300), and Dr.GRPO (arXiv 2503.20783) without the deviation."""
 
 import torch
 from torch import Tensor
