@@ -8,7 +8,7 @@ from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.config.validate import validate, validate_model
 from meds_megatron.data.sampler import PromptSampler
-from meds_megatron.embedded.source import ensure_model
+from meds_megatron.embedded.make import ensure_model
 from meds_megatron.errors import UserError
 from meds_megatron.trainer import loop
 from meds_megatron.trainer.console import Console

@@ -5,6 +5,7 @@ import secrets
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -13,6 +14,7 @@ from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.data.problems import load_problems
 from meds_megatron.data.prompts import Prompt, build_prompts
+from meds_megatron.embedded.arithmetic import arithmetic_problems
 from meds_megatron.errors import UserError
 from meds_megatron.launch.placement import Placement
 from meds_megatron.reward.grading import GraderPool
@@ -84,9 +86,8 @@ def read_prompts(config: Config, model_dir: Path) -> Prompts:
     def prompts(sources: list[str], limit: int | None, split: str) -> tuple[list[Prompt], int]:
         if not sources:
             return [], 0
-        problems = load_problems(
-            sources, limit, split=split, arithmetic_rules=data.arithmetic_rules, seed=config.train.seed
-        )
+        arithmetic = partial(arithmetic_problems, split, data.arithmetic_rules, seed=config.train.seed)
+        problems = load_problems(sources, limit, {"arithmetic": arithmetic})
         return build_prompts(problems, tokenizer, data, longest)
 
     train, skipped_train = prompts(data.train, data.limit_train, "train")
