@@ -4,8 +4,7 @@ import logging
 
 from meds_megatron.config import Config
 from meds_megatron.rollout.pool import EnginePool
-from meds_megatron.rollout.producer import GroupProducer
-from meds_megatron.rollout.samples import failed_gradings
+from meds_megatron.rollout.producer import GroupProducer, failed_gradings
 from meds_megatron.trainer.collect import collect, shortfall
 from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.policy_group import PolicyGroup

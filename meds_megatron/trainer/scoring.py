@@ -54,7 +54,8 @@ def training_batch(rollouts: RolloutBatch, config: Config) -> tuple[TrainBatch, 
         correct_B=torch.from_numpy(batch.correct_B),
         groups_B=torch.from_numpy(batch.groups_B),
     )
-    batch.advantages_B = compute_advantages(inputs, config.advantage).advantages_B.numpy()
+    advantages = compute_advantages(inputs, config.advantage)
+    batch.advantages_B = advantages.advantages_B.numpy()
     batch.loss_weights_B = np.zeros(len(batch), dtype=np.float32)
     for number in range(minibatches_B.max(initial=NOT_SCHEDULED) + 1):
         rows = np.flatnonzero(minibatches_B == number)
