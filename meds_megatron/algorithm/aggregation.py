@@ -1,7 +1,7 @@
 """Weights that turn token losses into the loss of a mini-batch.
 
-A mini-batch is cut into micro-batches over ranks and time. The whole normalisation is in the weights, from the totals of
-the mini-batch, so that in every layout the plain SUM of the micro-batches' losses over all ranks is the mini-batch's
+A mini-batch is cut into micro-batches over ranks and time. The whole normalisation is in the weights, from the totals
+of the mini-batch, so that in every layout the plain SUM of the micro-batches' losses over all ranks is the mini-batch's
 loss. It must not be averaged again.
 """
 

@@ -28,7 +28,7 @@ from meds_megatron.trainer.run_log import RunLog
 from meds_megatron.trainer.state import TrainerState
 from meds_megatron.trainer.timer import PhaseTimer
 from meds_megatron.trainer.weight_sync import WeightSync
-from meds_megatron.weights.resharding.transport import SHARED_MEMORY
+from meds_megatron.weights.resharding.types import SHARED_MEMORY
 
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ import numpy as np
 from meds_megatron.config import Config
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.rollout.producer import GroupProducer, failed_gradings
+from meds_megatron.rollout.samples import PromptGroup
 from meds_megatron.rollout.settings import Sampling
 from meds_megatron.trainer.prompts import Prompts
 from meds_megatron.trainer.timer import PhaseTimer
@@ -28,11 +29,13 @@ def validate(
 ) -> dict[str, float]:
     """Accuracy over all prompts and over those of each data set, each prompt's a mean over
     `rollout.validation_responses` responses; `solved` counts prompts with at least one right response."""
+    groups: list[PromptGroup] = []
     with timer("validation"):
-        weight_sync.wake_engines()
         # The same draws every time, so that two validations differ by the policy alone.
-        sampling = Sampling.validation(config.rollout)
-        groups = generate(prompts, sampling, config.train.seed, producer, weight_sync)
+        producer.submit(prompts, Sampling.validation(config.rollout), config.train.seed)
+        while producer.busy:
+            groups += producer.advance()
+            weight_sync.refill()
     failed = failed_gradings(groups)
     lengths = [len(sample.completion.token_ids_R) for group in groups for sample in group.samples]
     if failed:

@@ -3,10 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
-
-from meds_megatron.rollout import group as group_module
 from meds_megatron.rollout.fleet import Fleet
 from meds_megatron.rollout.group import EngineGroup
+
+from meds_megatron.rollout import group as group_module
 
 
 class ScriptedGroup(EngineGroup):

@@ -10,11 +10,11 @@ import sys
 import time
 
 import ray
+from meds_megatron.rollout.group import EngineGroup
+from meds_megatron.trainer.sync import WeightSync
 
 from meds_megatron.config import load_config
-from meds_megatron.rollout.group import EngineGroup
 from meds_megatron.trainer.main import train
-from meds_megatron.trainer.sync import WeightSync
 
 GENERATION_TO_KILL = 2
 UPDATE_TO_KILL = 3

@@ -4,15 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from meds_megatron.rollout.fleet import Fleet, Health
+from meds_megatron.rollout.group import FAILED, EngineGroup
+from meds_megatron.trainer.sync import WeightSync, compare
+from meds_megatron.weights.resharding.messages import Staged
 
 from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.rollout.fleet import Fleet, Health
-from meds_megatron.rollout.group import FAILED, EngineGroup
 from meds_megatron.trainer import sync
-from meds_megatron.trainer.sync import WeightSync, compare
-from meds_megatron.weights.resharding.messages import Staged
 
 SHAPE = ModelShape("qwen3", 16, 12, 8, 4, 4, 24, 1280, False, 1e6, 1e-6, 64)
 
