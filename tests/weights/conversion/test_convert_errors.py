@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 
 from meds_megatron.errors import UserError
-from meds_megatron.weights.conversion import checkpoint_writer
 from meds_megatron.weights.conversion.checkpoint import is_checkpoint
 from meds_megatron.weights.conversion.convert import to_hf, to_mcore
 from meds_megatron.weights.directory import new_directory, writing_directory
@@ -167,7 +166,7 @@ def test_an_interruption_leaves_nothing(convert, source, checkpoint, tmp_path, m
         original = HfWeights.fill
         monkeypatch.setattr(HfWeights, "fill", interrupt)
     else:
-        original = checkpoint_writer.torch.empty
+        original = torch.empty
         monkeypatch.setattr("torch.empty", interrupt)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(KeyboardInterrupt):
