@@ -69,8 +69,8 @@ def write_tensors(
 def finish_hf(shape: ModelShape, directory: str | Path, writing: Path, source: str | Path, dtype: torch.dtype) -> None:
     """Checks that every tensor was written once, names the files and adds index, configuration and tokenizer.
 
-    `writing` holds what becomes `directory`, `source` the configuration and tokenizer. Raises UserError when tensors
-    are missing or files damaged.
+    `writing` is to be renamed to `directory`, `source` holds the configuration and tokenizer. Raises UserError when
+    tensors are missing or files damaged.
     """
     paths = sorted(writing.glob("stage-*.safetensors"))
     expected = build_table(shape).hf_shapes
@@ -101,7 +101,7 @@ def finish_hf(shape: ModelShape, directory: str | Path, writing: Path, source: s
 
 
 def copy_model_files(source: Path, target: Path) -> None:
-    """Copies what a model directory holds beside its weights, byte for byte."""
+    """Copies the files of a model directory other than its weights, byte for byte."""
     for name in MODEL_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -145,7 +145,7 @@ def _header(tensors: dict[str, HfShape], dtype: torch.dtype) -> bytes:
 
 
 def _set_dtype(path: Path, dtype: str) -> None:
-    """Leaves config.json untouched unless the weights have another dtype than it says."""
+    """Sets the dtype in config.json; leaves the file untouched where it is right already."""
     config = json.loads(path.read_text())
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     if any(config.get(key) != dtype for key in keys):

@@ -1,8 +1,8 @@
 """Conversion between Hugging Face directories and megatron-core checkpoints, in one process and without ranks.
 
 A whole model is never in memory: a Hugging Face directory is written tensor by tensor, a checkpoint chunk by chunk.
-torch's checkpoint writer asks its planner for each chunk when it is about to write it, and the chunk is read from the
-safetensors only then. A chunk is a number of rows of one parameter, so that a rank that loads its part of a large
+torch's checkpoint writer requests each chunk from its planner when it is about to write it, and the chunk is read from
+the safetensors only then. A chunk is a number of rows of one parameter, so that a rank that loads its part of a large
 parameter reads little else.
 """
 
@@ -36,7 +36,7 @@ CHUNK_BYTES = 16 * 2**20
 
 
 def to_mcore(source: str | Path, directory: str | Path, chunk_bytes: int = CHUNK_BYTES) -> None:
-    """Makes a checkpoint from the Hugging Face directory `source`, which model chunks of any layout can load.
+    """Makes a checkpoint from the Hugging Face directory `source`, for model chunks of any layout to load.
 
     Memory holds a chunk of one parameter. Raises UserError when `source` cannot be trained here, `directory` exists or
     the file system refuses.
@@ -163,7 +163,7 @@ def _file_of(item: WriteItem) -> int | None:
 
 
 def _extra_state(parameter: MegatronParameter, layers: int) -> Iterator[WriteItem]:
-    """megatron-core's linear layers ask for a state beside their weight, though on most machines it is empty."""
+    """The state that megatron-core's linear layers load beside their weight; on most machines it is empty."""
     module, _, last = parameter.name.rpartition(".")
     key, layer = stored_name(f"{module}._extra_state")
     if layer is not None and last == "weight" and ".linear_" in module:

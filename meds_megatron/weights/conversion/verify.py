@@ -19,7 +19,7 @@ from meds_megatron.weights.table import Table, build_table
 LOGPROB_LIMIT = 1e-4
 MOST_SHOWN = 20
 WINDOW = 256
-"""Tokens of one forward pass. The text is read in windows, each without what came before it."""
+"""Tokens of one forward pass. The text is split into windows, each computed without those before it."""
 
 SAMPLE_TEXT = r"""A train leaves the station at 9:40 and travels 84 kilometres in an hour and ten minutes. What is its
 average speed? Please reason step by step, and put your final answer within \boxed{}.
@@ -58,7 +58,7 @@ def verify(
     temporary directory for its log-probabilities.
 
     Returns a JSON-able dict: `equal`, `first_difference` (a tensor's name or None), `weights`, `logprobs` and the first
-    MOST_SHOWN `differing_tensors`. A difference is None where there is no number for it: another shape, not a number.
+    MOST_SHOWN `differing_tensors`. A difference is None where it has no value: for another shape, or a NaN.
     Raises UserError when a model cannot be read.
     """
     sides = _open(a), _open(b)
