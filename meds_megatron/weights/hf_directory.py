@@ -57,11 +57,8 @@ def write_tensors(
     for number, contents in enumerate(_split_into_files(shapes, dtype, max_file_bytes)):
         with open(writing / f"stage-{stage:04d}-{number:04d}.safetensors", "wb") as file:
             file.write(_header(contents, dtype))
-            for announced, (name, tensor) in zip(contents.items(), tensors, strict=False):
-                if announced != (name, tuple(tensor.shape)):
-                    raise ValueError(f"{name}, {list(tensor.shape)}, is written in the place of {announced}")
-                data = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-                file.write(data.view(torch.uint8).numpy())
+            for announced in contents.items():
+                file.write(_data(*next(tensors), announced, dtype))
             file.flush()
             os.fsync(file.fileno())
 
@@ -111,6 +108,12 @@ def _one_by_one(buckets: Iterable[dict[str, Tensor]]) -> Iterator[tuple[str, Ten
     for tensors in buckets:
         for name in list(tensors):
             yield name, tensors.pop(name)
+
+
+def _data(name: str, tensor: Tensor, announced: tuple[str, HfShape], dtype: torch.dtype) -> memoryview:
+    if announced != (name, tuple(tensor.shape)):
+        raise ValueError(f"{name}, {list(tensor.shape)}, is written in the place of {announced}")
+    return tensor.detach().to(device="cpu", dtype=dtype).contiguous().view(torch.uint8).numpy().data
 
 
 def _split_into_files(shapes: dict[str, HfShape], dtype: torch.dtype, max_bytes: int) -> list[dict[str, HfShape]]:

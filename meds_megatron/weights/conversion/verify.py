@@ -96,14 +96,13 @@ def _open(directory: str | Path) -> tuple[Table, CheckpointWeights | HfWeights]:
 
 def _rows(*sides: tuple[Table, CheckpointWeights | HfWeights]) -> Iterator[dict]:
     """A row for every tensor of either model: its name, type and shape on both sides, and their difference."""
-    parameters = [{parameter.name: parameter for parameter in table.stored} for table, _ in sides]
-    for name in parameters[0] | parameters[1]:
-        tensors_a, tensors_b = (
-            weights.read(of_side[name]) if name in of_side else {}
-            for of_side, (_, weights) in zip(parameters, sides, strict=True)
-        )
-        for hf_name in tensors_a | tensors_b:
-            yield _row(hf_name, tensors_a.get(hf_name), tensors_b.get(hf_name))
+    (table_a, weights_a), (table_b, weights_b) = sides
+    stored_a, stored_b = ({parameter.name: parameter for parameter in t.stored} for t in (table_a, table_b))
+    for name in stored_a | stored_b:
+        tensors_a = weights_a.read(stored_a[name]) if name in stored_a else {}
+        tensors_b = weights_b.read(stored_b[name]) if name in stored_b else {}
+        for hf_name in list(tensors_a | tensors_b):
+            yield _row(hf_name, tensors_a.pop(hf_name, None), tensors_b.pop(hf_name, None))
 
 
 def _row(name: str, a: Tensor | None, b: Tensor | None) -> dict:
