@@ -10,7 +10,7 @@ from torch import Tensor
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.trainer.sync import compare
+from meds_megatron.trainer.weight_sync import compare
 from meds_megatron.weights.resharding.boxes import checksum
 from meds_megatron.weights.resharding.messages import SyncSpec
 from meds_megatron.weights.resharding.plan import engine_box
