@@ -139,8 +139,7 @@ def verify(a: str, b: str, tolerance: float | None, text, logprob_limit: float, 
     log-probs that transformers gives to a text with one model after the other in memory, in float32 (a checkpoint is
     converted to a temporary directory for it, under TMPDIR). The exit status is 1 if they differ.
     """
-    from meds_megatron.weights.conversion.text_logprobs import SAMPLE_TEXT
-    from meds_megatron.weights.conversion.verify import verify
+    from meds_megatron.weights.conversion.verify import SAMPLE_TEXT, verify
 
     if weights_only:
         return verify(a, b, tolerance, text=None)

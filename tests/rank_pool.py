@@ -69,13 +69,12 @@ def _serve(pipe: Connection, task: tuple) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
-    from meds_megatron.actor.messages import Rendezvous
     from meds_megatron.actor.process_group import join
 
     rank, world_size, port, function, args = task
     torch.set_num_threads(1)
     try:
-        join(Rendezvous("127.0.0.1", port, rank, world_size, timeout_minutes=2))
+        join("127.0.0.1", port, rank, world_size, timeout_minutes=2)
         pipe.send((True, function(rank, *args)))
     except BaseException:
         pipe.send((False, traceback.format_exc()))

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from meds_megatron.actor.microbatch import MicroBatch
-from meds_megatron.actor.step_data import StepData
+from meds_megatron.actor.train_batch import TrainBatch
 from meds_megatron.errors import UserError
 from meds_megatron.model.gpt import PolicyModel, chunk_layers
 
@@ -27,32 +27,32 @@ class FingerprintCollector:
     together.
     """
 
-    def __init__(self, chunks: list[PolicyModel], data: StepData, norm: str, device: str):
-        """Looks up the head's rows of all target tokens. Raises UserError under context parallelism."""
+    def __init__(self, chunks: list[PolicyModel], batch: TrainBatch, norm: str, device: str):
+        """Gathers the head's rows of all target tokens. Raises UserError under context parallelism."""
         if parallel_state.get_context_parallel_world_size() > 1:
             raise UserError("Fingerprints need whole sequences on a rank: context parallelism is not supported yet")
         self._chunks = chunks
         self._norm = norm
         self._num_layers = chunks[0].config.num_layers
-        self._rows_B = np.flatnonzero(data.answer_positions_B >= 0)
+        self._rows_B = np.flatnonzero(batch.answer_positions_B >= 0)
         self._place_of_row = {int(row): place for place, row in enumerate(self._rows_B)}
         self._values_NL = torch.zeros(len(self._rows_B), self._num_layers, dtype=torch.float32, device=device)
         self.sent_bytes = 0
-        """What this rank has sent to other pipeline stages."""
-        self._head_NH = self._head_rows(_target_tokens(data, self._rows_B))
+        """Sent by this rank to other pipeline stages."""
+        self._head_NH = self._head_rows(_target_tokens(batch, self._rows_B))
         self._final_norm_H = self._final_norm_weight() if norm == "all" else None
         self._micro_batch: MicroBatch | None = None
         self._places_N: Tensor | None = None
 
     def begin(self, micro_batch: MicroBatch) -> None:
-        """Names the micro-batch that the next forward pass of a chunk works on."""
+        """Sets the micro-batch of the next forward pass of a chunk."""
         self._micro_batch = micro_batch
         places = [self._place_of_row[int(row)] for row in micro_batch.answer_rows]
         self._places_N = torch.tensor(places, dtype=torch.int64, device=self._values_NL.device)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """While open, every forward pass of a layer leaves its part of the fingerprints here."""
+        """While open, forward hooks on the layers record the fingerprints."""
         hooks = []
         for chunk in self._chunks:
             for number, layer in chunk_layers(chunk):
@@ -79,10 +79,10 @@ class FingerprintCollector:
         return keep
 
     def _owned(self, local_length: int) -> tuple[Tensor, Tensor]:
-        """Where each answer lies in this rank's part of the sequence, and whether this rank speaks for it.
+        """Position of each answer within this rank's part of the sequence, and whether this rank owns it.
 
         With sequence parallelism a rank holds `local_length` consecutive positions; otherwise every tensor-parallel
-        rank holds them all and the first one speaks. Context parallelism would add its owner rule here.
+        rank holds them all and rank 0 is the owner. Context parallelism would add its owner rule here.
         """
         position_N = self._micro_batch.answer_position_N
         rank = parallel_state.get_tensor_model_parallel_rank()
@@ -143,6 +143,6 @@ def rms_norm(hidden_NH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
     return hidden_NH * torch.rsqrt(hidden_NH.square().mean(-1, keepdim=True) + epsilon) * weight_H
 
 
-def _target_tokens(data: StepData, rows_N: np.ndarray) -> np.ndarray:
+def _target_tokens(batch: TrainBatch, rows_N: np.ndarray) -> np.ndarray:
     """The token after the answer's position: the answer's first token."""
-    return data.tokens_T[data.offsets_B1[rows_N] + data.answer_positions_B[rows_N] + 1]
+    return batch.tokens_T[batch.offsets_B1[rows_N] + batch.answer_positions_B[rows_N] + 1]

@@ -1,17 +1,17 @@
-"""One rank's share of the policy: the forward pass of a step, and its updates."""
+"""One rank's share of the policy: the forward pass of a step, and its optimizer steps."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from meds_megatron.actor import microbatch, optimizer, passes
+from meds_megatron.actor import optimizer
 from meds_megatron.actor.fingerprint import FingerprintCollector
-from meds_megatron.actor.messages import ForwardResult, UpdateResult
-from meds_megatron.actor.process_group import speaks_for_model_replica
-from meds_megatron.actor.step_data import StepData, scatter_ragged, take_ragged
+from meds_megatron.actor.microbatch import MicroBatch
+from meds_megatron.actor.pipeline import run_pipeline
+from meds_megatron.actor.process_group import is_replica_output_rank
+from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput, scatter_ragged, take_ragged
 from meds_megatron.algorithm.advantages import entropy_shaped
-from meds_megatron.algorithm.corrections import importance_weights
-from meds_megatron.algorithm.losses import policy_loss, token_weights
+from meds_megatron.algorithm.losses import LossInputs, policy_loss
 from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.model.gpt import build_chunks, transformer_config
@@ -19,69 +19,59 @@ from meds_megatron.weights.load import load_hf
 
 
 class Policy:
-    """The model chunks of one rank. All ranks of a model replica call every method together, with the same data."""
+    """The model chunks of one rank. All ranks of a model replica call every method together, with the same data: the
+    rank's TrainBatch and the rows of its micro-batches (`actor.schedule`)."""
 
     def __init__(self, config: Config, model_dir: str, device: str):
         self._config = config
         self.device = device
         self.shape = ModelShape.from_hf(model_dir)
         model_config = transformer_config(self.shape, config.model, config.parallel)
-        self.chunks = build_chunks(
-            self.shape, model_config, config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-        )
+        longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+        self.chunks = build_chunks(self.shape, model_config, longest)
         load_hf(self.chunks, self.shape, model_dir)
         self._wrapped = optimizer.wrap(self.chunks)
         self._optimizer = optimizer.build(self._wrapped, model_config, config.optimizer)
 
-    def forward(self, data: StepData) -> ForwardResult | None:
-        """Log-probs, entropies and fingerprints of the rank's responses; None on ranks that do not speak for them."""
-        fingerprints = FingerprintCollector(self.chunks, data, self._config.memory.norm, self.device)
-        plan = [rows for minibatch in self._plan(data) for rows in minibatch]
+    def forward(self, batch: TrainBatch, micro_batches: list[np.ndarray]) -> ForwardOutput | None:
+        """Log-probs, entropies and fingerprints of all responses; None except on the replica's output rank."""
+        fingerprints = FingerprintCollector(self.chunks, batch, self._config.memory.norm, self.device)
         for chunk in self._wrapped:
             chunk.eval()
         with torch.no_grad(), fingerprints.hooked():
-            kept = self._run(data, plan, _keep_logprobs, forward_only=True, before_chunk=fingerprints.begin)
+            kept = self._run(batch, micro_batches, _keep_logprobs, forward_only=True, before_chunk=fingerprints.begin)
         for chunk in self._wrapped:
             chunk.train()
-        fingerprints_BL = fingerprints.gather(len(data))
-        if not speaks_for_model_replica():
+        fingerprints_BL = fingerprints.gather(len(batch))
+        if not is_replica_output_rank():
             return None
-        rows, lengths_B = plan, data.response_lengths_B
-        return ForwardResult(
-            logprobs_R=scatter_ragged([k["logprobs"] for k in kept], rows, lengths_B),
-            entropy_R=scatter_ragged([k["entropy"] for k in kept], rows, lengths_B),
+        lengths_B = batch.response_lengths_B
+        return ForwardOutput(
+            logprobs_R=scatter_ragged([part["logprobs"] for part in kept], micro_batches, lengths_B),
+            entropy_R=scatter_ragged([part["entropy"] for part in kept], micro_batches, lengths_B),
             fingerprints_BL=fingerprints_BL,
         )
 
-    def update(self, data: StepData, step: int) -> list[UpdateResult]:
-        """Makes the optimizer steps of training step `step`, one a mini-batch; off the last stage sums are empty."""
+    def update(self, batch: TrainBatch, minibatches: list[list[np.ndarray]], step: int) -> list[UpdateOutput]:
+        """One optimizer step for each mini-batch of training step `step`; off the last stage there are no sums."""
         rate = optimizer.learning_rate(step, self._config.optimizer)
         optimizer.set_learning_rate(self._optimizer, rate)
-        loss = _TokenLoss(data, self._config, self.device)
-        results = []
-        for plan in self._plan(data):
+        loss = _MicroBatchLoss(batch, self._config, self.device)
+        updates = []
+        for micro_batches in minibatches:
             for chunk in self._wrapped:
                 chunk.zero_grad_buffer()
             self._optimizer.zero_grad()
-            kept = self._run(data, plan, loss, forward_only=False)
+            sums = _add_up(self._run(batch, micro_batches, loss, forward_only=False))
             _, grad_norm, _ = self._optimizer.step()
-            results.append(UpdateResult(_add_up(kept), float(grad_norm), rate))
-        return results
+            updates.append(UpdateOutput(sums.pop("loss", 0.0), sums, float(grad_norm), rate))
+        return updates
 
-    def _plan(self, data: StepData) -> list[list[np.ndarray]]:
-        return microbatch.cut(
-            data.lengths_B,
-            data.minibatches_B,
-            len(data.minibatch_tokens_M),
-            self._config.train.micro_batch_responses,
-            passes.micro_batch_multiple(),
-        )
-
-    def _run(self, data, plan, on_last_stage, **settings) -> list[dict]:
-        return passes.run(
+    def _run(self, batch, micro_batches, on_last_stage, **settings) -> list[dict]:
+        return run_pipeline(
             self._wrapped,
-            data,
-            plan,
+            batch,
+            micro_batches,
             on_last_stage,
             temperature=self._config.rollout.temperature,
             vocab_size=self.shape.vocab_size,
@@ -90,65 +80,43 @@ class Policy:
         )
 
 
-class _TokenLoss:
-    """The policy loss of a micro-batch, as its share of the whole mini-batch's."""
+class _MicroBatchLoss:
+    """The policy loss of a micro-batch, as its share of the mini-batch's loss."""
 
-    def __init__(self, data: StepData, config: Config, device: str):
-        self._offsets_B1 = data.response_offsets_B1
-        self._config = config.policy
-        self._device = device
-        self._old_R = torch.tensor(data.logprobs_R)
-        self._advantages_R = _token_advantages(data, config)
-        lengths_B = torch.tensor(data.response_lengths_B)
-        weights_B = torch.zeros(len(data), dtype=torch.float32)
-        for minibatch, (tokens, responses) in enumerate(
-            zip(data.minibatch_tokens_M, data.minibatch_responses_M, strict=True)
-        ):
-            rows = torch.from_numpy(np.flatnonzero(data.minibatches_B == minibatch))
-            weights_B[rows] = token_weights(
-                lengths_B[rows],
-                config.policy.aggregation,
-                total_tokens=int(tokens),
-                total_responses=int(responses),
-                max_response_tokens=config.rollout.max_response_tokens,
-            )
-        self._weights_R = weights_B.repeat_interleave(lengths_B)
-        self._importance_R = None
-        if config.policy.importance_cap is not None:
-            rollout_R = torch.tensor(data.rollout_logprobs_R)
-            self._importance_R = importance_weights(self._old_R, rollout_R, config.policy.importance_cap)
+    def __init__(self, batch: TrainBatch, config: Config, device: str):
+        self._batch, self._config, self._device = batch, config, device
+        self._lengths_B, self._offsets_B1 = batch.response_lengths_B, batch.response_offsets_B1
 
-    def __call__(self, micro_batch, logprobs_R: Tensor, _entropy_R: Tensor) -> tuple[Tensor, dict]:
-        def of(values_R: Tensor | None) -> Tensor | None:
-            if values_R is None:
-                return None
-            return torch.from_numpy(take_ragged(values_R.numpy(), self._offsets_B1, micro_batch.rows)).to(self._device)
-
+    def __call__(self, micro_batch: MicroBatch, logprobs_R: Tensor, _entropy_R: Tensor) -> tuple[Tensor, dict]:
+        batch = self._batch
+        lengths = self._lengths_B[micro_batch.rows]
+        old_entropy_R = self._of(micro_batch, batch.entropy_R)
+        advantages_R = self._to_device(np.repeat(batch.advantages_B[micro_batch.rows], lengths).astype(np.float32))
         output = policy_loss(
-            logprobs_R,
-            of(self._old_R),
-            of(self._advantages_R),
-            of(self._weights_R),
-            self._config,
-            importance_T=of(self._importance_R),
+            LossInputs(
+                logprobs_T=logprobs_R,
+                old_logprobs_T=self._of(micro_batch, batch.logprobs_R),
+                rollout_logprobs_T=self._of(micro_batch, batch.rollout_logprobs_R),
+                advantages_T=entropy_shaped(advantages_R, old_entropy_R, self._config.advantage),
+                weights_T=self._to_device(np.repeat(batch.loss_weights_B[micro_batch.rows], lengths)),
+                lengths_B=self._to_device(lengths),
+            ),
+            self._config.policy,
         )
-        sums = {"loss": output.loss.detach(), **output.sums}
+        sums = {"loss": output.loss.detach(), **output.token_sums}
         return output.loss, {name: float(value) for name, value in sums.items()}
 
+    def _of(self, micro_batch: MicroBatch, values_R: np.ndarray) -> Tensor:
+        return self._to_device(take_ragged(values_R, self._offsets_B1, micro_batch.rows))
 
-def _token_advantages(data: StepData, config: Config) -> Tensor:
-    """Every response token's advantage: its response's, shaped by the entropy where the config says so."""
-    advantages_R = torch.from_numpy(np.repeat(data.advantages_B, data.response_lengths_B).astype(np.float32))
-    settings = config.advantage
-    if settings.entropy_coefficient == 0.0:
-        return advantages_R
-    entropy_R = torch.tensor(data.entropy_R)
-    return entropy_shaped(advantages_R, entropy_R, settings.entropy_coefficient, settings.entropy_bound)
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
 
 
-def _keep_logprobs(_micro_batch, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict]:
+def _keep_logprobs(_micro_batch: MicroBatch, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict]:
     return logprobs_R.sum(), {"logprobs": logprobs_R.cpu().numpy(), "entropy": entropy_R.cpu().numpy()}
 
 
 def _add_up(kept: list[dict[str, float]]) -> dict[str, float]:
+    """Sums by name over the micro-batches."""
     return {name: sum(sums[name] for sums in kept) for name in (kept[0] if kept else {})}

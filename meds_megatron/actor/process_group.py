@@ -1,4 +1,4 @@
-"""Joins this process to the others of a run: torch.distributed, megatron-core's groups and its random states."""
+"""torch.distributed, megatron-core's process groups and its random states in this process."""
 
 from datetime import timedelta
 
@@ -6,31 +6,30 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from meds_megatron.actor.messages import Rendezvous
 from meds_megatron.config import ParallelConfig
 from meds_megatron.model import cpu_backend
 
 
 def open_store(host: str, world_size: int) -> dist.TCPStore:
-    """The store that rank 0 keeps for the others, on a port that the system picks."""
+    """The store through which ranks connect, on rank 0 and a port that the system picks."""
     return dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
 
 
-def join(rendezvous: Rendezvous, store: dist.TCPStore | None = None) -> str:
+def join(
+    host: str, port: int, rank: int, world_size: int, timeout_minutes: int = 30, store: dist.TCPStore | None = None
+) -> str:
     """Initialises torch.distributed (NCCL on a GPU, gloo without) and returns the device this rank computes on.
 
-    `store` is rank 0's own; the other ranks connect to it by the rendezvous.
+    `store` is rank 0's own; the other ranks connect to it at `host` and `port`.
     """
     cpu_backend.install()
     on_gpu = torch.cuda.is_available()
-    if store is None:
-        store = dist.TCPStore(rendezvous.host, rendezvous.port, rendezvous.world_size, is_master=False)
     dist.init_process_group(
         backend="nccl" if on_gpu else "gloo",
-        store=store,
-        rank=rendezvous.rank,
-        world_size=rendezvous.world_size,
-        timeout=timedelta(minutes=rendezvous.timeout_minutes),
+        store=store or dist.TCPStore(host, port, world_size, is_master=False),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(minutes=timeout_minutes),
     )
     if not on_gpu:
         return "cpu"
@@ -49,8 +48,8 @@ def form_groups(parallel: ParallelConfig, seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def speaks_for_model_replica() -> bool:
-    """True on the one rank of each data-parallel replica that hands results to the driver: last stage, first shard."""
+def is_replica_output_rank() -> bool:
+    """Whether this rank returns its replica's results to the driver: last pipeline stage, tensor-parallel rank 0."""
     return parallel_state.is_pipeline_last_stage(ignore_virtual=True) and (
         parallel_state.get_tensor_model_parallel_rank() == 0
     )

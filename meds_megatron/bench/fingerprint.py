@@ -14,11 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from meds_megatron.actor import passes
 from meds_megatron.actor.fingerprint import FingerprintCollector
-from meds_megatron.actor.messages import Rendezvous
+from meds_megatron.actor.pipeline import run_pipeline
 from meds_megatron.actor.process_group import form_groups, join, open_store
-from meds_megatron.actor.step_data import StepData
+from meds_megatron.actor.train_batch import TrainBatch
 from meds_megatron.config import ModelConfig, ParallelConfig
 from meds_megatron.config.model_shape import QWEN, ModelShape
 from meds_megatron.model.gpt import PolicyModel, build_chunks, chunk_layers, transformer_config
@@ -46,8 +45,7 @@ def run(
     for rank in range(pipeline):
         ours, theirs = context.Pipe()
         settings = (pipeline, responses, tokens, rounds, published_rounds, shape)
-        meeting = Rendezvous("127.0.0.1", store.port, rank, pipeline)
-        ranks.append(context.Process(target=_rank, args=(theirs, meeting, *settings), daemon=True))
+        ranks.append(context.Process(target=_rank, args=(theirs, store.port, rank, *settings), daemon=True))
         ranks[-1].start()
         theirs.close()
         pipes.append(ours)
@@ -75,7 +73,8 @@ def run(
 
 def _rank(
     pipe: Connection,
-    meeting: Rendezvous,
+    port: int,
+    rank: int,
     pipeline: int,
     responses: int,
     tokens: int,
@@ -84,7 +83,7 @@ def _rank(
     shape: ModelShape,
 ) -> None:
     torch.set_num_threads(1)
-    device = join(meeting)
+    device = join("127.0.0.1", port, rank, pipeline)
     parallel = ParallelConfig(pipeline=pipeline)
     form_groups(parallel, seed=0)
     (chunk,) = build_chunks(shape, transformer_config(shape, ModelConfig(dtype="float32"), parallel), tokens)
@@ -106,7 +105,7 @@ def _rank(
 class _Kinds:
     """The three ways to make a forward pass."""
 
-    def __init__(self, chunk: PolicyModel, shape: ModelShape, data: StepData, device: str):
+    def __init__(self, chunk: PolicyModel, shape: ModelShape, data: TrainBatch, device: str):
         self._chunk, self._shape, self._data, self._device = chunk, shape, data, device
         self.sent_bytes = 0
 
@@ -114,7 +113,7 @@ class _Kinds:
         return {"forward": self._forward, "ours": self._ours, "published": self._published}
 
     def _forward(self, before_chunk: Callable | None = None) -> None:
-        passes.run(
+        run_pipeline(
             [self._chunk],
             self._data,
             np.array_split(np.arange(len(self._data)), max(1, len(self._data) // 2)),
@@ -152,12 +151,12 @@ def _hidden(output: Tensor | tuple) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _random_data(shape: ModelShape, responses: int, tokens: int) -> StepData:
+def _random_data(shape: ModelShape, responses: int, tokens: int) -> TrainBatch:
     random = np.random.default_rng(0)
     half = tokens // 2
     prompts, answers = (random.integers(0, shape.vocab_size, (responses, half)).tolist() for _ in range(2))
     positions = random.integers(0, half - 1, responses).tolist()
-    return StepData.of_responses(prompts, answers, [[0.0] * half] * responses, positions, list(range(responses)))
+    return TrainBatch.of_responses(prompts, answers, [[0.0] * half] * responses, positions, list(range(responses)))
 
 
 def _seconds(kind: Callable[[], None]) -> float:

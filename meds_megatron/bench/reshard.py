@@ -1,8 +1,8 @@
-"""What resharding costs: our plan against a gather of everything, between real processes on CPUs.
+"""Cost of a weight update: the resharding plan against a gather of everything, between real processes on CPUs.
 
-Both ways send over the same links (gloo) to engine ranks that copy their part into parameters of their own, as vLLM's
-weight loaders do. Gathering everything is the common way: each pipeline stage gathers its tensors on one rank, which
-sends them whole to every engine rank. The plan is also carried out through the shared memory of the machine.
+Both send through the same transfer group (gloo) to engine ranks that copy their part into parameters of their own, as
+vLLM's weight loaders do. A gather of everything is the common way: each pipeline stage gathers its tensors on one rank,
+which sends them whole to every engine rank. The plan is also executed through the shared memory of the machine.
 """
 
 import multiprocessing
@@ -21,14 +21,10 @@ from meds_megatron.bench.peak_memory import PeakMemory
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import QWEN
 from meds_megatron.weights.gather import whole_tensors
-from meds_megatron.weights.resharding.messages import SyncSpec
-from meds_megatron.weights.resharding.plan import engine_box
-from meds_megatron.weights.resharding.receiver import WeightReceiver
-from meds_megatron.weights.resharding.sender import WeightSender
-from meds_megatron.weights.resharding.transport.network import Link, Meeting, open_meeting
-from meds_megatron.weights.resharding.transport.shared_memory import ROOT as SHARED_MEMORY
-from meds_megatron.weights.resharding.transport.shared_memory import SharedMemory
-from meds_megatron.weights.table import box_slices
+from meds_megatron.weights.resharding.plan import engine_slices
+from meds_megatron.weights.resharding.transfer import WeightReceiver, WeightSender
+from meds_megatron.weights.resharding.transport import TransferGroup, open_rendezvous
+from meds_megatron.weights.resharding.types import SHARED_MEMORY, Rendezvous, SyncSpec
 
 KINDS = ("aligned", "gather", "memory", "copy")
 
@@ -46,8 +42,8 @@ def run(
     Keys: `bytes_aligned`, `bytes_gather` (between ranks, counted as they are sent), `aligned_s`, `gather_s`,
     `copy_bound_s` (the engine ranks copying the same bytes within their own memory; all medians of `rounds`),
     `speedup` (median of the rounds' ratios), `peak_extra_bytes` (largest sum of all processes' memory during an aligned
-    update, above that before it), `memory_s` and `memory_peak_extra_bytes` (the same through shared memory, one group
-    after the other) and `layer_group_bytes` (the largest group).
+    update, above that before it), `memory_s` and `memory_peak_extra_bytes` (the same through shared memory, one bucket
+    after the other) and `bucket_bytes` (the largest bucket).
     """
     layout = ParallelLayout(tensor=tensor, pipeline=pipeline)
     with tempfile.TemporaryDirectory(prefix="meds-bench-", dir=SHARED_MEMORY) as directory:
@@ -57,7 +53,7 @@ def run(
         "model": model,
         "layout": f"TP{tensor} PP{pipeline} -> TP{engine_tensor}",
         **measured,
-        "layer_group_bytes": spec.plan().largest_group * 2,
+        "bucket_bytes": spec.plan().largest_bucket * 2,
         "rounds": rounds,
     }
 
@@ -66,14 +62,14 @@ class Ranks:
     """The processes of one measurement: trainer ranks first, then engine ranks."""
 
     def __init__(self, spec: SyncSpec):
-        self._meeting, self._store = open_meeting("127.0.0.1", spec.layout.ranks, spec.engine_tensor)
-        world = self._meeting.members
+        self._rendezvous, self._store = open_rendezvous("127.0.0.1", spec.layout.ranks, spec.engine_tensor)
+        world = self._rendezvous.members
         self._world_store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("spawn")
         self._processes, self._pipes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
-            arguments = (theirs, rank, spec, self._meeting, self._world_store.port)
+            arguments = (theirs, rank, spec, self._rendezvous, self._world_store.port)
             self._processes.append(context.Process(target=_serve, args=arguments, daemon=True))
             self._processes[-1].start()
             theirs.close()
@@ -81,7 +77,6 @@ class Ranks:
 
     def measure(self, rounds: int) -> dict:
         try:
-            self._all("prepare")
             bytes_of, seconds, peaks = {}, {kind: [] for kind in KINDS}, {}
             for kind in KINDS:
                 self._all(kind)
@@ -111,95 +106,71 @@ class Ranks:
         }
 
     def _all(self, command: str) -> list:
-        """Every process does the command; their answers."""
+        """Results of the command, which every process runs."""
         for pipe in self._pipes:
             pipe.send(command)
         return [pipe.recv() for pipe in self._pipes]
 
 
-def _serve(pipe: Connection, rank: int, spec: SyncSpec, meeting: Meeting, port: int) -> None:
+def _serve(pipe: Connection, rank: int, spec: SyncSpec, rendezvous: Rendezvous, port: int) -> None:
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, meeting.members, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=meeting.members)
-    link = _CountingLink(meeting, rank, "cpu")
-    side = (_TrainerRank if rank < meeting.senders else _EngineRank)(spec, rank, link, store)
+    store = dist.TCPStore("127.0.0.1", port, rendezvous.members, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=rendezvous.members)
+    side = (_TrainerRank if rank < rendezvous.senders else _EngineRank)(spec, rank, rendezvous, store)
     while True:
         command: Callable[[], int] = getattr(side, pipe.recv())
         dist.barrier()
-        link.sent_bytes = 0
+        side.group.sent_bytes = 0
         began = time.perf_counter()
         extra_bytes = command()
-        pipe.send((link.sent_bytes + extra_bytes, time.perf_counter() - began))
-
-
-class _CountingLink(Link):
-    sent_bytes = 0
-
-    def send(self, values: Tensor, member: int) -> None:
-        self.sent_bytes += values.nbytes
-        super().send(values, member)
+        pipe.send((side.group.sent_bytes + extra_bytes, time.perf_counter() - began))
 
 
 class _TrainerRank:
-    """Random weights in the shapes of a Megatron rank's parameters. Commands return what they moved beside the link."""
+    """Random weights in the shapes of a Megatron rank's parameters. Commands return the bytes that they move outside
+    the transfer group."""
 
-    def __init__(self, spec: SyncSpec, rank: int, link: Link, store: dist.TCPStore):
-        self._spec, self._plan, self._rank, self._link = spec, spec.plan(), rank, link
-        self._turns = _Turns(store)
+    def __init__(self, spec: SyncSpec, rank: int, rendezvous: Rendezvous, store: dist.TCPStore):
+        self._plan, self._signals = spec.plan(), _Signals(store)
         self._place = spec.layout.coordinates(rank)
-        stages = [
-            list(range(s * spec.layout.tensor, (s + 1) * spec.layout.tensor)) for s in range(spec.layout.pipeline)
-        ]
-        self._tp_group = [dist.new_group(ranks) for ranks in stages][self._place.pipeline]
-        self._entries = [
-            entry
-            for group in self._plan.groups
-            if self._plan.stage(group) == self._place.pipeline
-            for entry in self._plan.table.groups[group]
-            if not entry.copy
-        ]
-
-    def prepare(self) -> int:
-        generator = torch.Generator().manual_seed(self._rank)
+        self._tp_group = _stage_groups(spec)[self._place.pipeline]
+        self._buckets = [bucket for bucket in self._plan.buckets if self._plan.stage(bucket) == self._place.pipeline]
+        generator = torch.Generator().manual_seed(rank)
         self._parameters = {}
-        for entry in self._entries:
-            values = torch.empty(entry.local_shape(self._spec.layout.tensor), dtype=torch.bfloat16)
-            self._parameters[entry.name] = values.uniform_(generator=generator)
-        self._sender = WeightSender(
-            self._spec, self._rank, self._place.tensor, self._parameters, SharedMemory(self._spec.directory)
-        )
-        self._sender.connect(0, self._link)
-        return 0
+        for parameter in (row for bucket in self._buckets for row in self._plan.table.buckets[bucket]):
+            values = torch.empty(parameter.local_shape(spec.layout.tensor), dtype=torch.bfloat16)
+            self._parameters[parameter.name] = values.uniform_(generator=generator)
+        self._sender = WeightSender(spec, rank, self._parameters, "cpu", "127.0.0.1")
+        self._sender.join_group(0, rendezvous, rank)
+        self.group = self._sender.groups[0]
 
     def aligned(self) -> int:
-        for group in self._plan.groups:
-            if self._plan.stage(group) == self._place.pipeline:
-                self._sender.send(group, engine=0, checksums=False)
+        for bucket in self._buckets:
+            self._sender.send(bucket, engine=0, checksums=False)
         return 0
 
     def gather(self) -> int:
         gathered = 0
-        for entry in self._entries:
-            local = self._parameters[entry.name]
-            whole = whole_tensors(entry, local, self._tp_group)
+        for name, local in self._parameters.items():
+            parameter = self._plan.table.parameters[name]
+            whole = whole_tensors(parameter, local, self._tp_group)
             if self._place.tensor != 0:
-                gathered += local.nbytes if entry.split is not None else 0
+                gathered += local.nbytes if parameter.split is not None else 0
             for tensor in whole.values():
                 for engine_rank in range(self._plan.engine_tensor):
-                    self._link.send(tensor, self._link.receiver(engine_rank))
+                    self.group.send(tensor, engine_rank)
         return gathered
 
     def memory(self) -> int:
         staged = 0
-        self._turns.begin()
-        for group in self._plan.groups:
-            if self._plan.stage(group) == self._place.pipeline:
-                handles = self._sender.stage(group, checksums=False).handles
-                staged += sum(handle.elements * handle.dtype.itemsize for handle in handles.values())
-                self._turns.give(f"{group}-from{self._place.tensor}", handles)
-                for engine_rank in range(self._plan.engine_tensor):
-                    self._turns.take(f"{group}-loaded{engine_rank}")
-                self._sender.release(group)
+        self._signals.begin()
+        for bucket in self._buckets:
+            handles = self._sender.stage(bucket, checksums=False).handles
+            staged += sum(handle.elements * handle.dtype.itemsize for handle in handles.values())
+            self._signals.send(f"{bucket}-from{self._place.tensor}", handles)
+            for engine_rank in range(self._plan.engine_tensor):
+                self._signals.wait(f"{bucket}-loaded{engine_rank}")
+            self._sender.release(bucket)
         return staged
 
     def copy(self) -> int:
@@ -209,51 +180,45 @@ class _TrainerRank:
 class _EngineRank:
     """Parameters of an engine rank, one for each Hugging Face tensor, which the weights are copied into."""
 
-    def __init__(self, spec: SyncSpec, rank: int, link: Link, store: dist.TCPStore):
-        self._spec, self._plan, self._link = spec, spec.plan(), link
-        self._turns = _Turns(store)
+    def __init__(self, spec: SyncSpec, rank: int, rendezvous: Rendezvous, store: dist.TCPStore):
+        self._layout, self._plan, self._signals = spec.layout, spec.plan(), _Signals(store)
         self._engine_rank = rank - spec.layout.ranks
-        for stage in range(spec.layout.pipeline):
-            dist.new_group(list(range(stage * spec.layout.tensor, (stage + 1) * spec.layout.tensor)))
-
-    def prepare(self) -> int:
-        layout = self._spec.layout
-        senders = {(place.pipeline, place.tensor): r for r in range(layout.ranks) for place in [layout.coordinates(r)]}
-        self._receiver = WeightReceiver(
-            self._spec, self._engine_rank, "cpu", SharedMemory(self._spec.directory), self._link, senders
-        )
+        _stage_groups(spec)
+        places = map(spec.layout.coordinates, range(spec.layout.ranks))
+        senders = {(place.pipeline, place.tensor): member for member, place in enumerate(places)}
+        self.group = TransferGroup(rendezvous, rank, "cpu")
+        self._receiver = WeightReceiver(spec, self._engine_rank, "cpu", self.group, senders)
         self._parts, self._parameters = {}, {}
         for name, shape in self._plan.table.hf_shapes.items():
-            box = engine_box(self._plan.shape, name, shape, self._engine_rank, self._plan.engine_tensor)
-            self._parts[name] = box_slices(box.start, box.size)
-            self._parameters[name] = torch.zeros(box.size, dtype=torch.bfloat16)
-        # What `copy` copies from: as large as the largest parameter, and read anew for each.
+            part = engine_slices(self._plan.shape, name, shape, self._engine_rank, self._plan.engine_tensor)
+            self._parts[name] = part
+            self._parameters[name] = torch.zeros([s.stop - s.start for s in part], dtype=torch.bfloat16)
+        # The source of `copy`: as large as the largest parameter, and read again for each.
         self._source = torch.zeros(max(p.numel() for p in self._parameters.values()), dtype=torch.bfloat16)
-        return 0
 
     def aligned(self) -> int:
-        for group in self._plan.groups:
-            for name, tensor in self._receiver.receive(group, {}):
+        for bucket in self._plan.buckets:
+            for name, tensor in self._receiver.receive(bucket, {}):
                 self._load(name, tensor)
         return 0
 
     def gather(self) -> int:
-        for group in self._plan.groups:
-            sender = self._plan.stage(group) * self._spec.layout.tensor
-            for name, shape in self._hf_order(group):
+        for bucket in self._plan.buckets:
+            sender = self._plan.stage(bucket) * self._layout.tensor
+            for name, shape in self._plan.hf_shapes(bucket).items():
                 tensor = torch.empty(shape, dtype=torch.bfloat16)
-                self._link.receive(tensor, sender)
+                self.group.receive(tensor, sender)
                 self._load(name, tensor)
         return 0
 
     def memory(self) -> int:
-        self._turns.begin()
-        for group in self._plan.groups:
-            parts = [self._turns.take(f"{group}-from{tensor}") for tensor in range(self._spec.layout.tensor)]
-            handles = {place: handle for part in parts for place, handle in part.items()}
-            for name, tensor in self._receiver.receive(group, handles):
+        self._signals.begin()
+        for bucket in self._plan.buckets:
+            staged = [self._signals.wait(f"{bucket}-from{tensor}") for tensor in range(self._layout.tensor)]
+            handles = {place: handle for part in staged for place, handle in part.items()}
+            for name, tensor in self._receiver.receive(bucket, handles):
                 self._load(name, tensor)
-            self._turns.give(f"{group}-loaded{self._engine_rank}", {})
+            self._signals.send(f"{bucket}-loaded{self._engine_rank}", {})
         return 0
 
     def copy(self) -> int:
@@ -261,17 +226,12 @@ class _EngineRank:
             parameter.view(-1).copy_(self._source[: parameter.numel()])
         return 0
 
-    def _hf_order(self, group: int) -> list[tuple[str, tuple[int, ...]]]:
-        """The tensors in the order in which a gathering rank sends them: entry by entry."""
-        entries = [entry for entry in self._plan.table.groups[group] if not entry.copy]
-        return [item for entry in entries for item in entry.hf_shapes().items()]
-
     def _load(self, name: str, tensor: Tensor) -> None:
         self._parameters[name].copy_(tensor[self._parts[name]])
 
 
-class _Turns:
-    """Tells other processes what lies ready, through the store that all of them have."""
+class _Signals:
+    """Messages between the processes of a round, through the store that all of them share."""
 
     def __init__(self, store: dist.TCPStore):
         self._store, self._round = store, 0
@@ -279,8 +239,14 @@ class _Turns:
     def begin(self) -> None:
         self._round += 1
 
-    def give(self, name: str, message: dict) -> None:
-        self._store.set(f"turn{self._round}-{name}", pickle.dumps(message))
+    def send(self, name: str, message: dict) -> None:
+        self._store.set(f"round{self._round}-{name}", pickle.dumps(message))
 
-    def take(self, name: str) -> dict:
-        return pickle.loads(self._store.get(f"turn{self._round}-{name}"))
+    def wait(self, name: str) -> dict:
+        return pickle.loads(self._store.get(f"round{self._round}-{name}"))
+
+
+def _stage_groups(spec: SyncSpec) -> list[dist.ProcessGroup]:
+    """The tensor-parallel group of each pipeline stage; every process of the default group calls this."""
+    size = spec.layout.tensor
+    return [dist.new_group(list(range(stage * size, (stage + 1) * size))) for stage in range(spec.layout.pipeline)]

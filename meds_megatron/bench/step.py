@@ -3,15 +3,15 @@
 import copy
 import json
 import tempfile
-from contextlib import ExitStack
 
 from meds_megatron.bench import rollout as rollout_bench
 from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.config.validate import validate_model
 from meds_megatron.embedded.source import ensure_model
+from meds_megatron.launch.cluster import ray_cluster
 from meds_megatron.trainer.main import resolve_device, train
-from meds_megatron.trainer.parts import read_prompts, start_ray
+from meds_megatron.trainer.prompts import read_prompts
 from meds_megatron.trainer.run_dir import RunDirectory
 
 
@@ -21,8 +21,7 @@ def rollout(config: Config, rounds: int) -> dict:
     model_dir = ensure_model(config.model, config.data, config.cache_dir)
     validate_model(config, ModelShape.from_hf(model_dir))
     prompts = read_prompts(config, model_dir).train[: config.train.prompts_per_step]
-    with ExitStack() as stack:
-        start_ray(config, stack)
+    with ray_cluster(config.cluster):
         token_ids = [prompt.token_ids for prompt in prompts]
         return rollout_bench.run(config, str(model_dir), token_ids, config.cluster.device == "cuda", rounds)
 

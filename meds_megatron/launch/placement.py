@@ -1,8 +1,8 @@
-"""Where ranks and engines run: pure functions of the config, and their translation into Ray's terms.
+"""Nodes and GPUs of ranks and engines: pure functions of the config, and the Ray options that follow.
 
-A run owns its nodes whole. The trainer's nodes come first: rank r has one GPU of them to itself among the ranks. Every
-engine takes `rollout.tensor` neighbouring GPUs of one node: of those that the ranks have, too, or with `rollout.nodes`
-of further nodes. Without GPUs only the node matters, and one machine may stand in for several.
+A run owns its nodes whole. The trainer's nodes come first: rank r has one of their GPUs, which no other rank has. Every
+engine has `rollout.tensor` neighbouring GPUs of one node: the same ones as the ranks, or with `rollout.nodes` those of
+further nodes. Without GPUs only the node matters, and one machine may stand in for several.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from meds_megatron.config import ClusterConfig, RolloutConfig
 
 @dataclass(frozen=True)
 class Place:
-    """A node of the run, counted from 0, and GPUs of it."""
+    """A node of the run, counted from 0, and some of its GPUs."""
 
     node: int
     gpus: tuple[int, ...]
@@ -28,9 +28,9 @@ def rank_places(cluster: ClusterConfig) -> list[Place]:
 
 
 def engine_places(cluster: ClusterConfig, rollout: RolloutConfig) -> list[Place]:
-    """The place of each engine; the nodes take turns, so that a few engines spread over all of them.
+    """The place of each engine; round-robin over the nodes.
 
-    `config.validate` has seen to it that engines fit the GPUs.
+    `config.validate` has checked that the engines fit the GPUs.
     """
     first, nodes = (0, cluster.nodes) if rollout.nodes is None else (cluster.nodes, rollout.nodes)
     places = []
@@ -50,7 +50,7 @@ class Placement:
     """The reserved nodes of a run."""
 
     def __init__(self, cluster: ClusterConfig, use_gpu: bool, engine_nodes: int = 0):
-        """Reserves the trainer's nodes and `engine_nodes` more; `wait` returns when Ray has found them."""
+        """Requests the trainer's nodes and `engine_nodes` more; `wait` returns when Ray has reserved them."""
         from ray.util.placement_group import placement_group
 
         self._use_gpu = use_gpu
@@ -63,23 +63,23 @@ class Placement:
         """Whether the nodes could be reserved within `seconds`."""
         return self._group.wait(seconds)
 
-    def options(self, place: Place, environment: dict[str, str]) -> dict[str, Any]:
-        """Options of a Ray actor at `place`, with the variables of its process."""
+    def options(self, place: Place, env_vars: dict[str, str]) -> dict[str, Any]:
+        """Options of a Ray actor at `place`, with the environment variables of its process."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         if not self._use_gpu:
-            environment = environment | {"CUDA_VISIBLE_DEVICES": ""}
+            env_vars = env_vars | {"CUDA_VISIBLE_DEVICES": ""}
         else:
-            # The run owns the reserved GPUs and hands them out itself: several actors share one.
+            # The run owns the reserved GPUs and assigns them itself: several actors share one.
             gpus = visible_gpus(place, self._gpus_per_node)
-            environment = environment | {
+            env_vars = env_vars | {
                 "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
                 "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             }
         return {
             "num_cpus": 0,
             "num_gpus": 0,
-            "runtime_env": {"env_vars": environment},
+            "runtime_env": {"env_vars": env_vars},
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 self._group, placement_group_bundle_index=place.node
             ),

@@ -1,5 +1,6 @@
-"""What a run shows while it trains: a live view on a terminal, one plain line a step anywhere else."""
+"""Progress of a run: a live view on a terminal, one plain line a step anywhere else."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -40,12 +41,12 @@ COLUMNS = {  # heading: (metric, format)
 class Console:
     """Shows the progress of a run; a context manager.
 
-    `phase(name)` says what goes on now, `step(step, metrics)` shows a finished step, `note(text)` one sentence that
-    must not be missed. Metrics go by the names of `metrics.jsonl`; step 0 is what was measured before training.
+    `phase(name)` shows the phase under way, `step(step, metrics)` a finished step, `note(text)` one sentence that must
+    not be missed. Metrics have the names of `metrics.jsonl`; step 0 is the validation before training.
     """
 
     def __init__(self, config: Config, file: TextIO | None = None, rich: RichConsole | None = None):
-        """`file` (default: the standard output) or a console of rich's own is where it is shown."""
+        """Output goes to `file` (default: the standard output), or to a console of rich's own."""
         self._name = config.name
         self._rich = rich or RichConsole(file=file, highlight=False)
         self._steps = config.train.steps
@@ -125,7 +126,7 @@ class Console:
         return Text.assemble(("  accuracy  ", "bold"), (sparks, "green"), f"  {recent[-1]:.3f}")
 
     def _phase_bar(self, metrics: Mapping[str, float]) -> Text:
-        """The last step's time as one bar, cut by phase; a phase too short to be seen in it is left out."""
+        """The last step's time as one bar, divided by phase; a phase too short to be visible is left out."""
         phases = _phases(metrics)
         total = max(metrics.get("time/step", 0.0), sum(phases.values()), 1e-9)
         bar, legend = Text.assemble(("  time      ", "bold")), Text(" " * 12)
@@ -153,6 +154,17 @@ class Console:
         if "validation/accuracy" in metrics:
             parts.append(f"validation {metrics['validation/accuracy']:.3f}")
         return "  ".join(parts)
+
+
+class ConsoleHandler(logging.Handler):
+    """Shows log records as notes."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.note(self.format(record))
 
 
 def _phases(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -1,45 +1,96 @@
 """The algorithm: MEDS, a step at a time."""
 
-from meds_megatron.trainer.batch import Batch
-from meds_megatron.trainer.collect import collect
-from meds_megatron.trainer.measure import measure
-from meds_megatron.trainer.parts import Parts
-from meds_megatron.trainer.report import report_step
-from meds_megatron.trainer.state import RunState
-from meds_megatron.trainer.validation import validate
+import logging
+
+from meds_megatron.config import Config
+from meds_megatron.rollout.pool import EnginePool
+from meds_megatron.rollout.producer import GroupProducer
+from meds_megatron.rollout.samples import failed_gradings
+from meds_megatron.trainer.collect import collect, shortfall
+from meds_megatron.trainer.error_memory import ErrorMemory
+from meds_megatron.trainer.policy_group import PolicyGroup
+from meds_megatron.trainer.prompts import Prompts
+from meds_megatron.trainer.report import check_mismatch, sampling_metrics, throughput_metrics, training_metrics
+from meds_megatron.trainer.rollout_table import rollout_columns
+from meds_megatron.trainer.run_dir import RunDirectory
+from meds_megatron.trainer.run_log import RunLog
+from meds_megatron.trainer.scoring import score, training_batch
+from meds_megatron.trainer.state import TrainerState
+from meds_megatron.trainer.timer import PhaseTimer
+from meds_megatron.trainer.validation import validate, validation_due
+from meds_megatron.trainer.weight_sync import WeightSync
+
+logger = logging.getLogger(__name__)
 
 
-def train(parts: Parts, state: RunState) -> None:
-    """Trains from `state.step` to `train.steps`; `parts` are the machines and graders that do the work."""
-    config, timer = parts.config, parts.timer
-    if state.step == 0 and parts.validation_due(0):
-        parts.report(0, validate(parts, step=0) | timer.take())
+def train(
+    config: Config,
+    state: TrainerState,
+    prompts: Prompts,
+    policy: PolicyGroup,
+    pool: EnginePool,
+    weight_sync: WeightSync,
+    producer: GroupProducer,
+    memory: ErrorMemory,
+    run: RunDirectory,
+    log: RunLog,
+    timer: PhaseTimer,
+) -> None:
+    """Trains from `state.step` to `train.steps`; the engines have the policy's weights already.
+
+    Raises UserError when a step cannot be filled (`filter.when_short: stop`), when an engine fails too often, and when
+    trainer and engines disagree by more than `sync.max_logprob_difference`.
+    """
+    if state.step == 0 and validation_due(0, prompts, config):
+        log.log(0, validate(prompts.validation, config, producer, weight_sync, timer) | timer.take())
 
     while state.step < config.train.steps:
         state.step += 1
-        metrics: dict[str, float] = {}
-
         # Rollout, reward and group filter, as often as it takes to fill the step.
-        collected = collect(state, parts)
-        # One forward pass gives the old log-probs and the fingerprints. How often was each mistake made before?
-        # Mistakes that recur cost more. (A filter on the shaped score has measured already what it judged.)
-        measure(collected.unmeasured, parts)
-        batch = Batch.of_groups(collected.kept, config.train.mini_batch_prompts, parts.policy.layout.data)
-        batch.take_advantages(config.advantage)
+        rollouts = collect(state, prompts.train, config, producer, weight_sync, pool, policy, memory, timer)
+
+        # The GPUs are the trainer's until the engines wake. One forward pass gives the old log-probs and the
+        # fingerprints, one lookup the earlier mistakes of the same kind: mistakes that recur cost more.
+        pool.sleep()
+        if config.filter.metric != "shaped":
+            score(rollouts, policy, memory, config, timer)
+        batch, minibatches_B = training_batch(rollouts, config)
 
         # The memory remembers and reclusters while the policy learns.
-        parts.memory.remember(collected.mistakes)
+        memory.remember(*rollouts.lookup_arguments(rollouts.rows_to_remember(config)))
         updates = []
-        if batch.samples:
+        if len(batch):
             with timer("update"):
-                updates = parts.policy.update(batch.shards(), state.step - 1)
+                updates = policy.update(batch, minibatches_B, state.step - 1)
             with timer("sync"):
-                state.weights_version += 1
-                parts.sync.update(state.weights_version)
+                weight_sync.update()
+                state.policy_version = weight_sync.version
 
-        if parts.validation_due(state.step):
-            metrics |= validate(parts, state.step)
-        if parts.export_due(state.step):
+        metrics = sampling_metrics(rollouts) | pool.metrics()
+        metrics |= training_metrics(batch, updates, config.penalty.target)
+        if validation_due(state.step, prompts, config):
+            metrics |= validate(prompts.validation, config, producer, weight_sync, timer)
+        if export_due(state.step, config):
             with timer("export"):
-                parts.policy.export(str(parts.run.hf_export(state.step)))
-        report_step(parts, state, collected, batch, updates, metrics)
+                policy.export(str(run.hf_export(state.step)))
+        with timer("memory"):
+            memory.wait()
+            metrics |= memory.metrics()
+
+        state.prompts_seen += len(rollouts.groups)
+        state.tokens_seen += len(batch.rollout_logprobs_R)
+        metrics |= {"progress/prompts": state.prompts_seen, "progress/tokens": state.tokens_seen} | timer.take()
+        if sentence := shortfall(rollouts, config):
+            logger.warning("step %d: %s: the step goes on with those", state.step, sentence)
+        if failed := failed_gradings(rollouts.groups):
+            logger.warning("step %d: grading failed for %d responses, not remembered", state.step, failed)
+        log.log(state.step, metrics | throughput_metrics(metrics))
+        if config.train.save_rollouts:
+            run.save_rollouts(state.step, rollout_columns(rollouts, batch.advantages_B))
+        check_mismatch(state.step, metrics, config)
+
+
+def export_due(step: int, config: Config) -> bool:
+    """Every `train.export_every` steps and after the last one."""
+    every = config.train.export_every
+    return config.train.export_hf and bool((every and step % every == 0) or step == config.train.steps)

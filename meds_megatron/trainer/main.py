@@ -1,5 +1,8 @@
 """`meds train`: from a config to a trained model."""
 
+import logging
+import secrets
+import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,41 +13,81 @@ from meds_megatron.config.validate import validate, validate_model
 from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.embedded.source import ensure_model
 from meds_megatron.errors import UserError
+from meds_megatron.launch.cluster import ray_cluster, reserve_nodes
+from meds_megatron.logs import configure_process_logging
+from meds_megatron.reward.grading import GraderPool
+from meds_megatron.rollout.pool import EnginePool
+from meds_megatron.rollout.producer import GroupProducer
 from meds_megatron.trainer import loop
-from meds_megatron.trainer.console import Console
-from meds_megatron.trainer.parts import Prompts, read_prompts, start_parts, start_ray
+from meds_megatron.trainer.console import Console, ConsoleHandler
+from meds_megatron.trainer.error_memory import ErrorMemory
+from meds_megatron.trainer.policy_group import PolicyGroup
+from meds_megatron.trainer.prompts import Prompts, read_prompts
 from meds_megatron.trainer.run_dir import RunDirectory
-from meds_megatron.trainer.state import RunState
+from meds_megatron.trainer.run_log import RunLog
+from meds_megatron.trainer.state import TrainerState
+from meds_megatron.trainer.timer import PhaseTimer
+from meds_megatron.trainer.weight_sync import WeightSync
+from meds_megatron.weights.resharding.transport import SHARED_MEMORY
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: Config) -> None:
-    """Runs `config` to its end. Raises UserError, before anything is started, for whatever can be told by then."""
+    """Runs `config` to its end. Raises UserError, before anything is started, for what can be found out by then."""
     config.cluster.device = resolve_device(config.cluster.device)
     validate(config)
     check_machine(config)
-    model_dir = ensure_model(config.model, config.data, config.cache_dir, report=_say)
+    model_dir = ensure_model(config.model, config.data, config.cache_dir, report=_print_progress)
     validate_model(config, ModelShape.from_hf(model_dir))
     prompts = read_prompts(config, model_dir)
     run = RunDirectory.create(config)
+    # Processes on other nodes have other working directories.
+    config.run_dir = str(run.path)
     try:
-        _run(config, model_dir, prompts, run)
+        with ExitStack() as stack:
+            _run(config, model_dir, prompts, run, stack)
     except BaseException:
         run.discard_if_empty()
         raise
 
 
-def _run(config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory) -> None:
-    with ExitStack() as stack:
-        console = stack.enter_context(Console(config))
-        if prompts.skipped:
-            console.note(f"{prompts.skipped} prompts are longer than rollout.max_prompt_tokens and were left out")
-        console.phase("starting engines and trainer ranks")
-        start_ray(config, stack)
-        parts = start_parts(config, model_dir, prompts, run, console, stack)
-        state = RunState(PromptSampler(len(parts.prompts), config.train.seed, config.data.shuffle))
-        loop.train(parts, state)
-        if config.train.export_hf:
-            console.note(f"the trained model is in {run.hf_export(state.step)}")
+def _run(config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory, stack: ExitStack) -> None:
+    """Starts the parts of a run side by side, trains, and ends them in reverse order."""
+    console = stack.enter_context(Console(config))
+    configure_process_logging(run.path, "driver", terminal=ConsoleHandler(console))
+    stack.callback(logging.basicConfig, force=True)
+    if prompts.skipped:
+        logger.warning("%d prompts are longer than rollout.max_prompt_tokens and were left out", prompts.skipped)
+    console.phase("starting engines and trainer ranks")
+    use_gpu = config.cluster.device == "cuda"
+    stack.enter_context(ray_cluster(config.cluster))
+    # Removed last, when no rank can write into it any more.
+    shared_directory = SHARED_MEMORY / f"meds-weights-{secrets.token_hex(8)}"
+    stack.callback(shutil.rmtree, shared_directory, ignore_errors=True)
+    placement = reserve_nodes(config, use_gpu)
+    policy = PolicyGroup(config, str(model_dir), placement)
+    stack.callback(policy.close)
+    if use_gpu:
+        # vLLM measures the free memory of a GPU that a trainer rank shares with it: the rank has to be there first.
+        policy.start()
+    pool = EnginePool(config, str(model_dir), use_gpu, placement, read_weights=False)
+    stack.callback(pool.close)
+    memory = ErrorMemory(config, placement)
+    stack.callback(memory.close)
+    graders = stack.enter_context(GraderPool(config.reward.workers, config.reward.timeout_seconds))
+    state = TrainerState(PromptSampler(len(prompts.train), config.train.seed, config.data.shuffle))
+    log = stack.enter_context(RunLog(run, config, console, state.wandb_id))
+    state.wandb_id = log.wandb_id
+    if not use_gpu:
+        policy.start()
+    pool.start()
+    weight_sync = WeightSync(config, ModelShape.from_hf(model_dir), policy, pool, str(shared_directory))
+    weight_sync.update()
+    producer = GroupProducer(pool, graders, config)
+    loop.train(config, state, prompts, policy, pool, weight_sync, producer, memory, run, log, PhaseTimer(console))
+    if config.train.export_hf:
+        console.note(f"the trained model is in {run.hf_export(state.step)}")
 
 
 def check_machine(config: Config) -> None:
@@ -60,10 +103,6 @@ def check_machine(config: Config) -> None:
             )
 
 
-def _say(text: str) -> None:
-    print(f"meds: {text}", file=sys.stderr)
-
-
 def resolve_device(device: str) -> str:
     """`auto` becomes `cuda` on a machine that has it, else `cpu`."""
     if device != "auto":
@@ -71,3 +110,7 @@ def resolve_device(device: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _print_progress(text: str) -> None:
+    print(f"meds: {text}", file=sys.stderr)

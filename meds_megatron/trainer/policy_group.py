@@ -1,92 +1,124 @@
-"""The trainer ranks as the driver sees them: one object whose calls reach every rank."""
+"""The trainer ranks as one object: every call reaches all of them."""
 
+from collections.abc import Callable
+
+import numpy as np
 import ray
 
-from meds_megatron.actor.environment import rank_environment
-from meds_megatron.actor.messages import ForwardReply, Rendezvous, UpdateResult
-from meds_megatron.actor.step_data import StepData
-from meds_megatron.actor.worker import PolicyWorker
+from meds_megatron.actor.schedule import Schedule, schedule
+from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput, scatter_ragged
+from meds_megatron.actor.worker import PolicyWorker, rank_env_vars
 from meds_megatron.config import Config
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.launch.placement import Placement, rank_places
-from meds_megatron.weights.resharding.messages import SyncSpec
-from meds_megatron.weights.resharding.transport.network import Meeting
+from meds_megatron.weights.resharding.types import SyncSpec
 
 CLOSE_SECONDS = 5
 
 
 class PolicyGroup:
-    """Starts a Ray actor a rank and speaks to them together."""
+    """A Ray actor for each trainer rank; the constructor starts them, `start` waits until the model is loaded."""
 
     def __init__(self, config: Config, model_dir: str, placement: Placement):
         self.layout = ParallelLayout.from_config(config)
-        self._model_dir = model_dir
-        worker, environment = ray.remote(PolicyWorker), rank_environment(config)
+        self._config, self._model_dir = config, model_dir
+        worker, env_vars = ray.remote(PolicyWorker), rank_env_vars(config)
         self._workers = [
-            worker.options(**placement.options(place, environment)).remote(config)
-            for place in rank_places(config.cluster)
+            worker.options(**placement.options(place, env_vars)).remote(config, rank)
+            for rank, place in enumerate(rank_places(config.cluster))
         ]
-        self._config = config
 
     def start(self) -> None:
-        """Returns when every rank has met the others and loaded its share of the model."""
+        """Returns when the ranks have formed their process groups and loaded the model."""
         world = self.layout.ranks
-        host, port = ray.get(self._workers[0].open_rendezvous.remote(world))
-        timeout = self._config.cluster.collective_timeout_minutes
-        ray.get(
-            [
-                worker.start.remote(Rendezvous(host, port, rank, world, timeout), self._model_dir)
-                for rank, worker in enumerate(self._workers)
-            ]
-        )
+        host, port = ray.get(self._workers[0].open_store.remote(world))
+        self._on_all("start", host, port, world, self._model_dir)
 
-    def forward(self, shards: list[StepData]) -> list[ForwardReply]:
-        """Forward results of each data-parallel rank's shard."""
-        results = self._on_shards("forward", shards)
-        return [next(result for result in replica if result is not None) for replica in results]
+    def forward(self, batch: TrainBatch, minibatches_B: np.ndarray) -> ForwardOutput:
+        """Results for all rows of `batch`; those of rows without a mini-batch are 0.
 
-    def update(self, shards: list[StepData], step: int) -> list[list[UpdateResult]]:
-        """For each data-parallel rank, its optimizer steps (their sums from the rank that speaks for the replica)."""
-        results = self._on_shards("update", shards, step)
-        return [max(replica, key=lambda steps: len(steps[0].sums)) for replica in results]
+        The micro-batches are those of an update with the same mini-batches, so that its first log-probs are these.
+        """
+        work = self._schedule(batch, minibatches_B)
+        flat = [[rows for micro_batches in minibatches for rows in micro_batches] for minibatches in work.micro_batches]
+        replicas = self._on_shards("forward", batch, work, flat)
+        outputs = [next(output for output in replica if output is not None) for replica in replicas]
+        return scatter(outputs, work.rows, batch.response_lengths_B)
 
-    def prepare_sync(self, spec: SyncSpec) -> None:
+    def update(self, batch: TrainBatch, minibatches_B: np.ndarray, step: int) -> list[UpdateOutput]:
+        """The optimizer steps of training step `step`, one a mini-batch."""
+        work = self._schedule(batch, minibatches_B)
+        replicas = self._on_shards("update", batch, work, work.micro_batches, step)
+        # Of each replica only ranks of the last stage have sums, and all of them the same.
+        outputs = [max(replica, key=lambda updates: len(updates[0].token_sums)) for replica in replicas]
+        return [add_up(of_replicas) for of_replicas in zip(*outputs, strict=True)]
+
+    def prepare_weight_sync(self, spec: SyncSpec) -> None:
         """Makes every rank ready to send its share of the weights."""
-        self._on_all("prepare_sync", spec)
-
-    def open_meeting(self, rank: int, engine: int, senders: int, receivers: int) -> Meeting:
-        """Where trainer ranks and the ranks of an engine meet: at trainer rank `rank`."""
-        return ray.get(self.on_rank(rank, "open_meeting", engine, senders, receivers))
+        self._on_all("prepare_weight_sync", spec)
 
     def on_rank(self, rank: int, method: str, *args) -> ray.ObjectRef:
         """Calls a method of one rank."""
         return getattr(self._workers[rank], method).remote(*args)
 
     def export(self, directory: str) -> None:
+        """Writes the model as a Hugging Face directory."""
         self._on_all("export", directory, self._model_dir)
 
     def free_cached_memory(self) -> None:
-        """Leaves the GPUs' memory that is not in use to the engines that share them."""
+        """Returns unused GPU memory of all ranks to the engines that share the GPUs."""
         self._on_all("free_cached_memory")
 
     def close(self) -> None:
         """Ends the ranks; those of other nodes get CLOSE_SECONDS to clear their nodes' shared memory."""
         if self._config.cluster.nodes > 1:
-            calls = [worker.close.remote() for worker in self._workers]
+            calls = [worker.weights.remote("close") for worker in self._workers]
             ray.wait(calls, num_returns=len(calls), timeout=CLOSE_SECONDS)
         for worker in self._workers:
             ray.kill(worker)
 
+    def _schedule(self, batch: TrainBatch, minibatches_B: np.ndarray) -> Schedule:
+        multiple = self.layout.pipeline if self.layout.virtual > 1 else 1
+        size = self._config.train.micro_batch_responses
+        return schedule(batch.lengths_B, minibatches_B, self.layout.data, size, multiple)
+
     def _on_all(self, method: str, *args) -> list:
         return ray.get([getattr(worker, method).remote(*args) for worker in self._workers])
 
-    def _on_shards(self, method: str, shards: list[StepData], *args) -> list[list]:
-        """Calls `method` on every rank with its data-parallel rank's shard; results by data-parallel rank."""
-        references = [ray.put(shard) for shard in shards]
+    def _on_shards(self, method: str, batch: TrainBatch, work: Schedule, micro_batches: list, *args) -> list[list]:
+        """Calls `method` on every rank with its data-parallel rank's rows and micro-batches; results by data-parallel
+        rank."""
+        shards = [ray.put(batch.select(rows)) for rows in work.rows]
         calls = []
         for rank, worker in enumerate(self._workers):
-            calls.append(getattr(worker, method).remote(references[self.layout.coordinates(rank).data], *args))
+            data = self.layout.coordinates(rank).data
+            calls.append(getattr(worker, method).remote(shards[data], micro_batches[data], *args))
         results: list[list] = [[] for _ in shards]
         for rank, result in enumerate(ray.get(calls)):
             results[self.layout.coordinates(rank).data].append(result)
         return results
+
+
+def scatter(outputs: list[ForwardOutput], rows: list[np.ndarray], lengths_B: np.ndarray) -> ForwardOutput:
+    """The outputs of data-parallel ranks in the order of the whole batch, 0 for rows of no rank."""
+    rest = np.setdiff1d(np.arange(len(lengths_B)), np.concatenate(rows))
+    zeros_R = np.zeros(lengths_B[rest].sum(), dtype=np.float32)
+
+    def ragged(values_of: Callable[[ForwardOutput], np.ndarray]) -> np.ndarray:
+        return scatter_ragged([*map(values_of, outputs), zeros_R], [*rows, rest], lengths_B)
+
+    fingerprints_BL = np.zeros((len(lengths_B), outputs[0].fingerprints_BL.shape[1]), dtype=np.float32)
+    for rank_rows, output in zip(rows, outputs, strict=True):
+        fingerprints_BL[rank_rows] = output.fingerprints_BL
+    return ForwardOutput(
+        logprobs_R=ragged(lambda output: output.logprobs_R),
+        entropy_R=ragged(lambda output: output.entropy_R),
+        fingerprints_BL=fingerprints_BL,
+    )
+
+
+def add_up(updates: tuple[UpdateOutput, ...]) -> UpdateOutput:
+    """One optimizer step from the parts of the data-parallel ranks."""
+    first = updates[0]
+    sums = {name: sum(update.token_sums[name] for update in updates) for name in first.token_sums}
+    return UpdateOutput(sum(update.loss for update in updates), sums, first.grad_norm, first.learning_rate)

@@ -1,4 +1,4 @@
-"""The directory of a run: its config, metrics, rollouts, checkpoints and exports, and who may write there."""
+"""The directory of a run: its config, metrics, rollouts, checkpoints, exports and logs, and its one writer."""
 
 import os
 import shutil
@@ -16,20 +16,23 @@ ROLLOUT_SCHEMA = pa.schema(
         ("step", pa.int32()),
         ("key", pa.string()),  # memory key: the problem's id and the correctness group
         ("group", pa.int32()),  # responses to the same prompt share it within a step
+        ("source", pa.string()),  # of the problem: its data set, or kind of problem
         ("prompt", pa.string()),
         ("answer", pa.string()),  # the expected one
         ("response", pa.string()),
+        ("response_token_ids", pa.list_(pa.int32())),
         ("prompt_tokens", pa.int32()),
         ("response_tokens", pa.int32()),
         ("correct", pa.bool_()),
         ("outcome", pa.string()),  # of the grading: graded, no_answer, timeout, error
         ("score", pa.float32()),  # correctness plus over-long penalty
         ("penalty", pa.float32()),
-        ("cluster_size", pa.int64()),  # how often the memory has seen this mistake
+        ("cluster_size", pa.int64()),  # earlier mistakes of the same cluster
+        ("cluster_label", pa.int64()),  # of that cluster at the time: -1 noise, -2 no history
         ("shaped_score", pa.float32()),
         ("advantage", pa.float32()),
         ("fingerprint", pa.list_(pa.float32())),  # one value a layer
-        ("weights_version", pa.int64()),
+        ("policy_version", pa.int64()),  # of the weights that generated it
         ("kept", pa.bool_()),  # by the group filter
     ]
 )
@@ -47,7 +50,7 @@ class RunDirectory:
         run = cls(config.run_dir)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
-            # Making this folder is what claims the directory: of two launches at once only one succeeds.
+            # Making this folder claims the directory: of two launches at once only one succeeds.
             run.rollouts.mkdir()
         except FileExistsError as error:
             raise UserError(
@@ -76,10 +79,6 @@ class RunDirectory:
     @property
     def rollouts(self) -> Path:
         return self.path / "rollouts"
-
-    @property
-    def wandb_id(self) -> Path:
-        return self.path / "wandb_id"
 
     def rollouts_of(self, step: int) -> Path:
         return self.rollouts / f"step_{step:06d}.parquet"

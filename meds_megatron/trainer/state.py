@@ -1,19 +1,36 @@
-"""What a run is besides its weights: the one object that has to survive a restart."""
+"""Everything that a restart needs besides weights, optimizer and error memory."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from meds_megatron.data.sampler import PromptSampler
 
 
 @dataclass
-class RunState:
-    """Owned by the driver's loop; nothing else changes it."""
+class TrainerState:
+    """Position of a run; only the training loop changes it. Dynamic sampling leaves nothing over: groups beyond a full
+    step are dropped, as published."""
 
     sampler: PromptSampler
     step: int = 0
     """Training steps done."""
-    weights_version: int = 0
-    """Of the weights that the engines have; the number of updates they went through."""
+    policy_version: int = 0
+    """Weight updates of the engines so far."""
     prompts_seen: int = 0
     tokens_seen: int = 0
     """Response tokens trained on."""
+    wandb_id: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**self._counters(), "sampler": self.sampler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken. Raises UserError when it was taken over other data, KeyError when a key is
+        missing."""
+        self.sampler.load_state_dict(state["sampler"])
+        for name in self._counters():
+            setattr(self, name, state[name])
+
+    def _counters(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "sampler"}

@@ -1,26 +1,51 @@
-"""How good the policy is on held-out problems."""
+"""Accuracy of the policy on held-out problems."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
-from meds_megatron.rollout.sampling import Sampling
-from meds_megatron.trainer.groups import failed_gradings, grade_groups
-from meds_megatron.trainer.parts import Parts
+from meds_megatron.config import Config
+from meds_megatron.data.prompts import Prompt
+from meds_megatron.rollout.producer import GroupProducer
+from meds_megatron.rollout.samples import failed_gradings
+from meds_megatron.rollout.settings import Sampling
+from meds_megatron.trainer.collect import generate
+from meds_megatron.trainer.prompts import Prompts
+from meds_megatron.trainer.timer import PhaseTimer
+from meds_megatron.trainer.weight_sync import WeightSync
+
+logger = logging.getLogger(__name__)
 
 
-def validate(parts: Parts, step: int) -> dict[str, float]:
-    """Accuracy over all validation prompts, a mean over `rollout.validation_responses` responses each."""
-    config, prompts = parts.config, parts.validation_prompts
-    with parts.timer("validation"):
-        sampling = Sampling.validation(config.rollout)
+def validation_due(step: int, prompts: Prompts, config: Config) -> bool:
+    """Before the first step, every `train.validate_every` steps and after the last one, if there are prompts for it."""
+    every = config.train.validate_every
+    return bool(every and prompts.validation) and (step % every == 0 or step == config.train.steps)
+
+
+def validate(
+    prompts: Sequence[Prompt], config: Config, producer: GroupProducer, weight_sync: WeightSync, timer: PhaseTimer
+) -> dict[str, float]:
+    """Accuracy over all prompts and over those of each data set, each prompt's a mean over
+    `rollout.validation_responses` responses; `solved` counts prompts with at least one right response."""
+    with timer("validation"):
+        weight_sync.wake_engines()
         # The same draws every time, so that two validations differ by the policy alone.
-        responses = parts.engines.generate([p.token_ids for p in prompts], sampling, seed=config.train.seed)
-        groups = grade_groups(prompts, responses, parts.graders, config)
+        sampling = Sampling.validation(config.rollout)
+        groups = generate(prompts, sampling, config.train.seed, producer, weight_sync)
     failed = failed_gradings(groups)
+    lengths = [len(sample.completion.token_ids_R) for group in groups for sample in group.samples]
     if failed:
-        parts.console.note(f"validation: grading failed for {failed} of {len(responses)} responses, counted as wrong")
+        logger.warning("validation: grading failed for %d of %d responses, counted as wrong", failed, len(lengths))
+    by_data_set: dict[str, list[float]] = defaultdict(list)
+    for group in groups:
+        by_data_set[group.prompt.problem.data_set].append(float(np.mean(group.accuracy)))
     return {
         "validation/grading_failed": failed,
         "validation/accuracy": float(np.mean([np.mean(group.accuracy) for group in groups])),
         "validation/solved": float(np.mean([max(group.accuracy) for group in groups])),
-        "validation/response_length_mean": float(np.mean([len(response.token_ids) for response in responses])),
+        "validation/response_length_mean": float(np.mean(lengths)),
+        **{f"validation/{name}/accuracy": float(np.mean(values)) for name, values in by_data_set.items()},
     }

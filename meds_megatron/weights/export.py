@@ -1,26 +1,20 @@
-"""A Hugging Face directory from the model chunks of all ranks.
+"""A Hugging Face directory from the model chunks of all ranks."""
 
-`export_hf` does it all and is called by every rank. It is made of three steps, with a barrier between them, that a
-caller with other needs can take himself: `begin_hf` (one rank), `write_stage` (each pipeline stage), `finish_hf` (one
-rank).
-"""
-
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor, nn
+from torch import nn
 
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.weights.chunks import local_parameters, local_table
-from meds_megatron.weights.directory import writing_directory
+from meds_megatron.weights.chunks import local_table, rank_parameters
+from meds_megatron.weights.directory import new_directory, writing_directory
 from meds_megatron.weights.gather import iterate_hf
-from meds_megatron.weights.hf_directory import MAX_FILE_BYTES, begin_hf, finish_hf, write_tensors
-from meds_megatron.weights.table import HfShape
+from meds_megatron.weights.hf_directory import MAX_FILE_BYTES, finish_hf, write_tensors
 
 
 def export_hf(
@@ -36,7 +30,7 @@ def export_hf(
 
     `source` gives the configuration and tokenizer, `dtype` the type of the weights (default: the model's own). Of
     each pipeline stage the first rank (tensor- and data-parallel rank 0) writes files of at most `max_file_bytes` (one
-    tensor may exceed it), so the stages need a common file system. Beside the model, memory holds one layer group.
+    tensor may exceed it), so the stages need a common file system. Beside the model, memory holds one bucket.
 
     Raises UserError on every rank when one fails: an existing `directory` without `overwrite`, no config.json in
     `source`, a full disk.
@@ -44,60 +38,50 @@ def export_hf(
     first_rank = dist.get_rank() == 0
     first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     dtype = dtype or next(model_chunks[0].parameters()).dtype
+    writing = writing_directory(directory)
 
     def begin() -> None:
         if first_rank:
-            begin_hf(directory, source, overwrite)
+            if not (Path(source) / "config.json").is_file():
+                raise UserError(f"{source} has no config.json: name the model directory that training started from")
+            created.enter_context(new_directory(directory, overwrite))
 
     def write() -> None:
         if first_replica:
-            stage = parallel_state.get_pipeline_model_parallel_rank()
-            write_stage(model_chunks, shape, directory, stage, dtype, max_file_bytes)
+            try:
+                _write_stage(model_chunks, shape, writing, dtype, max_file_bytes)
+            except OSError as error:
+                raise UserError(f"writing the export {directory} failed: {error}") from error
 
     def finish() -> None:
         if first_rank:
-            finish_hf(shape, directory, source, dtype, overwrite)
+            finish_hf(shape, directory, writing, source, dtype)
 
-    _on_all_ranks(begin)
-    try:
-        _on_all_ranks(write)
-        _on_all_ranks(finish)
-    except Exception:
-        if first_rank:
-            shutil.rmtree(writing_directory(directory), ignore_errors=True)
-        raise
+    with ExitStack() as created:
+        # Closing `created` gives the directory its name; an error removes it instead.
+        for step in (begin, write, finish, created.close):
+            _on_all_ranks(step)
 
 
-def write_stage(
-    model_chunks: list[nn.Module],
-    shape: ModelShape,
-    directory: str | Path,
-    stage: int,
-    dtype: torch.dtype,
-    max_file_bytes: int = MAX_FILE_BYTES,
-    tp_group: dist.ProcessGroup | None = None,
+def _write_stage(
+    model_chunks: list[nn.Module], shape: ModelShape, writing: Path, dtype: torch.dtype, max_file_bytes: int
 ) -> None:
-    """Writes the tensors of pipeline stage `stage`; called by all tensor-parallel ranks of one of its replicas.
+    """Writes the tensors of this pipeline stage; called by all tensor-parallel ranks of one of its replicas.
 
-    Raises UserError when the file system refuses, after the other ranks of the group have been served: none is left
-    waiting in a gather.
+    Where the file system refuses, raises OSError after the last gather: no other rank of the group waits in one.
     """
-    tp_group = tp_group or parallel_state.get_tensor_model_parallel_group()
-    groups = iterate_hf(model_chunks, shape, tp_group)
-    if tp_group.rank() == 0:
-        table = local_table(shape, tp_group.size())
-        shapes: dict[str, HfShape] = {}
-        for entry, _ in local_parameters(model_chunks, table, tp_group.size()):
-            if not entry.copy:
-                shapes |= entry.hf_shapes()
-        try:
-            write_tensors(groups, shapes, writing_directory(directory), stage, dtype, max_file_bytes)
-        except OSError as error:
-            raise UserError(f"writing the export {directory} failed: {error}") from error
-        finally:
-            _exhaust(groups)
-    else:
-        _exhaust(groups)
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    buckets = iterate_hf(model_chunks, shape, tp_group)
+    try:
+        if tp_group.rank() == 0:
+            held = rank_parameters(model_chunks, shape, tp_group.size())
+            stored = [row for row in local_table(shape, tp_group.size()).stored if row.name in held]
+            shapes = {name: s for parameter in stored for name, s in parameter.hf_shapes().items()}
+            stage = parallel_state.get_pipeline_model_parallel_rank()
+            write_tensors(buckets, shapes, writing, stage, dtype, max_file_bytes)
+    finally:
+        for _ in buckets:
+            pass
 
 
 def _on_all_ranks(step: Callable[[], None]) -> None:
@@ -114,8 +98,3 @@ def _on_all_ranks(step: Callable[[], None]) -> None:
     for rank, text in enumerate(failures):
         if text is not None:
             raise UserError(f"the export failed on rank {rank}: {text}")
-
-
-def _exhaust(groups: Iterator[dict[str, Tensor]]) -> None:
-    for _ in groups:
-        pass

@@ -1,14 +1,13 @@
-"""A Hugging Face directory, written tensor by tensor.
+"""The files of a Hugging Face directory: safetensors written tensor by tensor, their index, configuration, tokenizer.
 
-`begin_hf`, then `write_tensors` once for each writer (every pipeline stage, or a single one), then `finish_hf`. Until
-that last step the files lie in a hidden directory beside the target, so the target is never half-written.
+`write_tensors` once for each writer (every pipeline stage, or a single one), then `finish_hf` by one process.
 """
 
 import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
 
@@ -17,12 +16,12 @@ from torch import Tensor
 
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.weights.directory import begin_directory, finish_directory, writing_directory
-from meds_megatron.weights.load import INDEX_FILE, SINGLE_FILE
-from meds_megatron.weights.shard_file import ShardFile
+from meds_megatron.weights.load import INDEX_FILE, SINGLE_FILE, open_safetensors
 from meds_megatron.weights.table import HfShape, build_table
 
 MAX_FILE_BYTES = 4 * 2**30
+TYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Types of exported weights, with their names in the safetensors format."""
 
 # Everything beside the weights that makes the directory usable: a model card or training state does not belong here.
 MODEL_FILES = (
@@ -40,60 +39,65 @@ MODEL_FILES = (
 )
 
 
-def begin_hf(directory: str | Path, source: str | Path, overwrite: bool = False) -> None:
-    """Makes the hidden directory that the tensors are written into, clearing what a broken export left there.
-
-    Raises UserError when `directory` exists and is not to be overwritten, or `source` has no config.json.
-    """
-    if not (Path(source) / "config.json").is_file():
-        raise UserError(f"{source} has no config.json: name the model directory that training started from")
-    begin_directory(directory, overwrite)
-
-
 def write_tensors(
-    groups: Iterable[dict[str, Tensor]],
+    buckets: Iterable[dict[str, Tensor]],
     shapes: dict[str, HfShape],
     writing: Path,
     stage: int,
     dtype: torch.dtype,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes the tensors of `groups`, announced by `shapes`, to files in `writing`; `stage` keeps writers apart.
+    """Writes the tensors of `buckets`, on any device, as `dtype` to files in `writing`; `stage` keeps writers apart.
 
-    A file has at most `max_file_bytes`, or one tensor that exceeds them. Takes the tensors out of the dicts, so that
-    none is kept while the next are made. Raises OSError when the file system refuses.
+    `shapes` are the names and shapes of all tensors in the same order. A file has at most `max_file_bytes`, or one
+    tensor that exceeds them. Takes the tensors out of the dicts, so that none is kept while the next are made. Raises
+    OSError when the file system refuses.
     """
-    files = _cut_into_files(shapes, dtype, max_file_bytes)
-    place = {name: number for number, names in enumerate(files) for name in names}
-    open_files: dict[int, ShardFile] = {}
-    for tensors in groups:
-        for name in list(tensors):
-            number = place[name]
-            if number not in open_files:
-                path = writing / f"stage-{stage:04d}-{number:04d}.safetensors"
-                open_files[number] = ShardFile(path, files[number], dtype)
-            open_files[number].write(name, tensors.pop(name))
-            if not open_files[number].missing:
-                open_files.pop(number).close()
+    tensors = _one_by_one(buckets)
+    for number, contents in enumerate(_split_into_files(shapes, dtype, max_file_bytes)):
+        with open(writing / f"stage-{stage:04d}-{number:04d}.safetensors", "wb") as file:
+            file.write(_header(contents, dtype))
+            for announced, (name, tensor) in zip(contents.items(), tensors, strict=False):
+                if announced != (name, tuple(tensor.shape)):
+                    raise ValueError(f"{name}, {list(tensor.shape)}, is written in the place of {announced}")
+                data = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+                file.write(data.view(torch.uint8).numpy())
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def finish_hf(
-    shape: ModelShape, directory: str | Path, source: str | Path, dtype: torch.dtype, overwrite: bool = False
-) -> None:
-    """Checks that every tensor was written once, adds index, configuration and tokenizer, and gives the directory its
-    name. Called by one process after all writers.
+def finish_hf(shape: ModelShape, directory: str | Path, writing: Path, source: str | Path, dtype: torch.dtype) -> None:
+    """Checks that every tensor was written once, names the files and adds index, configuration and tokenizer.
 
-    Raises UserError when a writer's files are missing or broken, or `directory` exists and is not to be overwritten.
+    `writing` holds what becomes `directory`, `source` the configuration and tokenizer. Raises UserError when tensors
+    are missing or files damaged.
     """
-    directory, source = Path(directory), Path(source)
-    writing = writing_directory(directory)
     paths = sorted(writing.glob("stage-*.safetensors"))
-    where = _check_files(paths, build_table(shape).hf_shapes, directory)
-    _name_files(writing, paths, where, dtype)
-    copy_model_files(source, writing)
+    expected = build_table(shape).hf_shapes
+    weight_map: dict[str, str] = {}
+    for number, path in enumerate(paths, start=1):
+        file, final_name = open_safetensors(path), f"model-{number:05d}-of-{len(paths):05d}.safetensors"
+        for name in file.keys():
+            found = tuple(file.get_slice(name).get_shape())
+            if name in weight_map or expected.get(name) != found:
+                raise UserError(f"the export {directory}: {path.name} has an unexpected {name}, {list(found)}")
+            weight_map[name] = final_name
+        os.replace(path, writing / final_name)
+    missing = [name for name in expected if name not in weight_map]
+    if missing:
+        raise UserError(
+            f"the export {directory} lacks {len(missing)} tensors, the first is {missing[0]}:"
+            " all pipeline stages must see the same file system"
+        )
+    if len(paths) == 1:
+        os.replace(writing / final_name, writing / SINGLE_FILE)
+    else:
+        total = sum(prod(s) for s in expected.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": {name: weight_map[name] for name in expected}}
+        (writing / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    copy_model_files(Path(source), writing)
     _set_dtype(writing / "config.json", str(dtype).removeprefix("torch."))
     _add_chat_template(writing)
-    finish_directory(directory, overwrite)
 
 
 def copy_model_files(source: Path, target: Path) -> None:
@@ -103,61 +107,41 @@ def copy_model_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _cut_into_files(shapes: dict[str, HfShape], dtype: torch.dtype, max_bytes: int) -> list[dict[str, HfShape]]:
-    """The tensors in order, cut into files of at most `max_bytes`; a larger tensor gets a file of its own."""
+def _one_by_one(buckets: Iterable[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for tensors in buckets:
+        for name in list(tensors):
+            yield name, tensors.pop(name)
+
+
+def _split_into_files(shapes: dict[str, HfShape], dtype: torch.dtype, max_bytes: int) -> list[dict[str, HfShape]]:
+    """The tensors in order, in files of at most `max_bytes`; a larger tensor gets a file of its own."""
     files: list[dict[str, HfShape]] = []
-    room = 0
+    free = 0
     for name, shape in shapes.items():
         size = prod(shape) * dtype.itemsize
-        if size > room or not files:
+        if size > free or not files:
             files.append({})
-            room = max_bytes
+            free = max_bytes
         files[-1][name] = shape
-        room -= size
+        free -= size
     return files
 
 
-def _check_files(paths: list[Path], expected: dict[str, HfShape], directory: Path) -> dict[str, Path]:
-    """The file of every tensor. Raises UserError unless the files hold exactly the `expected` tensors."""
-    where: dict[str, Path] = {}
-    for path in paths:
-        for name, shape in _read_header(path).items():
-            if name in where or expected.get(name) != shape:
-                raise UserError(f"the export {directory}: {path.name} has an unexpected {name}, {list(shape)}")
-            where[name] = path
-    missing = [name for name in expected if name not in where]
-    if missing:
-        raise UserError(
-            f"the export {directory} lacks {len(missing)} tensors, the first is {missing[0]}:"
-            " all pipeline stages must see the same file system"
-        )
-    return {name: where[name] for name in expected}
+def _header(tensors: dict[str, HfShape], dtype: torch.dtype) -> bytes:
+    """Beginning of a safetensors file with the tensors in this order.
 
-
-def _read_header(path: Path) -> dict[str, HfShape]:
-    """Names and shapes in a safetensors file. Raises UserError when the file is shorter than its header says."""
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    size = 8 + length + max(tensor["data_offsets"][1] for tensor in header.values())
-    if path.stat().st_size != size:
-        raise UserError(f"{path} has {path.stat().st_size} bytes where {size} were written: check the file system")
-    return {name: tuple(tensor["shape"]) for name, tensor in header.items()}
-
-
-def _name_files(writing: Path, paths: list[Path], where: dict[str, Path], dtype: torch.dtype) -> None:
-    """Gives the files the names that transformers looks for, and writes the index that several of them need."""
-    if len(paths) == 1:
-        os.replace(paths[0], writing / SINGLE_FILE)
-        return
-    names = {path: f"model-{i:05d}-of-{len(paths):05d}.safetensors" for i, path in enumerate(paths, start=1)}
-    total = sum(prod(shape) for path in paths for shape in _read_header(path).values()) * dtype.itemsize
-    for path, name in names.items():
-        os.replace(path, writing / name)
-    weight_map = {name: names[path] for name, path in where.items()}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (writing / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    The `safetensors` package writes whole files only, for which all their tensors must be in memory. Source of the
+    format: https://github.com/huggingface/safetensors.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in tensors.items():
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": TYPE_CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # Readers map the data, so it begins at a multiple of 8 bytes; the format allows spaces after the header.
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _set_dtype(path: Path, dtype: str) -> None:
@@ -169,7 +153,7 @@ def _set_dtype(path: Path, dtype: str) -> None:
 
 
 def _add_chat_template(directory: Path) -> None:
-    """Puts a template that has its own file into tokenizer_config.json as well: some readers know only one place."""
+    """Copies a template that has its own file into tokenizer_config.json: some readers look only there."""
     tokenizer, template = directory / "tokenizer_config.json", directory / "chat_template.jinja"
     if not (tokenizer.exists() and template.exists()):
         return

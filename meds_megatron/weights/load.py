@@ -2,10 +2,8 @@
 
 import json
 from collections.abc import Iterable
-from contextlib import ExitStack
 from math import prod
 from pathlib import Path
-from typing import Self
 
 import torch
 from megatron.core import parallel_state
@@ -15,12 +13,12 @@ from torch import Tensor, nn
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
 from meds_megatron.weights.chunks import local_parameters, local_table
-from meds_megatron.weights.table import LM_HEAD, Entry, HfShape, row_slabs
+from meds_megatron.weights.table import LM_HEAD, HfShape, MegatronParameter
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAPPED_BYTES = 32 * 2**20
-_FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LARGEST_ITEM = 8
 
 
@@ -44,8 +42,8 @@ def load_hf(
     table = local_table(shape, tp_size)
     weights = HfWeights(directory)
     weights.check(table.hf_shapes)
-    for entry, parameter in local_parameters(model_chunks, table, tp_size):
-        weights.fill(parameter.data, entry, tp_rank, tp_size)
+    for parameter, tensor in local_parameters(model_chunks, table, tp_size):
+        weights.fill(tensor.data, parameter, tp_rank, tp_size)
 
 
 class HfWeights:
@@ -59,6 +57,8 @@ class HfWeights:
         index = self.directory / INDEX_FILE
         self.source = index if index.exists() else self.directory / SINGLE_FILE
         self.files: dict[str, Path] = self._indexed(index) if index.exists() else self._single(self.source)
+        self.dtypes: dict[str, torch.dtype] = {}
+        """Of the tensors that passed `check`."""
 
     def check(self, expected: dict[str, HfShape]) -> None:
         """Raises UserError unless the directory holds exactly the tensors of `expected`, each of its shape.
@@ -78,47 +78,43 @@ class HfWeights:
                 " use the config.json that belongs to these weights"
             )
         for path in sorted(set(self.files.values())):
-            with _open(path) as handle:
-                present = set(handle.keys())
-                for name in (name for name in expected if self.files[name] == path):
-                    _check_tensor(handle, path, name, expected[name], present)
+            file = open_safetensors(path)
+            present = set(file.keys())
+            for name in (name for name in expected if self.files[name] == path):
+                if name not in present:
+                    raise UserError(
+                        f"{path} lacks tensor {name}, which {INDEX_FILE} places there: download the model again"
+                    )
+                self.dtypes[name] = _check_tensor(file, path, name, expected[name])
 
-    def fill(self, local: Tensor, entry: Entry, tp_rank: int, tp_size: int, first_row: int = 0) -> None:
-        """Writes rank `tp_rank`'s part of `entry` into `local`, straight from the mapped files.
+    def fill(self, local: Tensor, parameter: MegatronParameter, tp_rank: int, tp_size: int, first_row: int = 0) -> None:
+        """Writes rank `tp_rank`'s part of `parameter` into `local`, straight from the mapped files.
 
         `local` may be some rows of that part, from `first_row` on. The pages that were read count as this process's
-        memory until the file is closed: it is opened anew when they would pass MAPPED_BYTES.
+        memory until the file is closed: it is opened again before they pass MAPPED_BYTES.
         """
-        widths = {name: prod(shape[1:]) for name, shape in entry.hf_shapes().items()}
-        filled = 0
-        with torch.no_grad(), _MappedFiles() as mapped:
-            for whole in entry.pieces(tp_rank, tp_size):
-                piece = whole.within(first_row, local.shape[0])
-                if piece is None:
-                    continue
-                for slab in row_slabs(piece, max(1, MAPPED_BYTES // (widths[piece.hf_name] * _LARGEST_ITEM))):
-                    read_bytes = slab.size[0] * widths[slab.hf_name] * _LARGEST_ITEM
-                    file = mapped.file(self.files[slab.hf_name], read_bytes)
-                    local[slab.local_slices()].copy_(file.get_slice(slab.hf_name)[slab.hf_slices()])
-                filled += piece.size[0]
+        row_bytes = {name: prod(shape[1:]) * _LARGEST_ITEM for name, shape in parameter.hf_shapes().items()}
+        file, file_path, mapped_bytes, filled = None, None, 0, 0
+        with torch.no_grad():
+            for held in parameter.slices(tp_rank, tp_size):
+                path, width, row = self.files[held.hf_name], row_bytes[held.hf_name], held.local_start[0]
+                begin, end = max(row, first_row), min(row + held.size[0], first_row + local.shape[0])
+                step = max(1, MAPPED_BYTES // width)
+                for row in range(begin, end, step):
+                    part = held.rows(row, min(row + step, end))
+                    mapped_bytes += part.size[0] * width
+                    if path != file_path or mapped_bytes > MAPPED_BYTES:
+                        file = None
+                        file, file_path, mapped_bytes = open_safetensors(path), path, part.size[0] * width
+                    target = local.narrow(0, row - first_row, part.size[0])
+                    target.copy_(file.get_slice(part.hf_name)[part.hf_slices()])
+                    filled += part.size[0]
             # Only the vocabulary has padding, and it has it in the last rows.
             local[filled:].zero_()
 
-    def tensor(self, name: str) -> Tensor:
-        """One whole tensor, on the mapped file."""
-        with _open(self.files[name]) as handle:
-            return handle.get_tensor(name)
-
-    def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
-        """The dtype of each named tensor, all of which passed `check`."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.files[name], []).append(name)
-        found: dict[str, torch.dtype] = {}
-        for path, names_in_file in by_file.items():
-            with _open(path) as handle:
-                found |= {name: _FLOAT_TYPES[handle.get_slice(name).get_dtype()] for name in names_in_file}
-        return found
+    def read(self, parameter: MegatronParameter) -> dict[str, Tensor]:
+        """The Hugging Face tensors of one parameter, on the mapped files."""
+        return {name: open_safetensors(self.files[name]).get_tensor(name) for name in parameter.hf_shapes()}
 
     def _indexed(self, index: Path) -> dict[str, Path]:
         try:
@@ -137,57 +133,30 @@ class HfWeights:
                 f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}: weights in another format must be saved"
                 " as safetensors first"
             )
-        with _open(path) as handle:
-            return dict.fromkeys(handle.keys(), path)
+        return dict.fromkeys(open_safetensors(path).keys(), path)
 
 
-class _MappedFiles:
-    """Open safetensors files; all are closed when more than MAPPED_BYTES have been read from them together."""
-
-    def __init__(self) -> None:
-        self._stack = ExitStack()
-        self._files: dict[Path, safe_open] = {}
-        self._read_bytes = 0
-
-    def file(self, path: Path, read_bytes: int) -> safe_open:
-        """The open file, from which the caller now reads `read_bytes`."""
-        if self._read_bytes + read_bytes > MAPPED_BYTES:
-            self._stack.close()
-            self._files.clear()
-            self._read_bytes = 0
-        self._read_bytes += read_bytes
-        if path not in self._files:
-            self._files[path] = self._stack.enter_context(_open(path))
-        return self._files[path]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-
-def _open(path: Path) -> safe_open:
+def open_safetensors(path: Path) -> safe_open:
+    """The open file, mapped until it is garbage. Raises UserError when it is damaged or cannot be read."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}): download or copy it again") from error
 
 
-def _check_tensor(handle: safe_open, path: Path, name: str, expected: HfShape, present: set[str]) -> None:
-    if name not in present:
-        raise UserError(f"{path} lacks tensor {name}, which {INDEX_FILE} places there: download the model again")
-    tensor = handle.get_slice(name)
+def _check_tensor(file: safe_open, path: Path, name: str, expected: HfShape) -> torch.dtype:
+    tensor = file.get_slice(name)
     if tuple(tensor.get_shape()) != expected:
         raise UserError(
             f"{path}: tensor {name} is {tensor.get_shape()}, config.json asks for {list(expected)}:"
             " use the config.json that belongs to these weights"
         )
-    if tensor.get_dtype() not in _FLOAT_TYPES:
+    if tensor.get_dtype() not in FLOAT_TYPES:
         raise UserError(
-            f"{path}: tensor {name} is {tensor.get_dtype()}, expected one of {', '.join(sorted(_FLOAT_TYPES))}:"
+            f"{path}: tensor {name} is {tensor.get_dtype()}, expected one of {', '.join(sorted(FLOAT_TYPES))}:"
             " quantized weights cannot be trained, use the unquantized model"
         )
+    return FLOAT_TYPES[tensor.get_dtype()]
 
 
 def _ignorable(name: str) -> bool:

@@ -1,13 +1,13 @@
-"""Small Qwen models and a batch of ragged responses, with what transformers makes of them."""
+"""Small Qwen models and a batch of ragged responses, with transformers' results for them."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
+from meds_megatron.algorithm.aggregation import aggregation_weights
 
-from meds_megatron.actor.messages import ForwardResult
-from meds_megatron.actor.step_data import StepData
-from meds_megatron.trainer.partition import balance
+from meds_megatron.actor.schedule import Schedule, schedule
+from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch
 
 MODELS = ["qwen2 tied", "qwen2 untied", "qwen3 tied", "qwen3 untied"]
 VOCAB = 260
@@ -44,73 +44,103 @@ def make_model(directory: Path, name: str, spread: float = 0.1) -> Path:
     return directory
 
 
-def step_data() -> StepData:
-    """Seven sequences of different lengths, two of them without a fingerprint, in two mini-batches."""
+MINIBATCHES_B = np.array([0, 1, 0, 1, 0, 1, 0])
+
+
+def train_batch() -> TrainBatch:
+    """Seven sequences of different lengths, two of them without an answer."""
     random = np.random.default_rng(0)
     prompts = [random.integers(0, VOCAB, size).tolist() for size in (3, 5, 4, 7, 3, 6, 5)]
     responses = [random.integers(0, VOCAB, size).tolist() for size in (9, 4, 12, 6, 1, 8, 10)]
-    data = StepData.of_responses(
+    return TrainBatch.of_responses(
         prompts,
         responses,
         logprobs=[[0.0] * len(r) for r in responses],
         answer_positions=[3, 0, 10, -1, -1, 6, 2],
         groups=list(range(RESPONSES)),
     )
-    data.minibatches_B = np.array([0, 1, 0, 1, 0, 1, 0])
-    lengths_B = data.response_lengths_B
-    data.minibatch_tokens_M = np.array([lengths_B[data.minibatches_B == m].sum() for m in (0, 1)])
-    data.minibatch_responses_M = np.array([(data.minibatches_B == m).sum() for m in (0, 1)])
-    return data
+
+
+def scheduled(batch: TrainBatch, minibatches_B: np.ndarray, parallel: dict, micro_batch: int) -> Schedule:
+    multiple = parallel["pipeline"] if parallel.get("virtual_pipeline", 1) > 1 else 1
+    return schedule(batch.lengths_B, minibatches_B, parallel.get("data", 1), micro_batch, multiple)
+
+
+def run_forward(policy, batch: TrainBatch, parallel: dict, micro_batch: int) -> ForwardOutput | None:
+    work = scheduled(batch, MINIBATCHES_B, parallel, micro_batch)
+    return policy.forward(batch, [rows for minibatch in work.micro_batches[0] for rows in minibatch])
 
 
 def forward(
     rank: int, directory: str, parallel: dict, micro_batch: int = 2, norm: str = "last", dtype: str = "float32"
-) -> ForwardResult | None:
-    """What our policy makes of `step_data`, on one rank of a layout."""
-    return make_policy(directory, parallel, micro_batch, norm=norm, dtype=dtype).forward(step_data())
+) -> ForwardOutput | None:
+    """Our policy's results for `train_batch`, on one rank of a layout."""
+    policy = make_policy(directory, parallel, micro_batch, norm=norm, dtype=dtype)
+    return run_forward(policy, train_batch(), parallel, micro_batch)
 
 
-def forward_in_order(rank: int, directory: str, parallel: dict, micro_batch: int, order) -> ForwardResult | None:
+def forward_in_order(rank: int, directory: str, parallel: dict, micro_batch: int, order) -> ForwardOutput | None:
     """The same for the responses in another order."""
-    return make_policy(directory, parallel, micro_batch).forward(step_data().select(order))
+    return run_forward(
+        make_policy(directory, parallel, micro_batch), train_batch().select(order), parallel, micro_batch
+    )
 
 
 def bytes_sent(rank: int, directory: str, parallel: dict) -> int:
-    """What taking the fingerprints sends from this rank to other stages."""
+    """Bytes that the fingerprints send from this rank to other stages."""
     from meds_megatron.actor.fingerprint import FingerprintCollector
 
-    collector = FingerprintCollector(make_policy(directory, parallel).chunks, step_data(), "last", "cpu")
+    collector = FingerprintCollector(make_policy(directory, parallel).chunks, train_batch(), "last", "cpu")
     collector.gather(RESPONSES)
     return collector.sent_bytes
 
 
-_one_rank: dict[Path, ForwardResult] = {}
+_one_rank: dict[Path, ForwardOutput] = {}
 
 
-def on_one_rank(ranks, directory: Path) -> ForwardResult:
-    """What a single rank makes of `step_data`."""
+def on_one_rank(ranks, directory: Path) -> ForwardOutput:
+    """Results of a single rank for `train_batch`."""
     if directory not in _one_rank:
         (_one_rank[directory],) = ranks.run(1, forward, str(directory), {})
     return _one_rank[directory]
 
 
-def forward_and_update(rank: int, directory: str, parallel: dict, micro_batch: int, loss: str) -> list[dict]:
+def forward_and_update(rank: int, directory: str, parallel: dict, micro_batch: int, aggregation: str) -> list[dict]:
     """One training step with made-up advantages on one rank: a dict of sums and the gradient norm for each update."""
-    parallel = dict(parallel)
-    data_parallel = parallel.pop("data", 1)
-    policy = make_policy(directory, parallel, micro_batch, loss)
-    whole = step_data()
+    layout = {name: size for name, size in parallel.items() if name != "data"}
+    policy = make_policy(directory, layout, micro_batch, aggregation)
+    whole = train_batch()
     whole.advantages_B = np.random.default_rng(1).standard_normal(RESPONSES).astype(np.float32)
-    shares = balance(whole.lengths_B, whole.minibatches_B, data_parallel)
+    whole.loss_weights_B = loss_weights(whole, aggregation)
+    work = scheduled(whole, MINIBATCHES_B, parallel, micro_batch)
     from megatron.core import parallel_state
 
-    mine = whole.select(shares[parallel_state.get_data_parallel_rank()])
-    results = policy.forward(mine)
+    data = parallel_state.get_data_parallel_rank()
+    mine, minibatches = whole.select(work.rows[data]), work.micro_batches[data]
+    output = policy.forward(mine, [rows for minibatch in minibatches for rows in minibatch])
     everyone: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, (parallel_state.get_data_parallel_rank(), results))
-    (spoken,) = [r for rank, r in everyone if r is not None and rank == parallel_state.get_data_parallel_rank()]
-    mine.logprobs_R, mine.entropy_R = spoken.logprobs_R, spoken.entropy_R
-    return [{**result.sums, "grad_norm": result.grad_norm} for result in policy.update(mine, step=0)]
+    torch.distributed.all_gather_object(everyone, (data, output))
+    (found,) = [result for rank, result in everyone if result is not None and rank == data]
+    mine.logprobs_R, mine.entropy_R = found.logprobs_R, found.entropy_R
+    return [
+        {**update.token_sums, **({"loss": update.loss} if update.token_sums else {}), "grad_norm": update.grad_norm}
+        for update in policy.update(mine, minibatches, step=0)
+    ]
+
+
+def loss_weights(batch: TrainBatch, aggregation: str) -> np.ndarray:
+    weights_B = np.zeros(RESPONSES, dtype=np.float32)
+    for minibatch in (0, 1):
+        rows = np.flatnonzero(MINIBATCHES_B == minibatch)
+        lengths_B = torch.from_numpy(batch.response_lengths_B[rows])
+        weights_B[rows] = aggregation_weights(
+            lengths_B,
+            aggregation,
+            total_tokens=int(lengths_B.sum()),
+            total_responses=len(rows),
+            max_response_tokens=16,
+        ).numpy()
+    return weights_B
 
 
 def add_up(results: list[list[dict]]) -> list[dict]:
@@ -119,11 +149,11 @@ def add_up(results: list[list[dict]]) -> list[dict]:
     for updates in zip(*results, strict=True):
         norms = {update["grad_norm"] for update in updates}
         assert max(norms) - min(norms) <= 1e-6 * max(norms)
-        speaking = [update for update in updates if "loss" in update]
-        total = {name: sum(update[name] for update in speaking) for name in speaking[0]}
+        of_last_stage = [update for update in updates if "loss" in update]
+        total = {name: sum(update[name] for update in of_last_stage) for name in of_last_stage[0]}
         # Tensor-parallel ranks of the last stage all have the same sums.
-        replicas = len({tuple(update.items()) for update in speaking})
-        whole.append({**total, "grad_norm": max(norms), "loss": total["loss"] * replicas / len(speaking)})
+        replicas = len({tuple(update.items()) for update in of_last_stage})
+        whole.append({**total, "grad_norm": max(norms), "loss": total["loss"] * replicas / len(of_last_stage)})
     return whole
 
 
@@ -131,7 +161,7 @@ def make_policy(
     directory: str,
     parallel: dict,
     micro_batch: int = 2,
-    loss: str = "token_mean",
+    aggregation: str = "token_mean",
     norm: str = "last",
     dtype: str = "float32",
 ):
@@ -143,7 +173,7 @@ def make_policy(
     config.model.dtype, config.memory.norm = dtype, norm
     config.rollout.max_prompt_tokens = config.rollout.max_response_tokens = 16
     config.train.micro_batch_responses = micro_batch
-    config.policy.aggregation = loss
+    config.policy.aggregation = aggregation
     # Large enough that the second update of a step depends on what the first one did.
     config.optimizer.lr, config.optimizer.warmup_steps = 1e-3, 1
     form_groups(config.parallel, seed=0)
@@ -160,26 +190,26 @@ def cached_model(tmp_path_factory, name: str) -> Path:
     return _models[name]
 
 
-def transformers_answers(directory: Path, norm: str = "last") -> ForwardResult:
+def transformers_answers(directory: Path, norm: str = "last") -> ForwardOutput:
     """The same numbers from transformers, one sequence at a time."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    data = step_data()
+    batch = train_batch()
     logprobs, entropies, fingerprints_BL = [], [], np.zeros((RESPONSES, LAYERS), dtype=np.float32)
     for row in range(RESPONSES):
-        tokens_T = torch.from_numpy(data.tokens_T[data.offsets_B1[row] : data.offsets_B1[row + 1]])
-        # What enters the final norm is the one state that transformers does not hand out.
+        tokens_T = torch.from_numpy(batch.tokens_T[batch.offsets_B1[row] : batch.offsets_B1[row + 1]])
+        # The input of the final norm is the one state that transformers does not return.
         unnormed = []
         hook = model.model.norm.register_forward_pre_hook(lambda _m, inputs, kept=unnormed: kept.append(inputs[0]))
         with torch.no_grad():
             output = model(tokens_T[None], output_hidden_states=True)
         hook.remove()
-        prompt = int(data.prompt_lengths_B[row])
+        prompt = int(batch.prompt_lengths_B[row])
         all_TV = output.logits[0].log_softmax(-1)
         logprobs.append(all_TV[:-1].gather(1, tokens_T[1:, None])[prompt - 1 :, 0])
         entropies.append(-(all_TV.exp() * all_TV).sum(-1)[prompt - 1 : -1])
-        position = data.answer_positions_B[row]
+        position = batch.answer_positions_B[row]
         if position >= 0:
             head_row_H = model.lm_head.weight[tokens_T[position + 1]]
             states = list(output.hidden_states[1:])
@@ -189,4 +219,4 @@ def transformers_answers(directory: Path, norm: str = "last") -> ForwardResult:
                 states[:-1] = [model.model.norm(state) for state in states[:-1]]
             hidden_LH = torch.stack([h[0, position] for h in states])
             fingerprints_BL[row] = (hidden_LH @ head_row_H).detach().numpy()
-    return ForwardResult(torch.cat(logprobs).numpy(), torch.cat(entropies).numpy(), fingerprints_BL)
+    return ForwardOutput(torch.cat(logprobs).numpy(), torch.cat(entropies).numpy(), fingerprints_BL)

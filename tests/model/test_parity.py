@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from meds_megatron.actor.step_data import scatter_ragged
+from meds_megatron.actor.train_batch import scatter_ragged
 from tests.model import qwen_cases as cases
 
 LAYOUTS = {
@@ -58,7 +58,7 @@ def test_values_belong_to_their_responses_in_any_order(ranks, model_dirs, micro_
     (found,) = [result for result in results if result is not None]
     expected = cases.on_one_rank(ranks, directory)
     assert np.abs(found.fingerprints_BL - expected.fingerprints_BL[order]).max() < 1e-5
-    lengths_B = cases.step_data().response_lengths_B[order]
+    lengths_B = cases.train_batch().response_lengths_B[order]
     back = scatter_ragged([found.logprobs_R], [order], lengths_B[np.argsort(order)])
     assert np.abs(back - expected.logprobs_R).max() < 1e-5
 

@@ -1,9 +1,10 @@
 import io
+import logging
 
 from rich.console import Console as RichConsole
 
 from meds_megatron.config import Config
-from meds_megatron.trainer.console import Console
+from meds_megatron.trainer.console import Console, ConsoleHandler
 
 METRICS = {
     "accuracy/mean": 0.25,
@@ -58,3 +59,10 @@ def test_a_step_without_numbers_is_shown_too():
     with Console(config_of(1), rich=rich) as console:
         console.step(1, {})
         rich.print(console)
+
+
+def test_a_logged_warning_is_a_note():
+    out = io.StringIO()
+    with Console(config_of(1), file=out) as console:
+        ConsoleHandler(console).handle(logging.makeLogRecord({"msg": "engine %d failed", "args": (3,)}))
+    assert out.getvalue() == "note: engine 3 failed\n"

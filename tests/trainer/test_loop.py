@@ -6,74 +6,91 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import ray
+from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 
-from meds_megatron.actor.handover import hand_over
-from meds_megatron.actor.messages import ForwardReply, ForwardResult, UpdateResult
+from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput
 from meds_megatron.config import Config
 from meds_megatron.data.problems import Problem
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.data.sampler import PromptSampler
+from meds_megatron.memory import UNKNOWN
 from meds_megatron.reward.grading import GraderPool
-from meds_megatron.rollout.response import Response
 from meds_megatron.trainer import loop
-from meds_megatron.trainer.memory_group import MemoryGroup
-from meds_megatron.trainer.metrics import PhaseTimer
-from meds_megatron.trainer.rollout_columns import rollout_columns
-from meds_megatron.trainer.state import RunState
+from meds_megatron.trainer.error_memory import ErrorMemory
+from meds_megatron.trainer.prompts import Prompts
+from meds_megatron.trainer.state import TrainerState
+from meds_megatron.trainer.timer import PhaseTimer
 
 LAYERS = 14
-HABITS = "ABC"
-"""Kinds of wrong answers that have a fingerprint."""
 
 
-class ScriptedEngines:
-    """Writes what `script(step, prompt)` says, a letter a response: R is right, u wrong without a box, others are
-    wrong by a habit. A response's tokens name its habit and its place, so that no two fingerprints are equal."""
+class ScriptedProducer:
+    """Completions as `script(step, prompt)` names them, a letter each: R is right, u wrong without an answer, others
+    are wrong by a habit. A completion's tokens are its letter and its number, so that no two fingerprints are equal."""
 
-    def __init__(self, script: Callable[[int, int], str], state: RunState):
-        self._script, self._state, self._drawn = script, state, 0
+    def __init__(self, script: Callable[[int, int], str], state: TrainerState, graders: GraderPool):
+        self._script, self._state, self._graders, self._drawn = script, state, graders, 0
+        self._submitted: list[Prompt] = []
 
-    def sleep(self) -> None:
-        pass
+    def submit(self, prompts, sampling, seed) -> None:
+        self._submitted = list(prompts)
 
-    def generate(self, prompts, sampling, seed):
-        return [
-            self._response(index, letter)
-            for index, ids in enumerate(prompts)
-            for letter in self._script(self._state.step, ids[0])
-        ]
+    @property
+    def busy(self) -> bool:
+        return bool(self._submitted)
 
-    def _response(self, index: int, letter: str) -> Response:
+    def advance(self) -> dict[int, PromptGroup]:
+        prompts, self._submitted = self._submitted, []
+        return {number: self._group(prompt) for number, prompt in enumerate(prompts)}
+
+    def _group(self, prompt: Prompt) -> PromptGroup:
+        completions = [self._completion(letter) for letter in self._script(self._state.step, prompt.token_ids[0])]
+        grades = self._graders.grade([c.text for c in completions], [prompt.problem.answer] * len(completions))
+        return PromptGroup(
+            prompt,
+            [Sample(prompt, c, grade, float(grade.correct)) for c, grade in zip(completions, grades, strict=True)],
+        )
+
+    def _completion(self, letter: str) -> Completion:
         self._drawn += 1
         text = {"R": "\\boxed{7}", "u": "no idea"}.get(letter, "\\boxed{8}")
-        return Response(index, [ord(letter), self._drawn], [0.0] * 2, text, "stop", 0, -1 if letter == "u" else 0)
+        tokens_R = np.array([ord(letter), self._drawn])
+        return Completion(tokens_R, np.zeros(2, np.float32), text, "stop", 0, -1 if letter == "u" else 0)
 
 
 class ScriptedPolicy:
-    """Two data-parallel ranks whose fingerprints show the habit that a response's tokens name."""
-
-    layout = SimpleNamespace(data=2)
+    """Fingerprints that show the habit which a completion's tokens name."""
 
     def __init__(self):
         self.forwarded: list[int] = []
         """Responses of each forward pass."""
         self.updated: list[int] = []
 
-    def forward(self, shards) -> list[ForwardReply]:
-        self.forwarded.append(sum(map(len, shards)))
-        return [hand_over(self._result(data), data) for data in shards]
+    def forward(self, batch: TrainBatch, minibatches_B: np.ndarray) -> ForwardOutput:
+        self.forwarded.append(int((minibatches_B >= 0).sum()))
+        zeros_R = np.zeros(len(batch.rollout_logprobs_R), dtype=np.float32)
+        fingerprints_BL = np.stack([fingerprint(*tokens) for tokens in batch.tokens_T.reshape(-1, 3)[:, 1:]])
+        return ForwardOutput(zeros_R, zeros_R, fingerprints_BL.astype(np.float32))
 
-    def update(self, shards, step) -> list[list[UpdateResult]]:
-        assert all(data.logprobs_R is not None and data.advantages_B is not None for data in shards)
-        self.updated.append(sum(map(len, shards)))
-        return []
+    def update(self, batch: TrainBatch, minibatches_B: np.ndarray, step: int) -> list[UpdateOutput]:
+        assert batch.logprobs_R is not None and np.isfinite(batch.advantages_B).all() and (minibatches_B >= 0).all()
+        self.updated.append(len(batch))
+        sums = dict.fromkeys(("tokens", "kl", "ratio", "clip_fraction", "dual_clip_fraction"), 1.0)
+        return [UpdateOutput(0.0, sums, 0.0, 0.0)]
 
-    def _result(self, data) -> ForwardResult:
-        zeros_R = np.zeros(len(data.rollout_logprobs_R), dtype=np.float32)
-        tokens_B2 = data.tokens_T.reshape(-1, 3)[:, 1:]
-        boxed_B1 = data.answer_positions_B[:, None] >= 0
-        fingerprints_BL = np.stack([fingerprint(*tokens) for tokens in tokens_B2]) if len(data) else np.zeros((0, 14))
-        return ForwardResult(zeros_R, zeros_R, np.where(boxed_B1, fingerprints_BL, 0).astype(np.float32))
+
+class WeightSyncWithoutEngines:
+    def __init__(self):
+        self.version = 0
+
+    def update(self) -> None:
+        self.version += 1
+
+    def refill(self) -> None:
+        pass
+
+    def wake_engines(self) -> None:
+        pass
 
 
 def fingerprint(habit: int, place: int) -> np.ndarray:
@@ -85,12 +102,12 @@ def fingerprint(habit: int, place: int) -> np.ndarray:
 def memories():
     """Shards by clustering method, each pair started once: no two tests have a problem in common."""
     ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
-    placement = SimpleNamespace(options=lambda place, environment: {"num_cpus": 0})
-    started: dict[str, MemoryGroup] = {}
+    placement = SimpleNamespace(options=lambda place, env_vars: {"num_cpus": 0})
+    started: dict[str, ErrorMemory] = {}
 
-    def memory_of(config: Config) -> MemoryGroup:
+    def memory_of(config: Config) -> ErrorMemory:
         if config.memory.method not in started:
-            started[config.memory.method] = MemoryGroup(config, placement)
+            started[config.memory.method] = ErrorMemory(config, placement)
         return started[config.memory.method]
 
     yield memory_of
@@ -98,52 +115,65 @@ def memories():
 
 
 @pytest.fixture
-def train(memories, monkeypatch, request):
-    """Runs the loop over a script; gives the collected groups of each step and the scripted policy."""
+def train(memories, request):
+    """Runs the loop over a script; gives the columns of each step's rollout file, its metrics and the policy."""
 
     def run(script, steps: int, prompts: int, **settings):
         config = Config()
         config.cluster.ranks_per_node, config.reward.overlong.enabled = 2, False
         config.train.steps, config.train.prompts_per_step = steps, prompts
-        config.filter.max_batches = 1
+        config.train.export_hf, config.filter.max_batches = False, 1
         for name, value in settings.items():
             section, key = name.split("__")
             setattr(getattr(config, section), key, value)
         problems = settings.get("filter__generation_prompts", prompts)
-        state, seen, policy = RunState(PromptSampler(problems, seed=0, shuffle=False)), [], ScriptedPolicy()
-        monkeypatch.setattr(loop, "report_step", lambda parts, state, collected, *_: seen.append(collected))
+        names = [f"{request.node.name} {i}" for i in range(problems)]
+        train_prompts = [Prompt(Problem(name, "?", "7", "test"), [i]) for i, name in enumerate(names)]
+        state, policy = TrainerState(PromptSampler(problems, seed=0, shuffle=False)), ScriptedPolicy()
+        rollouts, metrics = [], []
         with GraderPool(1, 5.0) as graders:
-            parts = SimpleNamespace(
-                config=config,
-                prompts=[Prompt(Problem(f"{request.node.name} {i}", "?", "7", "t"), [i]) for i in range(problems)],
-                engines=ScriptedEngines(script, state),
-                policy=policy,
-                sync=SimpleNamespace(update=lambda version: None),
-                memory=memories(config),
-                graders=graders,
-                timer=PhaseTimer(),
-                validation_due=lambda step: False,
-                export_due=lambda step: False,
+            loop.train(
+                config,
+                state,
+                Prompts(train_prompts, [], 0),
+                policy,
+                SimpleNamespace(sleep=lambda: None, metrics=dict),
+                WeightSyncWithoutEngines(),
+                ScriptedProducer(script, state, graders),
+                memories(config),
+                SimpleNamespace(save_rollouts=lambda step, columns: rollouts.append(columns)),
+                SimpleNamespace(log=lambda step, values: metrics.append(values)),
+                PhaseTimer(),
             )
-            loop.train(parts, state)
-        return seen, policy
+        return rollouts, policy
 
     return run
 
 
-def sizes(collected) -> list[list[int]]:
-    return [[sample.cluster_size for sample in group.samples] for group in collected.groups]
+def by_group(columns: dict, name: str) -> list[list]:
+    """A column's values, a list for each group."""
+    groups = np.asarray(columns["group"])
+    return [[columns[name][row] for row in np.flatnonzero(groups == group)] for group in range(groups.max() + 1)]
+
+
+def sizes(columns: dict) -> list[list[int]]:
+    """Cluster sizes by group, None where a response was not scored."""
+    return by_group(columns, "cluster_size")
+
+
+def kept(columns: dict) -> list[bool]:
+    return [bool(values[0]) for values in by_group(columns, "kept")]
 
 
 def test_by_default_only_what_is_trained_on_goes_through_the_model_and_is_remembered(train):
     scripts = {1: ["RAAA", "AAAA"], 2: ["RAAu", "RAAA"]}
     seen, policy = train(lambda step, prompt: scripts[step][prompt], 2, 2, memory__method="single")
-    assert [group.kept for group in seen[0].groups] == [True, False]
+    assert kept(seen[0]) == [True, False]
     assert policy.forwarded == [4, 8] and policy.updated == [4, 8]
     assert sizes(seen[1]) == [[0, 3, 3, 0], [0, 0, 0, 0]]
 
 
-def test_dropped_mistakes_teach_the_memory_if_told_to(train):
+def test_mistakes_of_dropped_groups_are_remembered_with_remember_filtered(train):
     scripts = {1: ["RAAA", "AAAu", "RRRR"], 2: ["RAAA", "RAAA", "RAAA"]}
     seen, policy = train(
         lambda step, prompt: scripts[step][prompt],
@@ -152,13 +182,13 @@ def test_dropped_mistakes_teach_the_memory_if_told_to(train):
         memory__method="single",
         memory__remember_filtered=True,
     )
-    assert [group.kept for group in seen[0].groups] == [True, False, False]
+    assert kept(seen[0]) == [True, False, False]
     assert policy.forwarded == [4 + 3, 12], "of dropped groups, only mistakes with a fingerprint take a forward pass"
     assert policy.updated == [4, 12]
     assert sizes(seen[1]) == [[0, 3, 3, 3], [0, 3, 3, 3], [0, 0, 0, 0]]
 
 
-def test_a_step_that_trains_on_nothing_still_teaches_the_memory(train):
+def test_a_step_that_trains_on_nothing_is_still_remembered(train):
     scripts = {1: ["AAAA", "AAuu"], 2: ["AAAA", "uuuu"], 3: ["RAAA", "RuuA"]}
     seen, policy = train(
         lambda step, prompt: scripts[step][prompt],
@@ -184,12 +214,12 @@ def test_the_shaped_filter_keeps_mistakes_that_cost_differently(train):
         advantage__std_floor=0.4,
     )
     assert policy.forwarded == [18, 18] and policy.updated == [12]
-    assert [group.kept for group in seen[0].groups] == [False] * 3
-    assert [group.kept for group in seen[1].groups] == [True, False, True]
+    assert kept(seen[0]) == [False] * 3
+    assert kept(seen[1]) == [True, False, True]
     assert sizes(seen[1])[:2] == [[4, 4, 4, 4, 2, 2], [4] * 6]
     rare, often = -0.1 * np.log(3), -0.1 * np.log(5)
     advantage = (rare - (4 * often + 2 * rare) / 6) / (0.4 + 1e-6)
-    assert seen[1].groups[0].samples[-1].advantage == pytest.approx(advantage)
+    assert by_group(seen[1], "advantage")[0][-1] == pytest.approx(advantage)
 
 
 def test_generation_batches_of_one_step_do_not_count_toward_each_other(train):
@@ -208,16 +238,23 @@ def test_generation_batches_of_one_step_do_not_count_toward_each_other(train):
     assert sizes(seen[1]) == [[18] * 6] * 3
 
 
-def test_the_rollout_file_has_the_fingerprints_of_what_was_measured(train):
-    seen, _ = train(lambda step, prompt: ["RAAu", "AAAA"][prompt], 1, 2, memory__remember_filtered=False)
-    columns = rollout_columns(seen[0].groups)
+def test_the_rollout_file_has_the_fingerprints_of_what_was_scored(train):
+    (columns,), _ = train(lambda step, prompt: ["RAAu", "AAAA"][prompt], 1, 2, memory__remember_filtered=False)
     ends = ["0|right"] + ["0|wrong"] * 3 + ["1|wrong"] * 4
     assert [key.rpartition(" ")[2] for key in columns["key"]] == ends
-    assert columns["kept"] == [True] * 4 + [False] * 4
-    for row, (group, place) in enumerate((group, place) for group in seen[0].groups for place in range(4)):
-        stored, tokens = columns["fingerprint"][row], group.samples[place].response.token_ids
+    assert list(columns["kept"]) == [True] * 4 + [False] * 4
+    for row, tokens_R in enumerate(columns["response_token_ids"]):
         if row in (0, 1, 2):
-            np.testing.assert_allclose(stored, fingerprint(*tokens), rtol=1e-6)
+            np.testing.assert_allclose(columns["fingerprint"][row], fingerprint(*tokens_R), rtol=1e-6)
         else:
-            assert stored is None
+            assert columns["fingerprint"][row] is None
     assert columns["penalty"] == [0.0] * 4 + [None] * 4
+    assert columns["cluster_label"] == [None, UNKNOWN, UNKNOWN, None] + [None] * 4
+    assert [value is not None for value in columns["advantage"]] == [True] * 4 + [False] * 4
+
+
+def test_the_cluster_of_a_recurring_mistake_is_named_in_the_rollout_file(train):
+    (_, second), _ = train(lambda step, prompt: "RAAAABBBB", 2, 1)
+    labels, counts = second["cluster_label"], second["cluster_size"]
+    assert labels[0] is None and len(set(labels[1:5])) == len(set(labels[5:])) == 1
+    assert {labels[1], labels[5]} == {0, 1} and counts == [0] + [4] * 8

@@ -1,17 +1,56 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
-from meds_megatron.trainer.report import reward_metrics
+from meds_megatron.actor.train_batch import TrainBatch, UpdateOutput
+from meds_megatron.config import Config
+from meds_megatron.errors import UserError
+from meds_megatron.trainer.report import check_mismatch, training_metrics, update_metrics
+
+UPDATES = [
+    UpdateOutput(1.5, {"tokens": 10.0, "kl": 0.0, "ratio": 10.0, "clip_fraction": 1.0}, 2.0, 1e-6),
+    UpdateOutput(0.5, {"tokens": 30.0, "kl": 3.0, "ratio": 33.0, "clip_fraction": 6.0}, 4.0, 1e-6),
+]
+
+
+def batch() -> TrainBatch:
+    made = TrainBatch.of_responses([[1]] * 3, [[2]] * 3, [[-1.0]] * 3, [-1] * 3, [0, 0, 0])
+    made.correct_B = np.array([False, False, True])
+    made.scores_B = np.array([0.0, 0.0, 1.0])
+    made.shaped_scores_B = np.array([-0.2, -0.3, 0.9])
+    made.penalties_B = np.array([0.2, 0.3, 0.1])
+    made.logprobs_R = np.array([-1.0, -1.5, -1.0], dtype=np.float32)
+    made.entropy_R = np.array([0.1, 0.2, 0.3], dtype=np.float32)
+    return made
 
 
 @pytest.mark.parametrize(("target", "mean"), [("wrong", 0.25), ("right", 0.1), ("both", 0.2), ("none", 0.0)])
 def test_the_mean_penalty_is_that_of_the_targeted_responses(target, mean):
-    batch = SimpleNamespace(
-        correct_B=np.array([False, False, True]),
-        scores_B=np.array([0.0, 0.0, 1.0]),
-        shaped_scores_B=np.array([-0.2, -0.3, 0.9]),
-        penalties_B=np.array([0.2, 0.3, 0.1]),
-    )
-    assert reward_metrics(batch, target)["reward/penalty_mean"] == pytest.approx(mean)
+    assert training_metrics(batch(), UPDATES, target)["reward/penalty_mean"] == pytest.approx(mean)
+
+
+def test_trainer_and_engine_are_compared_token_by_token():
+    metrics = training_metrics(batch(), UPDATES, "wrong")
+    assert metrics["mismatch/logprob_abs_max"] == pytest.approx(0.5)
+    assert metrics["mismatch/logprob_abs_mean"] == pytest.approx(0.5 / 3)
+    assert metrics["policy/entropy"] == pytest.approx(0.2)
+
+
+def test_every_metric_of_a_loss_is_reported_as_a_mean_over_tokens():
+    metrics = update_metrics(UPDATES)
+    assert metrics["policy/loss"] == pytest.approx(1.0) and metrics["policy/grad_norm"] == pytest.approx(3.0)
+    assert metrics["policy/clip_fraction"] == pytest.approx((1 / 10 + 6 / 30) / 2)
+    assert metrics["policy/kl"] == pytest.approx(0.05) and metrics["policy/kl_first_update"] == 0.0
+    assert metrics["policy/updates"] == 2 and "policy/tokens" not in metrics
+
+
+def test_a_step_that_trains_on_nothing_reports_no_training_metrics():
+    assert training_metrics(batch().select(np.zeros(0, dtype=np.int64)), [], "wrong") == {}
+
+
+def test_engines_that_differ_too_much_stop_the_run():
+    config = Config()
+    metrics = {"mismatch/logprob_abs_mean": 0.02}
+    check_mismatch(3, metrics, config)
+    config.sync.max_logprob_difference = 0.01
+    with pytest.raises(UserError, match="Step 3: trainer and engine log-probs differ by 0.02 .* = 0.01"):
+        check_mismatch(3, metrics, config)

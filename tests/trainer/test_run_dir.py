@@ -11,9 +11,11 @@ def columns_of(count: int) -> dict:
     return {
         "key": ["p1/wrong"] * count,
         "group": [0] * count,
+        "source": ["sums"] * count,
         "prompt": ["1 + 1 = ?"] * count,
         "answer": ["2"] * count,
         "response": ["\\boxed{3}"] * count,
+        "response_token_ids": [np.arange(4)] * count,
         "prompt_tokens": np.full(count, 7),
         "response_tokens": np.full(count, 4),
         "correct": np.zeros(count, dtype=bool),
@@ -21,10 +23,11 @@ def columns_of(count: int) -> dict:
         "score": np.zeros(count),
         "penalty": np.full(count, 0.1),
         "cluster_size": np.full(count, 3),
+        "cluster_label": [-1] * count,
         "shaped_score": np.full(count, -0.1),
         "advantage": [None] * count,
         "fingerprint": [np.arange(4, dtype=np.float32)] + [None] * (count - 1),
-        "weights_version": np.full(count, 5),
+        "policy_version": np.full(count, 5),
         "kept": np.zeros(count, dtype=bool),
     }
 

@@ -61,7 +61,7 @@ def padding_rows(rank: int, case: Case) -> list[tuple[int, bool]]:
     return [(weight.shape[0], not weight[-1].any()) for weight in weights]
 
 
-def tensors_per_group(rank: int, case: Case) -> list[int]:
+def tensors_per_bucket(rank: int, case: Case) -> list[int]:
     form_groups(ParallelConfig(**case.parallel), seed=0)
     chunks, shape = load(case)
     return [len(tensors) for tensors in iterate_hf(chunks, shape, parallel_state.get_tensor_model_parallel_group())]

@@ -135,7 +135,7 @@ def test_padded_vocabulary_rows_are_zero_and_on_the_last_rank(ranks, sources, tm
 
 def test_only_the_first_tensor_rank_gets_tensors(ranks, sources, tmp_path):
     case = Case(sources["qwen2 tied"], tmp_path, dict(tensor=2, pipeline=2))
-    found = ranks.run(4, round_trip.tensors_per_group, case)
+    found = ranks.run(4, round_trip.tensors_per_bucket, case)
     layers = [12] * 4
     assert found == [[1, *layers], [0] * 5, [*layers, 1], [0] * 5]
 

@@ -16,10 +16,10 @@ def random_tensors(table):
     return {name: torch.randn(shape) for name, shape in table.hf_shapes.items()}
 
 
-def shard(entry, tensors, rank, tp):
-    local = torch.zeros(entry.local_shape(tp))
-    for piece in entry.pieces(rank, tp):
-        local[piece.local_slices()] = tensors[piece.hf_name][piece.hf_slices()]
+def shard(parameter, tensors, rank, tp):
+    local = torch.zeros(parameter.local_shape(tp))
+    for part in parameter.slices(rank, tp):
+        local[part.local_slices()] = tensors[part.hf_name][part.hf_slices()]
     return local
 
 
@@ -31,10 +31,9 @@ def test_split_and_merge_give_the_tensors_back(architecture, tied, tp):
     table = build_table(shape, padded_vocab(shape.vocab_size, tp))
     tensors = random_tensors(table)
     merged = {}
-    for entry in table.entries.values():
-        if not entry.copy:
-            ranks = range(1 if entry.split is None else tp)
-            merged |= merge(entry, [shard(entry, tensors, rank, tp) for rank in ranks])
+    for parameter in table.stored:
+        ranks = range(1 if parameter.split is None else tp)
+        merged |= merge(parameter, [shard(parameter, tensors, rank, tp) for rank in ranks])
     assert merged.keys() == tensors.keys()
     assert all(torch.equal(merged[name], tensors[name]) for name in tensors)
 
@@ -43,26 +42,26 @@ def test_qkv_lies_kv_group_by_kv_group():
     shape = small(kv_heads=4)
     table = build_table(shape)
     tensors = random_tensors(table)
-    entry = table.entry("decoder.layers.1.self_attention.linear_qkv.weight")
+    parameter = table.parameter("decoder.layers.1.self_attention.linear_qkv.weight")
     q, k, v = (tensors[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv")
     grouped = torch.cat([q.view(4, 2 * 8, 32), k.view(4, 8, 32), v.view(4, 8, 32)], dim=1)
     for rank in range(2):
-        assert torch.equal(shard(entry, tensors, rank, 2), grouped[2 * rank : 2 * rank + 2].reshape(-1, 32))
+        assert torch.equal(shard(parameter, tensors, rank, 2), grouped[2 * rank : 2 * rank + 2].reshape(-1, 32))
 
 
 def test_gate_and_up_are_split_each_on_its_own():
     table = build_table(small())
     tensors = random_tensors(table)
-    entry = table.entry("decoder.layers.0.mlp.linear_fc1.weight")
+    parameter = table.parameter("decoder.layers.0.mlp.linear_fc1.weight")
     gate, up = (tensors[f"model.layers.0.mlp.{part}_proj.weight"] for part in ("gate", "up"))
-    assert torch.equal(shard(entry, tensors, 1, 2), torch.cat([gate[24:], up[24:]]))
+    assert torch.equal(shard(parameter, tensors, 1, 2), torch.cat([gate[24:], up[24:]]))
 
 
 def test_rows_of_padding_stay_zero_on_the_last_rank():
     shape = small(vocab=101)
     table = build_table(shape, padded_vocab(101, 4))
     tensors = random_tensors(table)
-    (entry,) = table.groups[0]
-    last = shard(entry, tensors, 3, 4)
+    (parameter,) = table.buckets[0]
+    last = shard(parameter, tensors, 3, 4)
     assert torch.equal(last[:23], tensors["model.embed_tokens.weight"][78:])
     assert not last[23:].any()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import QWEN
 from meds_megatron.errors import UserError
-from meds_megatron.weights.table import build_table, canonical_name, chunk_groups, padded_vocab
+from meds_megatron.weights.table import TensorSlice, build_table, canonical_name, chunk_buckets, padded_vocab
 
 LAYOUTS = {
     "Qwen2.5-0.5B": [(1, 1, 1), (2, 2, 2), (2, 4, 3)],
@@ -60,33 +60,34 @@ def test_every_element_is_held_once(name, layout):
     produced = []
     parallel = ParallelLayout(tensor=tp, pipeline=pp, virtual=vpp)
     for stage, chunk in product(range(pp), range(vpp)):
-        for group in chunk_groups(parallel, stage, chunk, shape.num_layers):
-            produced += [name for e in table.groups[group] if not e.copy for name in check_entry(e, tp)]
+        for bucket in chunk_buckets(parallel, stage, chunk, shape.num_layers):
+            produced += [name for parameter in table.buckets[bucket] for name in check_parameter(parameter, tp)]
     assert sorted(produced) == sorted(table.hf_shapes)
 
 
-def check_entry(entry, tp):
-    """The names of the entry's tensors, once the boxes of all ranks are seen to tile them and the local shapes."""
+def check_parameter(parameter, tp):
+    """The names of the parameter's tensors; checks that the slices of all ranks tile them and the local shapes."""
     tiles = defaultdict(list)
     for rank in range(tp):
-        pieces = list(entry.pieces(rank, tp))
-        assert sum(prod(piece.size) for piece in pieces) <= prod(entry.local_shape(tp))
-        assert_disjoint([(piece.local_start, piece.size) for piece in pieces], entry.local_shape(tp))
-        for piece in pieces if entry.split is not None or rank == 0 else []:
-            tiles[piece.hf_name].append((piece.hf_start, piece.size))
-    for name, shape in entry.hf_shapes().items():
+        slices = list(parameter.slices(rank, tp))
+        assert {part.parameter for part in slices} <= {parameter.name}
+        assert sum(part.elements for part in slices) <= prod(parameter.local_shape(tp))
+        assert_disjoint([(part.local_start, part.size) for part in slices], parameter.local_shape(tp))
+        for part in slices if parameter.split is not None or rank == 0 else []:
+            tiles[part.hf_name].append((part.hf_start, part.size))
+    for name, shape in parameter.hf_shapes().items():
         assert sum(prod(size) for _, size in tiles[name]) == prod(shape), name
         assert_disjoint(tiles[name], shape)
     return list(tiles)
 
 
-def assert_disjoint(boxes, whole):
-    """Boxes cut along one dimension lie inside `whole` and do not overlap."""
-    for start, size in boxes:
+def assert_disjoint(parts, whole):
+    """Parts split along one dimension lie inside `whole` and do not overlap."""
+    for start, size in parts:
         assert all(s >= 0 and s + n <= w for s, n, w in zip(start, size, whole, strict=True))
-    dimension = next((d for d in range(len(whole)) if len({start[d] for start, _ in boxes}) > 1), 0)
+    dimension = next((d for d in range(len(whole)) if len({start[d] for start, _ in parts}) > 1), 0)
     ends = -1
-    for start, size in sorted(boxes, key=lambda box: box[0][dimension]):
+    for start, size in sorted(parts, key=lambda part: part[0][dimension]):
         assert start[dimension] >= ends or ends == -1
         ends = start[dimension] + size[dimension]
 
@@ -95,15 +96,15 @@ def test_padding_belongs_to_no_tensor():
     shape = QWEN["Qwen2.5-72B"]
     rows = padded_vocab(shape.vocab_size, 5)
     assert (rows, padded_vocab(shape.vocab_size, 8)) == (152065, 152064)
-    (entry,) = build_table(shape, rows).groups[0]
-    assert entry.local_shape(5) == (30413, 8192)
-    assert [sum(piece.size[0] for piece in entry.pieces(rank, 5)) for rank in range(5)] == [30413] * 4 + [30412]
+    (parameter,) = build_table(shape, rows).buckets[0]
+    assert parameter.local_shape(5) == (30413, 8192)
+    assert [sum(part.size[0] for part in parameter.slices(rank, 5)) for rank in range(5)] == [30413] * 4 + [30412]
 
 
 def test_transformer_engine_names_mean_the_same_parameters():
     table = build_table(QWEN["Qwen3-8B"])
-    fused_norm = table.entry("decoder.layers.1.self_attention.linear_qkv.layer_norm_weight", global_layer=9)
-    assert fused_norm is table.entry("decoder.layers.9.input_layernorm.weight")
+    fused_norm = table.parameter("decoder.layers.1.self_attention.linear_qkv.layer_norm_weight", global_layer=9)
+    assert fused_norm is table.parameter("decoder.layers.9.input_layernorm.weight")
     assert canonical_name("decoder.layers.3.mlp.linear_fc1.layer_norm_weight") == (
         "decoder.layers.3.pre_mlp_layernorm.weight"
     )
@@ -113,6 +114,14 @@ def test_transformer_engine_names_mean_the_same_parameters():
 def test_refusals_name_the_parameter():
     table = build_table(QWEN["Qwen2.5-0.5B"])
     with pytest.raises(UserError, match=r"decoder\.layers\.0\.mlp\.router\.weight"):
-        table.entry("decoder.layers.0.mlp.router.weight")
+        table.parameter("decoder.layers.0.mlp.router.weight")
     with pytest.raises(UserError, match=r"linear_proj\.weight: its 896 columns .* 3 tensor-parallel ranks"):
-        table.entry("decoder.layers.0.self_attention.linear_proj.weight").local_shape(3)
+        table.parameter("decoder.layers.0.self_attention.linear_proj.weight").local_shape(3)
+
+
+def test_intersection_moves_both_places():
+    part = TensorSlice("w", "a", hf_start=(10, 4), local_start=(2, 0), size=(6, 8))
+    assert part.intersect((slice(12, 99), slice(0, 6))) == TensorSlice("w", "a", (12, 4), (4, 0), (4, 2))
+    assert part.intersect((slice(0, 99), slice(0, 99))) == part
+    assert part.intersect((slice(16, 20), slice(0, 99))) is None
+    assert part.rows(3, 5) == TensorSlice("w", "a", (11, 4), (3, 0), (2, 8))

@@ -2,7 +2,7 @@
 
 A checkpoint is a directory with `.metadata` and `*.distcp` files as `dist_checkpointing.save` writes them, the Hugging
 Face configuration and tokenizer files of the model, and `metadata.json`, which is written last: without it the
-checkpoint is not whole. Whatever else it holds (an optimizer's state, for one) is passed over here.
+checkpoint is not complete. Whatever else it holds (an optimizer's state, for one) is ignored here.
 
 Every parameter of the table is stored as one rank would hold it without tensor parallelism, under the key that
 megatron-core gives it: the layers stacked along a first axis (`decoder.layers.mlp.linear_fc2.weight` is [L, H, F]), or
@@ -10,12 +10,11 @@ each under its own number where the layers were saved as different from each oth
 """
 
 import json
+import pickle
 import re
-from collections.abc import Iterator
 from functools import reduce
 from math import prod
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME
@@ -28,15 +27,42 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.weights.conversion.checkpoint_metadata import METADATA_FILE, read_metadata
 from meds_megatron.weights.gather import merge
-from meds_megatron.weights.table import TRANSFORMER_ENGINE_NAMES, Entry, build_table, canonical_name
+from meds_megatron.weights.table import TRANSFORMER_ENGINE_NAMES, MegatronParameter, build_table, canonical_name
 
 BACKEND = "torch_dist"
+METADATA_FILE = ".metadata"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
 _MODEL_KEY = re.compile(r"(decoder|embedding|output_layer)\.")
 _FUSED_NAMES = {local: fused for fused, local in TRANSFORMER_ENGINE_NAMES.items()}
+
+# The classes that describe tensors and their places; a pickle that needs any other is refused.
+_KNOWN = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath"},
+    "pathlib._local": {"Path", "PosixPath"},
+}
 
 
 def stored_name(name: str) -> tuple[str, int | None]:
@@ -51,7 +77,7 @@ def stored_name(name: str) -> tuple[str, int | None]:
 
 
 def is_checkpoint(directory: str | Path) -> bool:
-    """Whether `directory` holds a checkpoint, whole or not."""
+    """Whether `directory` holds a checkpoint, complete or not."""
     directory = Path(directory)
     if (directory / METADATA_FILE).is_file() or any(directory.glob("*.distcp")):
         return True
@@ -69,10 +95,10 @@ class CheckpointWeights:
     def __init__(self, directory: str | Path):
         """Raises UserError when `directory` is no checkpoint, an incomplete one, or does not fit its config.json."""
         self.directory = Path(directory).expanduser()
-        _check_whole(self.directory)
+        _check_complete(self.directory)
         self.shape = ModelShape.from_hf(self.directory)
         self.table = build_table(self.shape)
-        metadata = read_metadata(self.directory)
+        metadata = _read_metadata(self.directory / METADATA_FILE)
         stored = metadata.state_dict_metadata
         self._tensors = {key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
         self._places = self._find()
@@ -80,39 +106,33 @@ class CheckpointWeights:
         self._reader = FileSystemReader(self.directory)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
 
-    def entries(self) -> Iterator[Entry]:
-        """Every stored parameter, in the order of the model."""
-        return (entry for entry in self.table.entries.values() if not entry.copy)
-
     def common_dtype(self) -> torch.dtype:
         """The narrowest dtype that holds every weight."""
-        return reduce(torch.promote_types, {self.dtype(entry) for entry in self.entries()})
+        return reduce(torch.promote_types, {self._tensors[key].properties.dtype for key, _ in self._places.values()})
 
-    def dtype(self, entry: Entry) -> torch.dtype:
-        return self._tensors[self._places[entry.name][0]].properties.dtype
+    def read(self, parameter: MegatronParameter, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The Hugging Face tensors of one parameter, in `dtype` or their own.
 
-    def read(self, entry: Entry, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The Hugging Face tensors of one parameter, in `dtype` or their own."""
-        key, layer = self._places[entry.name]
-        shape = entry.local_shape(tp_size=1)
-        whole = torch.empty(shape, dtype=dtype or self.dtype(entry))
-        stacked = layer is not None
-        box = ChunkStorageMetadata(
-            offsets=torch.Size((layer, *[0] * len(shape)) if stacked else [0] * len(shape)),
-            sizes=torch.Size((1, *shape) if stacked else shape),
+        Raises UserError when its file is damaged.
+        """
+        key, layer = self._places[parameter.name]
+        stack = () if layer is None else (layer,)
+        shape = parameter.local_shape(tp_size=1)
+        whole = torch.empty(shape, dtype=dtype or self._tensors[key].properties.dtype)
+        region = ChunkStorageMetadata(
+            offsets=torch.Size((*stack, *[0] * len(shape))), sizes=torch.Size((*[1] * len(stack), *shape))
         )
-        items = create_read_items_for_chunk_list(key, self._tensors[key], [box])
-        planner = _Into(whole[None] if stacked else whole)
+        items = create_read_items_for_chunk_list(key, self._tensors[key], [region])
         try:
-            self._reader.read_data(LoadPlan(items), planner).wait()
-        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+            self._reader.read_data(LoadPlan(items), _Into(whole.view(region.sizes))).wait()
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             files = {self._reader.storage_data[item.storage_index].relative_path for item in items}
             raise UserError(
                 f"{self.directory}: {key} in {' or '.join(sorted(files))} is damaged: copy the checkpoint again, or use"
                 " another one"
             ) from error
-        names = list(entry.hf_shapes())
-        return {names[0]: whole} if len(names) == 1 else merge(entry, [whole])
+        names = list(parameter.hf_shapes())
+        return {names[0]: whole} if len(names) == 1 else merge(parameter, [whole])
 
     def _find(self) -> dict[str, tuple[str, int | None]]:
         """The key and layer of every parameter of the table."""
@@ -122,11 +142,11 @@ class CheckpointWeights:
                 if name in places:
                     raise self._misfit(f"the checkpoint holds {name} twice, as {places[name][0]} and as {key}")
                 places[name] = (key, layer)
-        expected = {entry.name for entry in self.entries()}
+        expected = [parameter.name for parameter in self.table.stored]
         for name, (key, layer) in places.items():
             if name not in expected:
                 raise self._misfit(f"the checkpoint holds {key}, which the model of config.json does not have")
-            self._check_shape(self.table.entries[name], key, layer)
+            self._check_shape(self.table.parameters[name], key, layer)
         for name in expected:
             if name not in places:
                 raise self._misfit(f"the checkpoint has no tensor {stored_name(name)[0]}")
@@ -139,38 +159,38 @@ class CheckpointWeights:
             return [(canonical_name(f"decoder.layers.{layer}.{match[1]}"), layer) for layer in layers]
         return [(canonical_name(key), None)] if _MODEL_KEY.match(key) else []
 
-    def _check_shape(self, entry: Entry, key: str, layer: int | None) -> None:
+    def _check_shape(self, parameter: MegatronParameter, key: str, layer: int | None) -> None:
         """The stored tensor may have more rows than the vocabulary; otherwise it has the table's shape."""
         stored = tuple(self._tensors[key].size)
         stack = () if layer is None else (self.shape.num_layers,)
-        expected = (*stack, *entry.local_shape(tp_size=1))
-        padded = layer is None and entry.group in (0, len(self.table.groups) - 1) and entry.columns is not None
-        if stored != expected and not (padded and stored[0] >= expected[0] and stored[1:] == expected[1:]):
+        expected = (*stack, *parameter.local_shape(tp_size=1))
+        vocabulary = parameter.bucket in (0, self.shape.num_layers + 1) and parameter.columns is not None
+        if stored != expected and not (vocabulary and stored[0] >= expected[0] and stored[1:] == expected[1:]):
             raise self._misfit(f"{key} is {list(stored)}, config.json asks for {list(expected)}")
 
-    def _misfit(self, what: str) -> UserError:
+    def _misfit(self, found: str) -> UserError:
         return UserError(
-            f"{self.directory}: {what}; put the config.json that belongs to these weights beside them, or use another"
+            f"{self.directory}: {found}; put the config.json that belongs to these weights beside them, or use another"
             " checkpoint"
         )
 
 
 class _Into(DefaultLoadPlanner):
-    """Lets a reader fill one tensor, whose dtype it takes."""
+    """Reads into one tensor, in its dtype."""
 
     def __init__(self, target: Tensor):
         super().__init__()
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        box = zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        return self._target[tuple(slice(offset, offset + length) for offset, length in box)]
+        region = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self._target[tuple(slice(offset, offset + length) for offset, length in region)]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         pass
 
 
-def _check_whole(directory: Path) -> None:
+def _check_complete(directory: Path) -> None:
     if not directory.is_dir():
         raise UserError(f"checkpoint {directory} does not exist: give the directory of a checkpoint")
     marker = directory / CONFIG_FNAME
@@ -192,6 +212,33 @@ def _check_whole(directory: Path) -> None:
             f"{directory} has no config.json: copy the config.json and tokenizer files of the model's Hugging Face"
             " directory there"
         )
+
+
+def _read_metadata(path: Path) -> Metadata:
+    """The description of a checkpoint, a pickle, which could run anything: only known classes are loaded.
+
+    Raises UserError when the file is damaged or needs another class.
+    """
+    try:
+        with open(path, "rb") as file:
+            metadata = _SafeUnpickler(file).load()
+    except ImportError as error:
+        raise UserError(f"{path} {error}: it is not the description of a checkpoint, do not trust it") from error
+    except Exception as error:
+        # A damaged pickle can raise any exception.
+        raise UserError(f"{path} cannot be read ({error}): the checkpoint is damaged, use another one") from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise UserError(f"{path} does not describe a checkpoint: use another one")
+    return metadata
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name not in _KNOWN.get(module, ()):
+            raise ImportError(f"asks for {module}.{name}")
+        return super().find_class(module, name)
 
 
 def _check_files(directory: Path, metadata: Metadata, keys: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint from a Hugging Face directory, in one process and without holding more than one layer group.
+"""A checkpoint from a Hugging Face directory, in one process and without holding more than a chunk in memory.
 
 torch's checkpoint writer asks its planner for each chunk when it is about to write it, so a chunk is read from the
 safetensors only then. Chunks are a number of rows of one parameter, so that a rank that loads its part of a large
@@ -7,7 +7,7 @@ parameter reads little else.
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from torch.futures import Future
 from meds_megatron.weights.conversion.checkpoint import BACKEND, stored_name
 from meds_megatron.weights.hf_directory import copy_model_files
 from meds_megatron.weights.load import HfWeights
-from meds_megatron.weights.table import Entry, Table
+from meds_megatron.weights.table import MegatronParameter, Table
 
 CHUNK_BYTES = 16 * 2**20
 
@@ -38,7 +38,7 @@ def write_checkpoint(weights: HfWeights, table: Table, writing: Path, chunk_byte
     refuses.
     """
     planner = _LazyPlanner(weights, table, chunk_bytes)
-    writer = _FilePerGroup(writing)
+    writer = _FilePerLayer(writing)
     writer.set_up_storage_writer(is_coordinator=True)
     planner.set_up_planner({}, writer.storage_meta(), is_coordinator=True)
     [plan], metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
@@ -50,63 +50,49 @@ def write_checkpoint(weights: HfWeights, table: Table, writing: Path, chunk_byte
     save_config(CheckpointingConfig(sharded_backend=BACKEND), str(writing))
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """`count` rows of a parameter, from row `first`."""
-
-    entry: Entry
-    first: int
-    count: int
-
-
 class _LazyPlanner(DefaultSavePlanner):
-    """Plans every chunk of the model, and reads one when it is asked for."""
+    """Plans every chunk of the model, and reads one when it is about to be written."""
 
     def __init__(self, weights: HfWeights, table: Table, chunk_bytes: int):
         super().__init__(flatten_state_dict=False)
         self._weights, self._table, self._chunk_bytes = weights, table, chunk_bytes
+        self._layers = len(table.buckets) - 2
         self._dtypes = _stored_dtypes(weights, table)
-        self._rows: dict[MetadataIndex, _Rows] = {}
+        self._rows: dict[MetadataIndex, tuple[MegatronParameter, int]] = {}
+        """Parameter and first row of each chunk."""
 
     def create_local_plan(self) -> SavePlan:
-        items: list[WriteItem] = []
-        layers = len(self._table.groups) - 2
-        for group in self._table.groups:
-            for entry in group:
-                if not entry.copy:
-                    items += self._chunks(entry, layers)
-                    items += _extra_state(entry, layers)
-        return SavePlan(items)
+        parameters = self._table.stored
+        return SavePlan([item for row in parameters for item in (*self._chunks(row), *_extra_state(row, self._layers))])
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type is WriteItemType.BYTE_IO:
-            # What the objects of one rank are wrapped in: a list.
+            # The list that megatron-core wraps the objects of one rank in.
             data = io.BytesIO()
             torch.save([None], data)
             return data
-        rows = self._rows[write_item.index]
-        dtype, sizes = write_item.tensor_data.properties.dtype, write_item.tensor_data.chunk.sizes
-        chunk = torch.empty(sizes, dtype=dtype)
-        stacked = len(sizes) > len(rows.entry.local_shape(1))
-        self._weights.fill(chunk[0] if stacked else chunk, rows.entry, 0, 1, rows.first)
+        parameter, first_row = self._rows[write_item.index]
+        chunk = torch.empty(write_item.tensor_data.chunk.sizes, dtype=write_item.tensor_data.properties.dtype)
+        rows = chunk.view(-1, *parameter.local_shape(1)[1:])
+        self._weights.fill(rows, parameter, 0, 1, first_row)
         return chunk
 
-    def _chunks(self, entry: Entry, layers: int) -> Iterator[WriteItem]:
-        key, layer = stored_name(entry.name)
-        dtype, shape = self._dtypes[key], entry.local_shape(1)
-        stack, at, one = ((), (), ()) if layer is None else ((layers,), (layer,), (1,))
-        most = max(1, self._chunk_bytes // (dtype.itemsize * (entry.columns or 1)))
+    def _chunks(self, parameter: MegatronParameter) -> Iterator[WriteItem]:
+        key, layer = stored_name(parameter.name)
+        dtype, shape = self._dtypes[key], parameter.local_shape(1)
+        stack, at, one = ((), (), ()) if layer is None else ((self._layers,), (layer,), (1,))
+        most = max(1, self._chunk_bytes // (dtype.itemsize * (parameter.columns or 1)))
         for first in range(0, shape[0], most):
             count = min(most, shape[0] - first)
             index = MetadataIndex(key, (*at, first, *[0] * len(shape[1:])))
-            self._rows[index] = _Rows(entry, first, count)
-            box = ChunkStorageMetadata(offsets=index.offset, sizes=torch.Size((*one, count, *shape[1:])))
-            data = TensorWriteData(chunk=box, properties=TensorProperties(dtype), size=torch.Size((*stack, *shape)))
+            self._rows[index] = parameter, first
+            chunk = ChunkStorageMetadata(offsets=index.offset, sizes=torch.Size((*one, count, *shape[1:])))
+            data = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype), size=torch.Size((*stack, *shape)))
             yield WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)
 
 
-class _FilePerGroup(FileSystemWriter):
-    """Writes the items of each layer group to a file of its own."""
+class _FilePerLayer(FileSystemWriter):
+    """Writes the items of each layer to a file of its own."""
 
     def __init__(self, path: Path):
         # Reading ahead would hold more than one chunk.
@@ -136,9 +122,9 @@ def _file_of(item: WriteItem) -> int | None:
     return item.index.offset[0] if item.index.fqn.startswith("decoder.layers.") else None
 
 
-def _extra_state(entry: Entry, layers: int) -> Iterator[WriteItem]:
+def _extra_state(parameter: MegatronParameter, layers: int) -> Iterator[WriteItem]:
     """megatron-core's linear layers ask for a state beside their weight, though on most machines it is empty."""
-    module, _, last = entry.name.rpartition(".")
+    module, _, last = parameter.name.rpartition(".")
     key, layer = stored_name(f"{module}._extra_state")
     if layer is not None and last == "weight" and ".linear_" in module:
         item = ShardedObject(key, None, (layers,), (layer,))
@@ -147,10 +133,9 @@ def _extra_state(entry: Entry, layers: int) -> Iterator[WriteItem]:
 
 def _stored_dtypes(weights: HfWeights, table: Table) -> dict[str, torch.dtype]:
     """The dtype of every key: the narrowest that holds all tensors stored under it, since a key has only one."""
-    hf_dtypes = weights.dtypes(table.hf_shapes)
     dtypes: dict[str, torch.dtype] = {}
-    for entry in table.entries.values():
-        key, _ = stored_name(entry.name)
-        for name in entry.hf_shapes():
-            dtypes[key] = torch.promote_types(dtypes.get(key, hf_dtypes[name]), hf_dtypes[name])
+    for parameter in table.stored:
+        key, _ = stored_name(parameter.name)
+        for dtype in (weights.dtypes[name] for name in parameter.hf_shapes()):
+            dtypes[key] = torch.promote_types(dtypes.get(key, dtype), dtype)
     return dtypes

@@ -8,18 +8,17 @@ from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
 from meds_megatron.weights.conversion.checkpoint import CheckpointWeights, is_checkpoint
 from meds_megatron.weights.conversion.checkpoint_writer import CHUNK_BYTES, write_checkpoint
-from meds_megatron.weights.directory import finish_directory, new_directory
-from meds_megatron.weights.hf_directory import MAX_FILE_BYTES, finish_hf, write_tensors
+from meds_megatron.weights.directory import new_directory
+from meds_megatron.weights.hf_directory import MAX_FILE_BYTES, TYPE_CODES, finish_hf, write_tensors
 from meds_megatron.weights.load import HfWeights
-from meds_megatron.weights.shard_file import TYPE_CODES
 from meds_megatron.weights.table import build_table
 
 
 def to_mcore(source: str | Path, directory: str | Path, chunk_bytes: int = CHUNK_BYTES) -> None:
     """Makes a checkpoint from the Hugging Face directory `source`, which model chunks of any layout can load.
 
-    Memory holds one layer group. Raises UserError when `source` cannot be trained here, `directory` exists or the file
-    system refuses.
+    Memory holds a chunk of one parameter. Raises UserError when `source` cannot be trained here, `directory` exists or
+    the file system refuses.
     """
     if is_checkpoint(source):
         raise UserError(f"{source} is a checkpoint, expected a Hugging Face directory: it needs no conversion")
@@ -28,7 +27,6 @@ def to_mcore(source: str | Path, directory: str | Path, chunk_bytes: int = CHUNK
     weights.check(table.hf_shapes)
     with new_directory(directory) as writing:
         write_checkpoint(weights, table, writing, chunk_bytes)
-        finish_directory(directory)
 
 
 def to_hf(
@@ -39,14 +37,14 @@ def to_hf(
 ) -> None:
     """Makes a Hugging Face directory from a checkpoint that was saved at any layout.
 
-    `dtype` is that of all weights (default: the checkpoint's own). Memory holds about one layer group. Raises UserError
-    when `checkpoint` is none or not whole, `directory` exists or the file system refuses.
+    `dtype` is that of all weights (default: the checkpoint's own). Memory holds about one bucket. Raises UserError
+    when `checkpoint` is none or incomplete, `directory` exists or the file system refuses.
     """
     weights = CheckpointWeights(checkpoint)
     dtype = dtype or weights.common_dtype()
     if dtype not in TYPE_CODES:
         raise UserError(f"{checkpoint} holds {dtype} weights: choose what to convert them to with --dtype")
     with new_directory(directory) as writing:
-        groups = (weights.read(entry, dtype) for entry in weights.entries())
-        write_tensors(groups, weights.table.hf_shapes, writing, 0, dtype, max_file_bytes)
-        finish_hf(weights.shape, directory, weights.directory, dtype)
+        tensors = (weights.read(parameter, dtype) for parameter in weights.table.stored)
+        write_tensors(tensors, weights.table.hf_shapes, writing, 0, dtype, max_file_bytes)
+        finish_hf(weights.shape, directory, writing, weights.directory, dtype)

@@ -1,4 +1,5 @@
-"""Whether two models, each a Hugging Face directory or a checkpoint, are the same."""
+"""Comparison of two models, each a Hugging Face directory or a checkpoint: their weights, then the log-probabilities
+that plain transformers gives to a text with each."""
 
 import math
 import tempfile
@@ -10,15 +11,37 @@ import torch
 from torch import Tensor
 
 from meds_megatron.config.model_shape import ModelShape
+from meds_megatron.errors import UserError
 from meds_megatron.weights.conversion.checkpoint import CheckpointWeights, is_checkpoint
 from meds_megatron.weights.conversion.convert import to_hf
-from meds_megatron.weights.conversion.text_logprobs import SAMPLE_TEXT, text_tokens, token_logprobs
 from meds_megatron.weights.load import HfWeights
-from meds_megatron.weights.table import Entry, build_table
+from meds_megatron.weights.table import Table, build_table
 
 LOGPROB_LIMIT = 1e-4
 MOST_SHOWN = 20
-_SLAB_ELEMENTS = 2**20
+WINDOW = 256
+"""Tokens of one forward pass. The text is read in windows, each without what came before it."""
+
+SAMPLE_TEXT = r"""A train leaves the station at 9:40 and travels 84 kilometres in an hour and ten minutes. What is its
+average speed? Please reason step by step, and put your final answer within \boxed{}.
+
+An hour and ten minutes are 70 minutes, or 7/6 of an hour. The speed is 84 / (7/6) = 84 * 6 / 7 = 72 kilometres per
+hour, so the answer is \boxed{72}.
+
+def primes(limit: int) -> list[int]:
+    found = []
+    for number in range(2, limit + 1):
+        if all(number % prime for prime in found):
+            found.append(number)
+    return found
+
+Let $f(x) = x^3 - 3x + 1$. Then $f'(x) = 3x^2 - 3$ vanishes at $x = \pm 1$, where $f(-1) = 3$ and $f(1) = -1$; since
+the signs differ, $f$ has three real roots. La somme de ces racines est nulle. 三个根的乘积等于负一。
+Das folgt aus dem Satz von Vieta: the sum of the roots is minus the coefficient of $x^2$, and their product is minus the
+constant term.
+"""
+
+_CHUNK_ELEMENTS = 2**20
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -39,7 +62,7 @@ def verify(
     MOST_SHOWN `differing_tensors`. A difference is None where there is no number for it: another shape, not a number.
     Raises UserError when a model cannot be read.
     """
-    sides = [_open(a), _open(b)]
+    sides = _open(a), _open(b)
     tokens = [] if text is None else [text_tokens(directory, text) for directory in (a, b)]
     rows = list(_rows(*sides))
     differing = [row for row in rows if _differs(row, tolerance)]
@@ -67,36 +90,27 @@ def verify(
     }
 
 
-class _HfDirectory:
-    """A Hugging Face directory, read parameter by parameter as a checkpoint is."""
-
-    def __init__(self, directory: str | Path):
-        self._weights = HfWeights(directory)
-        self._table = build_table(ModelShape.from_hf(directory))
-        self._weights.check(self._table.hf_shapes)
-
-    def entries(self) -> Iterator[Entry]:
-        return (entry for entry in self._table.entries.values() if not entry.copy)
-
-    def read(self, entry: Entry) -> dict[str, Tensor]:
-        return {name: self._weights.tensor(name) for name in entry.hf_shapes()}
+def _open(directory: str | Path) -> tuple[Table, CheckpointWeights | HfWeights]:
+    """The model's table, and its weights to be read parameter by parameter."""
+    if is_checkpoint(directory):
+        checkpoint = CheckpointWeights(directory)
+        return checkpoint.table, checkpoint
+    weights = HfWeights(directory)
+    table = build_table(ModelShape.from_hf(directory))
+    weights.check(table.hf_shapes)
+    return table, weights
 
 
-def _open(directory: str | Path) -> CheckpointWeights | _HfDirectory:
-    return CheckpointWeights(directory) if is_checkpoint(directory) else _HfDirectory(directory)
-
-
-def _rows(a: CheckpointWeights | _HfDirectory, b: CheckpointWeights | _HfDirectory) -> Iterator[dict]:
-    """A row for every tensor of either model: its name, what it is on both sides, and how far they are apart."""
-    of_b = {entry.name: entry for entry in b.entries()}
-    for entry in a.entries():
-        tensors_a = a.read(entry)
-        tensors_b = b.read(of_b.pop(entry.name)) if entry.name in of_b else {}
-        for name in tensors_a | tensors_b:
-            yield _row(name, tensors_a.get(name), tensors_b.get(name))
-    for entry in of_b.values():
-        for name, tensor in b.read(entry).items():
-            yield _row(name, None, tensor)
+def _rows(*sides: tuple[Table, CheckpointWeights | HfWeights]) -> Iterator[dict]:
+    """A row for every tensor of either model: its name, type and shape on both sides, and their difference."""
+    parameters = [{parameter.name: parameter for parameter in table.stored} for table, _ in sides]
+    for name in parameters[0] | parameters[1]:
+        tensors_a, tensors_b = (
+            weights.read(of_side[name]) if name in of_side else {}
+            for of_side, (_, weights) in zip(parameters, sides, strict=True)
+        )
+        for hf_name in tensors_a | tensors_b:
+            yield _row(hf_name, tensors_a.get(hf_name), tensors_b.get(hf_name))
 
 
 def _row(name: str, a: Tensor | None, b: Tensor | None) -> dict:
@@ -119,9 +133,9 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _max_abs_difference(a: Tensor, b: Tensor) -> float | None:
     most = 0.0
-    pairs = (tensor.reshape(-1).split(_SLAB_ELEMENTS) for tensor in (a, b))
-    for slab_a, slab_b in zip(*pairs, strict=True):
-        difference = (slab_a.double() - slab_b.double()).abs().max().item()
+    pairs = (tensor.reshape(-1).split(_CHUNK_ELEMENTS) for tensor in (a, b))
+    for chunk_a, chunk_b in zip(*pairs, strict=True):
+        difference = (chunk_a.double() - chunk_b.double()).abs().max().item()
         if not math.isfinite(difference):
             return None
         most = max(most, difference)
@@ -160,6 +174,50 @@ def _compare_logprobs(sides: tuple[str | Path, str | Path], tokens: list[list[in
     if not math.isfinite(most):
         return found | {"equal": False}
     return found | {"abs_max": most, "abs_mean": mean, "equal": most <= limit}
+
+
+def text_tokens(directory: str | Path, text: str) -> list[int]:
+    """The text in the tokens of the directory's tokenizer; nothing else in the directory is read.
+
+    Raises UserError when there is no readable tokenizer, or not enough text.
+    """
+    from transformers import AutoTokenizer
+
+    if not text.strip():
+        raise UserError("the text to compare log-probs on is empty: give a longer one")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    except Exception as error:
+        # The exception of a broken tokenizer depends on its kind, and may have many lines.
+        raise _no_tokenizer(directory) from error
+    if not tokens:
+        # transformers makes an empty tokenizer of a directory without one.
+        raise _no_tokenizer(directory)
+    if len(tokens) == 1:
+        raise UserError(f"the text to compare log-probs on is a single token to {directory}: give a longer one")
+    return tokens
+
+
+def _no_tokenizer(directory: str | Path) -> UserError:
+    return UserError(
+        f"{directory} has no tokenizer that transformers can read: add the model's tokenizer files, or compare with"
+        " --weights-only"
+    )
+
+
+@torch.no_grad()
+def token_logprobs(directory: str | Path, tokens: list[int]) -> Tensor:
+    """Natural log-probabilities [T'] of all tokens but the first of each window, computed in float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    parts = []
+    for begin in range(0, len(tokens), WINDOW):
+        window_T = torch.tensor(tokens[begin : begin + WINDOW])
+        logprobs_TV = model(window_T[None]).logits[0, :-1].log_softmax(-1)
+        parts.append(logprobs_TV.gather(1, window_T[1:, None])[:, 0])
+    return torch.cat(parts)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Both ends of a weight update: `WeightSender` on a trainer rank, `WeightReceiver` on an engine rank.
 
-For each bucket of the plan, a trainer rank on the engine's node stages its transfers in the node's memory and the engine
-rank reads them there; a trainer rank on another node sends them through the engine's transfer group. The engine rank
+For each bucket of the plan, a trainer rank on the engine's node stages its transfers in the node's memory, where the
+engine rank reads them; a trainer rank on another node sends them through the engine's transfer group. The engine rank
 assembles Hugging Face tensors of full shape, of which only its own part is filled, for vLLM's weight loaders.
 """
 
@@ -33,8 +33,8 @@ class WeightSender:
     """
 
     def __init__(self, spec: SyncSpec, rank: int, parameters: dict[str, Tensor], device: str, host: str):
-        """`parameters` are the rank's own by Megatron name (`weights.chunks.rank_parameters`), read whenever a bucket is
-        staged or sent; `host` is this machine's address for other nodes."""
+        """`parameters` are the rank's own by Megatron name (`weights.chunks.rank_parameters`); their values are read
+        when a bucket is staged or sent. `host` is this machine's address for other nodes."""
         self._plan, self._dtype = spec.plan(), getattr(torch, spec.dtype)
         self._rank, self._trainer_rank = rank, spec.layout.coordinates(rank).tensor
         self._parameters, self._device, self._host = parameters, device, host

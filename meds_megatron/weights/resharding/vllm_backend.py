@@ -1,7 +1,7 @@
 """The weight-transfer backend of the engines, in vLLM's own life cycle of a weight update.
 
 Every vLLM process loads `register` through the entry-point group `vllm.general_plugins`. An engine built with
-`WeightTransferConfig(backend=BACKEND)` gets the source of its weights once (`init_weight_transfer_engine`). Every update
+`WeightTransferConfig(backend=BACKEND)` gets the source of its weights once (`init_weight_transfer_engine`). An update
 is then, on each of its tensor-parallel ranks, a `start_weight_update`, an `update_weights` for each bucket of the
 resharding plan and a `finish_weight_update`.
 """

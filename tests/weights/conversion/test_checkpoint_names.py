@@ -31,9 +31,9 @@ def source(tmp_path_factory):
 def parameters(source: Path) -> dict[str, torch.Tensor]:
     """Every parameter of the model by its local name, as one rank holds it without tensor parallelism."""
     weights, found = HfWeights(source), {}
-    for name, entry in build_table(ModelShape.from_hf(source)).entries.items():
-        found[name] = torch.empty(entry.local_shape(1))
-        weights.fill(found[name], entry, 0, 1)
+    for name, parameter in build_table(ModelShape.from_hf(source)).parameters.items():
+        found[name] = torch.empty(parameter.local_shape(1))
+        weights.fill(found[name], parameter, 0, 1)
     return found
 
 

@@ -14,7 +14,7 @@ from meds_megatron.errors import UserError
 from meds_megatron.weights.conversion import checkpoint_writer
 from meds_megatron.weights.conversion.checkpoint import is_checkpoint
 from meds_megatron.weights.conversion.convert import to_hf, to_mcore
-from meds_megatron.weights.directory import finish_directory, new_directory
+from meds_megatron.weights.directory import new_directory, writing_directory
 from meds_megatron.weights.load import HfWeights
 from tests.weights.hf_cases import make_source, tensors_in
 
@@ -189,8 +189,16 @@ def test_a_directory_that_another_process_writes_is_left_to_it(tmp_path):
         (writing / "file").touch()
         with pytest.raises(UserError, match="another process is writing .*out"), new_directory(out):
             pass
-        finish_directory(out)
     assert [path.name for path in out.iterdir()] == ["file"]
+
+
+def test_what_an_interrupted_process_left_is_cleared(tmp_path):
+    left = writing_directory(tmp_path / "out")
+    left.mkdir()
+    (left / "half").touch()
+    with new_directory(tmp_path / "out") as writing:
+        (writing / "file").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
 
 
 def test_what_got_the_name_meanwhile_is_left_alone(tmp_path):
@@ -199,7 +207,6 @@ def test_what_got_the_name_meanwhile_is_left_alone(tmp_path):
         (writing / "file").touch()
         out.mkdir()
         (out / "precious").touch()
-        finish_directory(out)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
 
 
@@ -208,7 +215,6 @@ def test_the_current_directory_can_be_written_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "empty")
     with new_directory(".") as writing:
         (writing / "file").touch()
-        finish_directory(".")
     assert [path.name for path in tmp_path.rglob("*")] == ["empty", "file"]
 
 

@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from meds_megatron.config.model_shape import ModelShape
-from meds_megatron.weights.table import build_table, group_sizes
+from meds_megatron.weights.table import bucket_sizes, build_table
 from tests.weights.hf_cases import make_source
 
 SIZES = dict(hidden_size=2048, num_hidden_layers=5, num_attention_heads=16, num_key_value_heads=8, head_dim=128)
 CONFIG = SIZES | dict(intermediate_size=6144, vocab_size=12_000, tie_word_embeddings=False, rope_theta=1e6)
 
 
-def test_peak_memory_is_about_one_layer_group(tmp_path):
+def test_peak_memory_is_about_one_bucket(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["Qwen3ForCausalLM"]}))
@@ -30,9 +30,9 @@ def test_peak_memory_is_about_one_layer_group(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     peaks = json.loads(done.stdout.splitlines()[-1])
-    group_bytes = 2 * max(group_sizes(table))
-    model_bytes = 2 * sum(group_sizes(table))
-    assert model_bytes > 5.5 * group_bytes > 500e6
-    # What malloc keeps for the next block, and the mapped pages of safetensors, come on top of the group.
-    assert max(peaks["to_mcore"], peaks["to_hf"]) < 2 * group_bytes, peaks
-    assert peaks["verify"] < 3 * group_bytes, peaks
+    bucket_bytes = 2 * max(bucket_sizes(table))
+    model_bytes = 2 * sum(bucket_sizes(table))
+    assert model_bytes > 5.5 * bucket_bytes > 500e6
+    # What malloc keeps for the next block, and the mapped pages of safetensors, come on top of the bucket.
+    assert max(peaks["to_mcore"], peaks["to_hf"]) < 2 * bucket_bytes, peaks
+    assert peaks["verify"] < 3 * bucket_bytes, peaks

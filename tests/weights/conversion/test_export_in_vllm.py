@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from meds_megatron.weights.conversion.convert import to_hf
-from meds_megatron.weights.conversion.text_logprobs import SAMPLE_TEXT, WINDOW, text_tokens, token_logprobs
+from meds_megatron.weights.conversion.verify import SAMPLE_TEXT, WINDOW, text_tokens, token_logprobs
 from tests.rollout.engine_cases import make_model
 from tests.weights import round_trip
 from tests.weights.conversion import checkpoint_ranks

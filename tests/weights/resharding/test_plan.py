@@ -1,4 +1,4 @@
-"""The resharding plan at full size, against a plain picture of what vLLM's ranks hold."""
+"""The resharding plan at full size, against an independent account of what vLLM's ranks hold."""
 
 from math import prod
 
@@ -8,7 +8,8 @@ import torch
 
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import QWEN, ModelShape
-from meds_megatron.weights.resharding.plan import Range, ReshardPlan, engine_box, interleaved
+from meds_megatron.weights.resharding.plan import ReshardPlan, engine_slices, interleaved
+from meds_megatron.weights.table import TensorSlice
 
 # (trainer TP, PP, VPP, engine TP): alike on both sides, more and fewer engine ranks than trainer ranks.
 LAYOUTS = {
@@ -35,7 +36,7 @@ def plan_of(name: str, layout: tuple[int, int, int, int]) -> ReshardPlan:
 
 
 def vllm_rows(shape: ModelShape, hf_name: str, rank: int, size: int) -> np.ndarray | None:
-    """Indices along the cut dimension that vLLM's rank holds, by its rules for heads; None: all of them."""
+    """Indices along the split dimension that vLLM's rank holds, by its rules for heads; None: all of them."""
     head, heads = shape.head_dim, shape.num_heads // size
     if "q_proj" in hf_name or "o_proj" in hf_name:
         return np.arange(rank * heads * head, (rank + 1) * heads * head)
@@ -56,72 +57,72 @@ def vllm_rows(shape: ModelShape, hf_name: str, rank: int, size: int) -> np.ndarr
 def test_every_element_that_an_engine_rank_needs_is_sent_to_it_exactly_once(name, layout):
     plan = plan_of(name, layout)
     for engine_rank in range(plan.engine_tensor):
-        received: dict[str, list[Range]] = {}
-        for group in plan.groups:
-            for parcel in plan.parcels(group):
-                if parcel.engine_rank == engine_rank:
-                    for box in parcel.boxes:
-                        received.setdefault(box.hf_name, []).append(Range(box.hf_start, box.size))
+        received: dict[str, list[TensorSlice]] = {}
+        for bucket in plan.buckets:
+            for transfer in plan.transfers(bucket):
+                if transfer.engine_rank == engine_rank:
+                    for part in transfer.slices:
+                        received.setdefault(part.hf_name, []).append(part)
         assert set(received) == set(plan.table.hf_shapes)
-        for hf_name, ranges in received.items():
-            assert_they_cover_once(ranges, plan, hf_name, engine_rank)
+        for hf_name, slices in received.items():
+            assert_they_cover_once(slices, plan, hf_name, engine_rank)
 
 
-def assert_they_cover_once(ranges: list[Range], plan: ReshardPlan, hf_name: str, engine_rank: int) -> None:
-    """The boxes of a tensor lie side by side along one dimension and hold what the rank needs, each index once."""
+def assert_they_cover_once(slices: list[TensorSlice], plan: ReshardPlan, hf_name: str, engine_rank: int) -> None:
+    """The slices of a tensor lie side by side along one dimension and hold what the rank needs, each index once."""
     hf_shape = plan.table.hf_shapes[hf_name]
-    cut = 1 if "o_proj" in hf_name or "down_proj" in hf_name else 0
-    for box in ranges:
-        across = [
-            (start, size) for axis, (start, size) in enumerate(zip(box.start, box.size, strict=True)) if axis != cut
-        ]
-        assert across == [(0, length) for axis, length in enumerate(hf_shape) if axis != cut]
-    held = np.sort(np.concatenate([np.arange(box.start[cut], box.start[cut] + box.size[cut]) for box in ranges]))
-    wanted = vllm_rows(plan.shape, hf_name, engine_rank, plan.engine_tensor)
-    assert np.array_equal(held, np.arange(hf_shape[cut]) if wanted is None else wanted)
+    split = 1 if "o_proj" in hf_name or "down_proj" in hf_name else 0
+    for part in slices:
+        across = [extent for axis, extent in enumerate(part.hf_slices()) if axis != split]
+        assert across == [slice(0, length) for axis, length in enumerate(hf_shape) if axis != split]
+    extents = [part.hf_slices()[split] for part in slices]
+    held = np.sort(np.concatenate([np.arange(extent.start, extent.stop) for extent in extents]))
+    needed = vllm_rows(plan.shape, hf_name, engine_rank, plan.engine_tensor)
+    assert np.array_equal(held, np.arange(hf_shape[split]) if needed is None else needed)
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_boxes_lie_within_the_senders_parameter_and_no_buffer_is_above_the_bound(name, layout):
+def test_slices_lie_within_the_senders_parameter_and_no_buffer_is_above_the_bound(name, layout):
     plan = plan_of(name, layout)
-    for group in plan.groups:
-        shapes = plan.hf_shapes(group)
-        assert sum(map(prod, shapes.values())) <= plan.largest_group
-        for parcel in plan.parcels(group):
-            assert parcel.elements <= plan.largest_group
-            for box in parcel.boxes:
-                local = torch.empty(plan.table.entries[box.entry].local_shape(plan.layout.tensor), device="meta")
-                whole = torch.empty(shapes[box.hf_name], device="meta")
-                assert local[box.local_slices()].shape == whole[box.hf_slices()].shape == box.size
+    for bucket in plan.buckets:
+        shapes = plan.hf_shapes(bucket)
+        assert sum(map(prod, shapes.values())) <= plan.largest_bucket
+        for transfer in plan.transfers(bucket):
+            assert transfer.elements <= plan.largest_bucket
+            for part in transfer.slices:
+                parameter = plan.table.parameters[part.parameter]
+                local = torch.empty(parameter.local_shape(plan.layout.tensor), device="meta")
+                whole = torch.empty(shapes[part.hf_name], device="meta")
+                assert local[part.local_slices()].shape == whole[part.hf_slices()].shape == part.size
 
 
 def test_the_bound_is_the_embedding_of_the_largest_model():
     plan = plan_of("Qwen2.5-72B", (8, 4, 1, 8))
-    assert plan.largest_group == 152064 * 8192 + 8192
-    assert (plan.largest_group - 8192) * 2 == 2376 * 2**20
+    assert plan.largest_bucket == 152064 * 8192 + 8192
+    assert (plan.largest_bucket - 8192) * 2 == 2376 * 2**20
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_each_group_comes_once_and_stages_take_turns(name, layout):
+def test_each_bucket_is_there_once_and_stages_take_turns(name, layout):
     plan = plan_of(name, layout)
     order = interleaved(plan)
-    assert sorted(order) == list(plan.groups)
-    assert {plan.stage(group) for group in plan.groups} == set(range(plan.layout.pipeline))
+    assert sorted(order) == list(plan.buckets)
+    assert {plan.stage(bucket) for bucket in plan.buckets} == set(range(plan.layout.pipeline))
     first = order[: plan.layout.pipeline * plan.layout.virtual]
-    assert {plan.stage(group) for group in first} == set(range(plan.layout.pipeline))
+    assert {plan.stage(bucket) for bucket in first} == set(range(plan.layout.pipeline))
 
 
-def test_where_both_sides_cut_alike_a_rank_hears_from_one_rank_alone():
+def test_where_both_sides_split_alike_an_engine_rank_receives_from_one_rank_only():
     for name, layout in [("Qwen2.5-72B", (8, 4, 1, 8)), ("Qwen2.5-7B", (4, 2, 1, 4)), ("Qwen3-1.7B", (2, 2, 7, 2))]:
         plan = plan_of(name, layout)
-        for group in plan.groups:
-            assert all(parcel.trainer_rank == parcel.engine_rank for parcel in plan.parcels(group))
+        for bucket in plan.buckets:
+            assert all(transfer.trainer_rank == transfer.engine_rank for transfer in plan.transfers(bucket))
 
 
 def test_a_rank_that_has_padding_alone_gets_nothing_of_the_vocabulary():
     shape = ModelShape("qwen3", 8, 1, 4, 4, 2, 8, 100, True, 1e6, 1e-6, 64)
-    parts = [engine_box(shape, "model.embed_tokens.weight", (100, 8), rank, 4) for rank in range(4)]
-    assert [(part.start[0], part.size[0]) for part in parts] == [(0, 32), (32, 32), (64, 32), (96, 4)]
+    parts = [engine_slices(shape, "model.embed_tokens.weight", (100, 8), rank, 4) for rank in range(4)]
+    assert parts == [(slice(*rows), slice(0, 8)) for rows in ((0, 32), (32, 64), (64, 96), (96, 100))]
     shape = ModelShape("qwen3", 8, 1, 4, 4, 2, 8, 65, True, 1e6, 1e-6, 64)
-    parts = [engine_box(shape, "lm_head.weight", (65, 8), rank, 4) for rank in range(4)]
-    assert [(part.start[0], part.size[0]) for part in parts] == [(0, 32), (32, 32), (64, 1), (65, 0)]
+    parts = [engine_slices(shape, "lm_head.weight", (65, 8), rank, 4) for rank in range(4)]
+    assert parts == [(slice(*rows), slice(0, 8)) for rows in ((0, 32), (32, 64), (64, 65), (65, 65))]

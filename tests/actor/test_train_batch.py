@@ -1,29 +1,29 @@
-"""Flat arrays: cutting, choosing and putting back keep every token with its response."""
+"""Flat arrays: selecting, concatenating and scattering keep every token with its response."""
+
+from dataclasses import fields
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meds_megatron.actor import microbatch
-from meds_megatron.actor.step_data import StepData, scatter_ragged
+from meds_megatron.actor.microbatch import build_micro_batch
+from meds_megatron.actor.train_batch import TrainBatch, scatter_ragged
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=12)
 
 
-def build(lengths: list[tuple[int, int]]) -> StepData:
-    """Sequences whose tokens tell where they belong: 100 * response + position."""
+def build(lengths: list[tuple[int, int]]) -> TrainBatch:
+    """Sequences of the tokens 100 * response + position."""
     prompts = [[100 * i + t for t in range(p)] for i, (p, _) in enumerate(lengths)]
     responses = [[100 * i + p + t for t in range(r)] for i, (p, r) in enumerate(lengths)]
-    data = StepData.of_responses(
+    return TrainBatch.of_responses(
         prompts,
         responses,
         logprobs=[[float(t) for t in tokens] for tokens in responses],
         answer_positions=[r - 2 if r > 1 else -1 for _, r in lengths],
         groups=list(range(len(lengths))),
     )
-    data.minibatches_B = np.arange(len(lengths)) % 2
-    return data
 
 
 @given(LENGTHS, st.randoms(use_true_random=False))
@@ -41,6 +41,20 @@ def test_selected_responses_keep_their_tokens(lengths, random):
         assert chosen.rollout_logprobs_R[begin : begin + response].tolist() == tokens[prompt:].tolist()
 
 
+@given(LENGTHS, st.integers(0, 12))
+def test_concatenated_batches_are_the_whole(lengths, cut):
+    whole = build(lengths)
+    whole.advantages_B = np.arange(len(lengths), dtype=np.float64)
+    rows = np.arange(len(lengths))
+    parts = [whole.select(part) for part in (rows[:cut], rows[cut:])]
+    joined = TrainBatch.concatenate(parts)
+    for field in fields(TrainBatch):
+        expected, found = getattr(whole, field.name), getattr(joined, field.name)
+        assert (expected is None) == (found is None), field.name
+        if expected is not None:
+            assert found.dtype == expected.dtype and found.tolist() == expected.tolist(), field.name
+
+
 @given(LENGTHS, st.integers(1, 4), st.randoms(use_true_random=False))
 def test_results_of_ranks_come_back_in_order(lengths, ranks, random):
     data = build(lengths)
@@ -51,22 +65,10 @@ def test_results_of_ranks_come_back_in_order(lengths, ranks, random):
     assert scatter_ragged(parts, shares, data.response_lengths_B).tolist() == data.rollout_logprobs_R.tolist()
 
 
-@given(LENGTHS, st.integers(1, 5), st.integers(1, 4))
-def test_micro_batches_hold_every_response_once(lengths, size, multiple):
-    data = build(lengths)
-    plan = microbatch.cut(data.lengths_B, data.minibatches_B, 3, size, multiple)
-    assert len(plan) == 3, "a rank without a response in a mini-batch joins it with empty micro-batches"
-    for minibatch, parts in enumerate(plan):
-        assert len(parts) % multiple == 0 and len(parts) > 0
-        assert all(len(part) <= size for part in parts)
-        rows = sorted(int(row) for part in parts for row in part)
-        assert rows == np.flatnonzero(data.minibatches_B == minibatch).tolist()
-
-
 @given(LENGTHS, st.integers(1, 4))
 def test_predicting_positions_come_one_before_their_targets(lengths, pad_to):
     data = build(lengths)
-    batch = microbatch.build(data, np.arange(len(lengths)), pad_to, "cpu")
+    batch = build_micro_batch(data, np.arange(len(lengths)), pad_to, "cpu")
     count, width = batch.tokens_BS.shape
     assert width % pad_to == 0
     positions, sequences = batch.predictors_R // count, batch.predictors_R % count
@@ -76,11 +78,11 @@ def test_predicting_positions_come_one_before_their_targets(lengths, pad_to):
 
 
 def test_an_empty_micro_batch_still_has_a_sequence():
-    batch = microbatch.build(build([(2, 3)]), np.zeros(0, dtype=np.int64), 4, "cpu")
+    batch = build_micro_batch(build([(2, 3)]), np.zeros(0, dtype=np.int64), 4, "cpu")
     assert batch.tokens_BS.shape == (1, 4)
     assert len(batch.targets_R) == len(batch.answer_rows) == 0
 
 
 def test_prompt_and_response_lists_must_match():
     with pytest.raises(ValueError):
-        StepData.of_responses([[1]], [[2], [3]], [[0.0]], [-1], [0])
+        TrainBatch.of_responses([[1]], [[2], [3]], [[0.0]], [-1], [0])

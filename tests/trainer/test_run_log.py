@@ -2,13 +2,16 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from meds_megatron.config import Config
-from meds_megatron.trainer.metrics import MetricsLog, PhaseTimer
+from meds_megatron.trainer.console import Console
 from meds_megatron.trainer.run_dir import RunDirectory
+from meds_megatron.trainer.run_log import RunLog
+from meds_megatron.trainer.timer import PhaseTimer
 
 
 @pytest.fixture
@@ -20,7 +23,7 @@ def config(tmp_path):
 
 def test_every_step_is_a_line_that_is_there_at_once(config):
     run = RunDirectory.create(config)
-    with MetricsLog(run, config) as log:
+    with RunLog(run, config, Console(config)) as log:
         log.log(0, {"validation/accuracy": 0.1})
         log.log(1, {"accuracy/mean": np.float32(0.25), "memory/clusters": np.int64(3)})
         lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
@@ -32,7 +35,7 @@ def test_every_step_is_a_line_that_is_there_at_once(config):
 
 def test_values_that_are_not_finite_stay_valid_json(config):
     run = RunDirectory.create(config)
-    with MetricsLog(run, config) as log:
+    with RunLog(run, config, Console(config)) as log:
         log.log(1, {"policy/kl": float("nan"), "policy/grad_norm": np.float64("inf")})
     assert json.loads(run.metrics.read_text()) == {"step": 1, "policy/kl": None, "policy/grad_norm": None}
 
@@ -51,18 +54,19 @@ def test_phases_add_up_and_start_anew():
     assert list(timer.take()) == ["time/step"]
 
 
-def test_the_name_of_a_phase_is_heard_as_it_begins():
-    heard = []
-    timer = PhaseTimer(on_phase=heard.append)
+def test_the_console_shows_a_phase_as_it_begins():
+    shown = []
+    timer = PhaseTimer(SimpleNamespace(phase=shown.append))
     with timer("forward"):
-        assert heard == ["forward"]
+        assert shown == ["forward"]
 
 
 OFFLINE_RUN = """
 import socket, sys
 from meds_megatron.config import Config
-from meds_megatron.trainer.metrics import MetricsLog
+from meds_megatron.trainer.console import Console
 from meds_megatron.trainer.run_dir import RunDirectory
+from meds_megatron.trainer.run_log import RunLog
 
 class NoNetwork(socket.socket):
     def connect(self, address):
@@ -72,15 +76,16 @@ class NoNetwork(socket.socket):
 socket.socket = NoNetwork
 config = Config(name="offline", run_dir=sys.argv[1])
 run = RunDirectory.create(config)
-with MetricsLog(run, config) as log:
+with RunLog(run, config, Console(config), sys.argv[2]) as log:
     log.log(1, {"accuracy/mean": 0.5})
+    assert log.wandb_id == sys.argv[2]
 """
 
 
-def test_without_a_key_wandb_is_offline_and_asks_nothing(tmp_path):
+def test_without_a_key_wandb_is_offline_and_prompts_for_nothing(tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE_RUN, str(tmp_path / "run")],
+        [sys.executable, "-c", OFFLINE_RUN, str(tmp_path / "run"), "ab12cd34"],
         env=environment,
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
@@ -89,7 +94,6 @@ def test_without_a_key_wandb_is_offline_and_asks_nothing(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    wandb_id = (tmp_path / "run" / "wandb_id").read_text()
-    assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{wandb_id}"))) == 1
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*-ab12cd34"))) == 1
     assert "api_key" not in (done.stdout + done.stderr).lower()
     assert not (tmp_path / "wandb").exists()

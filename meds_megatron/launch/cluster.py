@@ -1,0 +1,40 @@
+"""The Ray cluster of a run: connecting to it, and reserving its nodes."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from meds_megatron.config import ClusterConfig, Config
+from meds_megatron.errors import UserError
+from meds_megatron.launch.placement import Placement
+
+PLACEMENT_SECONDS = 120
+
+
+@contextmanager
+def ray_cluster(config: ClusterConfig) -> Iterator[None]:
+    """Connects to the cluster at `config.address`, or starts Ray on this machine, for as long as the block lasts."""
+    import ray
+
+    if config.address is not None:
+        ray.init(address=config.address, log_to_driver=True, logging_level="warning")
+    else:
+        # Ray guards its own cluster with a token and logs that at every start.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+        ray.init(include_dashboard=False, logging_level="warning", log_to_driver=True)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def reserve_nodes(config: Config, use_gpu: bool) -> Placement:
+    """The nodes of the run. Raises UserError when the Ray cluster does not have them."""
+    placement = Placement(config.cluster, use_gpu, config.rollout.nodes or 0)
+    if not placement.wait(PLACEMENT_SECONDS):
+        kind = f" with {config.cluster.ranks_per_node} free GPUs each" if use_gpu else ""
+        raise UserError(
+            f"The Ray cluster did not have {placement.nodes} nodes{kind} within {PLACEMENT_SECONDS} s: lower "
+            "cluster.nodes, rollout.nodes or cluster.ranks_per_node, or start Ray on more nodes"
+        )
+    return placement

@@ -1,0 +1,108 @@
+"""The error memory of a run: a shard on the node of each data-parallel rank, keys spread over the shards by a stable
+hash."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import ray
+
+from meds_megatron.config import Config, MemoryConfig
+from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.launch.placement import Place, Placement, rank_places
+from meds_megatron.logs import configure_process_logging
+from meds_megatron.memory import UNKNOWN, Match, MemoryShard, shard_of, step_metrics
+from meds_megatron.rollout.samples import Sample
+
+TARGETS = {"wrong": (False,), "right": (True,), "both": (False, True), "none": ()}
+"""Values of `correct` that `penalty.target` names."""
+UNGRADED = ("timeout", "error")
+"""Outcomes of gradings that failed: whether the response is a mistake is unknown."""
+NO_ANSWER = "|no_answer"
+"""End of the keys of responses without an answer, which have no fingerprint."""
+
+
+def memory_key(sample: Sample) -> str:
+    """Problem and correctness group of a response."""
+    return f"{sample.prompt.problem.id}|{'right' if sample.grade.correct else 'wrong'}"
+
+
+def lookup_key(sample: Sample, config: Config) -> str | None:
+    """The key under which a response is looked up and remembered; None where the memory does not concern it.
+
+    A targeted wrong response without an answer has a key of its own with `memory.no_answer: own_cluster`.
+    """
+    if sample.grade.correct not in TARGETS[config.penalty.target] or sample.grade.outcome in UNGRADED:
+        return None
+    if sample.completion.answer_position >= 0:
+        return memory_key(sample)
+    if config.memory.no_answer == "own_cluster" and not sample.grade.correct:
+        return memory_key(sample) + NO_ANSWER
+    return None
+
+
+class ErrorMemory:
+    """The shards as one object. `lookup` returns results, `remember` returns at once and is finished before the next
+    lookup."""
+
+    def __init__(self, config: Config, placement: Placement):
+        layout = ParallelLayout.from_config(config)
+        places = rank_places(config.cluster)
+        nodes = [places[layout.rank(tensor=0, data=data, pipeline=0)].node for data in range(layout.data)]
+        self._shards = [
+            ray.remote(_ShardActor)
+            .options(**placement.options(Place(node, gpus=()), {"OMP_NUM_THREADS": "1"}))
+            .remote(config.memory, number, layout.data, config.run_dir)
+            for number, node in enumerate(nodes)
+        ]
+        self._pending: list[ray.ObjectRef] = []
+
+    def lookup(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> Match:
+        """Label and size of the cluster that each fingerprint falls into: int64 [N] each, sizes of earlier steps only.
+
+        Rows of keys that end in NO_ANSWER are not read.
+        """
+        self.wait()
+        labels_N = np.full(len(keys), UNKNOWN, dtype=np.int64)
+        sizes_N = np.zeros(len(keys), dtype=np.int64)
+        parts = list(self._by_shard(keys, fingerprints_NL))
+        matches = ray.get([shard.match.remote(*arguments) for shard, _, *arguments in parts])
+        for (_, rows, *_), match in zip(parts, matches, strict=True):
+            labels_N[rows], sizes_N[rows] = match.labels_N, match.sizes_N
+        return Match(labels_N, sizes_N)
+
+    def remember(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> None:
+        """Stores and reclusters. Called once a step, if only for no keys: it moves the clock by which memories age."""
+        parts = self._by_shard(keys, fingerprints_NL)
+        self._pending += [shard.remember.remote(*arguments) for shard, _, *arguments in parts]
+        self._pending += [shard.recluster.remote() for shard in self._shards]
+
+    def wait(self) -> None:
+        """Returns when all that was remembered is clustered."""
+        ray.get(self._pending)
+        self._pending = []
+
+    def metrics(self) -> dict[str, float]:
+        """`memory/...` of the step since the last call."""
+        return step_metrics(ray.get([shard.stats.remote() for shard in self._shards]))
+
+    def close(self) -> None:
+        for shard in self._shards:
+            ray.kill(shard)
+
+    def _by_shard(
+        self, keys: Sequence[str], fingerprints_NL: np.ndarray
+    ) -> Iterator[tuple[ray.actor.ActorHandle, list[int], list[str], np.ndarray]]:
+        """Shard, rows, keys and fingerprints of each shard's part, keys without an answer ([N, 0]) apart and first."""
+        owners = [shard_of(key, len(self._shards)) for key in keys]
+        for number, shard in enumerate(self._shards):
+            mine = [row for row, owner in enumerate(owners) if owner == number]
+            for no_answer in (True, False):
+                rows = [row for row in mine if keys[row].endswith(NO_ANSWER) == no_answer]
+                if rows:
+                    yield shard, rows, [keys[row] for row in rows], fingerprints_NL[rows, : 0 if no_answer else None]
+
+
+class _ShardActor(MemoryShard):
+    def __init__(self, config: MemoryConfig, rank: int, shards: int, run_dir: str):
+        configure_process_logging(run_dir, f"memory{rank:03d}")
+        super().__init__(config, rank, shards)

@@ -1,0 +1,38 @@
+"""The prompts of a run's data sets."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from meds_megatron.config import Config
+from meds_megatron.data.problems import load_problems
+from meds_megatron.data.prompts import Prompt, build_prompts
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts to train on and to validate on."""
+
+    train: list[Prompt]
+    validation: list[Prompt]
+    skipped: int
+    """Prompts left out because they are too long."""
+
+
+def read_prompts(config: Config, model_dir: Path) -> Prompts:
+    """The prompts of both splits, encoded for the model in `model_dir`. Raises UserError for what cannot be used."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    data, longest = config.data, config.rollout.max_prompt_tokens
+
+    def prompts(sources: list[str], limit: int | None, split: str) -> tuple[list[Prompt], int]:
+        if not sources:
+            return [], 0
+        problems = load_problems(
+            sources, limit, split=split, arithmetic_rules=data.arithmetic_rules, seed=config.train.seed
+        )
+        return build_prompts(problems, tokenizer, data, longest)
+
+    train, skipped_train = prompts(data.train, data.limit_train, "train")
+    validation, skipped_validation = prompts(data.validation, data.limit_validation, "validation")
+    return Prompts(train, validation, skipped_train + skipped_validation)

@@ -1,0 +1,67 @@
+"""Prompt groups of a step and their responses as one TrainBatch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from meds_megatron.actor.train_batch import TrainBatch
+from meds_megatron.config import Config
+from meds_megatron.rollout.samples import PromptGroup, Sample
+from meds_megatron.trainer.error_memory import lookup_key
+
+
+@dataclass
+class RolloutBatch:
+    """Groups in the order of generation; row i of `batch` is response i of theirs, one group after the other."""
+
+    groups: list[PromptGroup]
+    batch: TrainBatch
+    keys_B: list[str | None]
+    """Memory key of each response (`error_memory.lookup_key`)."""
+    generation_batches: int = 1
+
+    @classmethod
+    def of_groups(cls, groups: list[PromptGroup], config: Config) -> "RolloutBatch":
+        """The groups of one generation batch."""
+        samples = [sample for group in groups for sample in group.samples]
+        batch = TrainBatch.of_responses(
+            prompts=[sample.prompt.token_ids for sample in samples],
+            responses=[sample.completion.token_ids_R for sample in samples],
+            logprobs=[sample.completion.logprobs_R for sample in samples],
+            answer_positions=[sample.completion.answer_position for sample in samples],
+            groups=[number for number, group in enumerate(groups) for _ in group.samples],
+        )
+        batch.correct_B = np.array([sample.grade.correct for sample in samples], dtype=bool)
+        batch.scores_B = np.array([sample.score for sample in samples], dtype=np.float64)
+        return cls(groups, batch, [lookup_key(sample, config) for sample in samples])
+
+    @classmethod
+    def joined(cls, parts: Sequence["RolloutBatch"]) -> "RolloutBatch":
+        """Several generation batches as one; at least one."""
+        batch = TrainBatch.concatenate([part.batch for part in parts])
+        groups = [group for part in parts for group in part.groups]
+        batch.groups_B = np.repeat(np.arange(len(groups)), [len(group.samples) for group in groups])
+        return cls(groups, batch, [key for part in parts for key in part.keys_B], len(parts))
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [sample for group in self.groups for sample in group.samples]
+
+    @property
+    def kept_B(self) -> np.ndarray:
+        """Whether each response is trained on."""
+        return np.array([group.kept for group in self.groups for _ in group.samples], dtype=bool)
+
+    @property
+    def kept_groups(self) -> list[PromptGroup]:
+        return [group for group in self.groups if group.kept]
+
+    def rows_to_remember(self, config: Config) -> np.ndarray:
+        """Responses that the error memory concerns: of kept groups, with `memory.remember_filtered` of all groups."""
+        chosen_B = self.kept_B | config.memory.remember_filtered
+        return np.array([row for row in np.flatnonzero(chosen_B) if self.keys_B[row] is not None], dtype=np.int64)
+
+    def lookup_arguments(self, rows: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """Memory keys and fingerprints [N, L] of `rows`."""
+        return [self.keys_B[row] for row in rows], self.batch.fingerprints_BL[rows]

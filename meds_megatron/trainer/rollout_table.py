@@ -1,0 +1,49 @@
+"""The responses of a step as columns of its rollout file."""
+
+import numpy as np
+
+from meds_megatron.trainer.error_memory import memory_key
+from meds_megatron.trainer.rollout_batch import RolloutBatch
+
+
+def rollout_columns(rollouts: RolloutBatch, advantages_K: np.ndarray | None) -> dict[str, list]:
+    """A row for every response of the step; `advantages_K` are those of the kept ones.
+
+    None stands for what a response does not have: scores where its group is neither kept nor remembered, a
+    fingerprint where no answer went through the model, an advantage where it is not trained on.
+    """
+    samples, batch = rollouts.samples, rollouts.batch
+    completions = [sample.completion for sample in samples]
+    advantages_B = np.full(len(batch), np.nan)
+    advantages_B[rollouts.kept_B] = advantages_K
+    scored_B = np.isfinite(batch.shaped_scores_B)
+    looked_up_B = scored_B & np.array([key is not None for key in rollouts.keys_B], dtype=bool)
+    # A batch without a forward pass has fingerprints of no layers.
+    has_fingerprint_B = np.isfinite(batch.fingerprints_BL[:, :1]).any(axis=1)
+    return {
+        "key": [memory_key(sample) for sample in samples],
+        "group": batch.groups_B,
+        "source": [sample.prompt.problem.source for sample in samples],
+        "prompt": [sample.prompt.problem.question for sample in samples],
+        "answer": [sample.prompt.problem.answer for sample in samples],
+        "response": [completion.text for completion in completions],
+        "response_token_ids": [completion.token_ids_R for completion in completions],
+        "prompt_tokens": batch.prompt_lengths_B,
+        "response_tokens": batch.response_lengths_B,
+        "correct": batch.correct_B,
+        "outcome": [sample.grade.outcome for sample in samples],
+        "score": batch.scores_B,
+        "penalty": _where(scored_B, batch.penalties_B),
+        "cluster_size": _where(scored_B, batch.cluster_sizes_B),
+        "cluster_label": _where(looked_up_B, batch.cluster_labels_B),
+        "shaped_score": _where(scored_B, batch.shaped_scores_B),
+        "advantage": _where(rollouts.kept_B, advantages_B),
+        "fingerprint": _where(has_fingerprint_B, batch.fingerprints_BL),
+        "policy_version": [completion.policy_version for completion in completions],
+        "kept": rollouts.kept_B,
+    }
+
+
+def _where(present_B: np.ndarray, values_B: np.ndarray) -> list:
+    """The values, None where one is not present."""
+    return [value if present else None for value, present in zip(values_B, present_B, strict=True)]

@@ -1,0 +1,76 @@
+"""Scores of a step's responses: forward pass, memory lookup, penalty, and from the shaped scores the advantages."""
+
+import numpy as np
+import torch
+
+from meds_megatron.actor.schedule import NOT_SCHEDULED, minibatches_of
+from meds_megatron.actor.train_batch import TrainBatch
+from meds_megatron.algorithm.advantages import AdvantageInputs, compute_advantages
+from meds_megatron.algorithm.aggregation import aggregation_weights
+from meds_megatron.config import Config
+from meds_megatron.reward.scores import penalties, shape_scores
+from meds_megatron.trainer.error_memory import ErrorMemory
+from meds_megatron.trainer.policy_group import PolicyGroup
+from meds_megatron.trainer.rollout_batch import RolloutBatch
+from meds_megatron.trainer.timer import PhaseTimer
+
+
+def score(rollouts: RolloutBatch, policy: PolicyGroup, memory: ErrorMemory, config: Config, timer: PhaseTimer) -> None:
+    """Fills the batch: log-probs, entropies and fingerprints by one forward pass, cluster sizes by one lookup, and the
+    shaped scores that follow (NaN for groups that are neither kept nor remembered).
+
+    Of groups that are remembered but not kept, only responses with both a key and an answer take a forward pass.
+    """
+    batch, kept_B = rollouts.batch, rollouts.kept_B
+    rows = rollouts.rows_to_remember(config)
+    minibatches_B = update_minibatches(batch, kept_B, config)
+    others = rows[~kept_B[rows] & (batch.answer_positions_B[rows] >= 0)]
+    # A mini-batch of their own leaves the micro-batches of kept groups as they are in the update.
+    minibatches_B[others] = minibatches_B.max(initial=NOT_SCHEDULED) + 1
+    if (minibatches_B != NOT_SCHEDULED).any():
+        with timer("forward"):
+            output = policy.forward(batch, minibatches_B)
+        batch.logprobs_R, batch.entropy_R = output.logprobs_R, output.entropy_R
+        batch.fingerprints_BL = output.fingerprints_BL
+        batch.fingerprints_BL[(minibatches_B == NOT_SCHEDULED) | (batch.answer_positions_B < 0)] = np.nan
+    else:
+        batch.fingerprints_BL = np.zeros((len(batch), 0), dtype=np.float32)
+    batch.cluster_sizes_B = np.zeros(len(batch), dtype=np.int64)
+    batch.cluster_labels_B = np.zeros(len(batch), dtype=np.int64)
+    with timer("memory"):
+        match = memory.lookup(*rollouts.lookup_arguments(rows))
+    batch.cluster_sizes_B[rows], batch.cluster_labels_B[rows] = match.sizes_N, match.labels_N
+    batch.penalties_B = penalties(batch.cluster_sizes_B, config.penalty.alpha)
+    shaped_B = shape_scores(batch.scores_B, batch.correct_B, batch.penalties_B, config.penalty.target)
+    batch.shaped_scores_B = np.where(kept_B | config.memory.remember_filtered, shaped_B, np.nan)
+
+
+def training_batch(rollouts: RolloutBatch, config: Config) -> tuple[TrainBatch, np.ndarray]:
+    """The kept responses with their advantages and loss weights, and the mini-batch of each."""
+    batch = rollouts.batch.select(np.flatnonzero(rollouts.kept_B))
+    minibatches_B = update_minibatches(batch, np.ones(len(batch), dtype=bool), config)
+    inputs = AdvantageInputs(
+        scores_B=torch.from_numpy(batch.shaped_scores_B),
+        correct_B=torch.from_numpy(batch.correct_B),
+        groups_B=torch.from_numpy(batch.groups_B),
+    )
+    batch.advantages_B = compute_advantages(inputs, config.advantage).advantages_B.numpy()
+    batch.loss_weights_B = np.zeros(len(batch), dtype=np.float32)
+    for number in range(minibatches_B.max(initial=NOT_SCHEDULED) + 1):
+        rows = np.flatnonzero(minibatches_B == number)
+        lengths_B = torch.from_numpy(batch.response_lengths_B[rows])
+        batch.loss_weights_B[rows] = aggregation_weights(
+            lengths_B,
+            config.policy.aggregation,
+            total_tokens=int(lengths_B.sum()),
+            total_responses=len(rows),
+            max_response_tokens=config.rollout.max_response_tokens,
+        ).numpy()
+    return batch, minibatches_B
+
+
+def update_minibatches(batch: TrainBatch, kept_B: np.ndarray, config: Config) -> np.ndarray:
+    """Mini-batch of each kept response, int64 [B]; NOT_SCHEDULED for the others."""
+    minibatches_B = np.full(len(batch), NOT_SCHEDULED, dtype=np.int64)
+    minibatches_B[kept_B] = minibatches_of(batch.groups_B[kept_B], config.train.mini_batch_prompts)
+    return minibatches_B

@@ -1,0 +1,42 @@
+"""Time of a step, by phase."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from meds_megatron.trainer.console import Console
+
+
+class PhaseTimer:
+    """Seconds spent in each phase of a step.
+
+    with timer("rollout"): ...      # adds to time/rollout, however often it is entered
+    timer.take()                    # {"time/rollout": 2.1, ..., "time/step": 4.0}, and starts the next step
+    """
+
+    def __init__(self, console: Console | None = None):
+        """`console` shows the phase that is under way."""
+        self._console = console
+        self._start_step()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        if self._console:
+            self._console.phase(phase)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] += time.perf_counter() - started
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase, and of the whole step, since the last call; what follows counts for the next step."""
+        metrics = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+        metrics["time/step"] = time.perf_counter() - self._step_started
+        self._start_step()
+        return metrics
+
+    def _start_step(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._step_started = time.perf_counter()

@@ -1,0 +1,47 @@
+"""Logging of a process, in a process of its own."""
+
+import signal
+import subprocess
+import sys
+
+LOGGED = """
+import logging, sys
+from meds_megatron.logs import configure_process_logging
+configure_process_logging(sys.argv[1], "rank00003")
+logger = logging.getLogger("meds_megatron.actor.worker")
+logger.debug("not kept")
+logger.info("model loaded")
+logger.warning("engine 1 is gone")
+"""
+
+
+def run(directory, code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, timeout=60)
+
+
+def test_lines_name_the_process_and_only_warnings_reach_the_terminal(tmp_path):
+    done = run(tmp_path, LOGGED)
+    lines = (tmp_path / "logs" / "rank00003.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == [
+        "INFO    rank00003 meds_megatron.actor.worker: model loaded",
+        "WARNING rank00003 meds_megatron.actor.worker: engine 1 is gone",
+    ]
+    assert "engine 1 is gone" in done.stderr and "model loaded" not in done.stderr
+
+
+def test_a_process_that_a_signal_ends_leaves_its_stack(tmp_path):
+    done = run(tmp_path, LOGGED + "import os\ndef stuck(): os.abort()\nstuck()\n")
+    assert done.returncode == -signal.SIGABRT
+    text = (tmp_path / "logs" / "rank00003.log").read_text()
+    assert "Fatal Python error: Aborted" in text and "in stuck" in text
+
+
+def test_a_restarted_process_appends(tmp_path):
+    run(tmp_path, LOGGED)
+    run(tmp_path, LOGGED)
+    assert (tmp_path / "logs" / "rank00003.log").read_text().count("model loaded") == 2
+
+
+def test_without_a_run_directory_there_is_no_file(tmp_path):
+    done = run(tmp_path / "none", LOGGED)
+    assert done.returncode == 0 and not (tmp_path / "none").exists()

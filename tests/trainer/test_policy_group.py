@@ -1,0 +1,35 @@
+"""Results of data-parallel ranks as one: rows back in their places, sums added up."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meds_megatron.actor.schedule import NOT_SCHEDULED, schedule
+from meds_megatron.actor.train_batch import ForwardOutput, UpdateOutput
+from meds_megatron.trainer.policy_group import add_up, scatter
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(NOT_SCHEDULED, 2)), min_size=1, max_size=20), st.integers(1, 4)
+)
+def test_outputs_return_to_their_rows(rows, ranks):
+    lengths_B = np.array([length for length, _ in rows])
+    minibatches_B = np.array([minibatch for _, minibatch in rows])
+    work = schedule(lengths_B, minibatches_B, ranks, micro_batch_responses=2)
+    outputs = []
+    for rank_rows in work.rows:
+        tokens_R = np.repeat(rank_rows + 1, lengths_B[rank_rows]).astype(np.float32)
+        outputs.append(ForwardOutput(tokens_R, -tokens_R, np.repeat(rank_rows[:, None] + 1, 3, axis=1)))
+    whole = scatter(outputs, work.rows, lengths_B)
+    expected_B = np.where(minibatches_B == NOT_SCHEDULED, 0, np.arange(len(rows)) + 1)
+    assert whole.logprobs_R.tolist() == np.repeat(expected_B, lengths_B).tolist()
+    assert whole.entropy_R.tolist() == (-whole.logprobs_R).tolist()
+    assert whole.fingerprints_BL.tolist() == np.repeat(expected_B[:, None], 3, axis=1).tolist()
+
+
+def test_an_update_is_the_sum_over_the_data_parallel_ranks():
+    parts = (
+        UpdateOutput(0.5, {"tokens": 3.0, "kl": 0.25}, 2.0, 1e-6),
+        UpdateOutput(1.0, {"tokens": 5.0, "kl": 1.0}, 2.0, 1e-6),
+    )
+    assert add_up(parts) == UpdateOutput(1.5, {"tokens": 8.0, "kl": 1.25}, 2.0, 1e-6)

@@ -1,0 +1,128 @@
+"""From groups to flat arrays, memory keys and advantages."""
+
+import numpy as np
+import pytest
+from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
+
+from meds_megatron.config import Config
+from meds_megatron.data.problems import Problem
+from meds_megatron.data.prompts import Prompt
+from meds_megatron.reward.grading import Grade
+from meds_megatron.trainer.error_memory import lookup_key
+from meds_megatron.trainer.rollout_batch import RolloutBatch
+from meds_megatron.trainer.scoring import training_batch
+
+
+def group(name: str, correct: list[bool], answers: list[int], prompt: int = 3, outcome: str = "graded") -> PromptGroup:
+    """A group whose response i has i + 2 tokens and its answer position at `answers[i]`."""
+    asked = Prompt(Problem(name, "?", "7", "test"), list(range(prompt)))
+    samples = [
+        Sample(
+            asked,
+            Completion(np.arange(i + 2), np.full(i + 2, -1.0, np.float32), "", "stop", 0, answers[i]),
+            Grade(correct[i], outcome),
+            float(correct[i]),
+        )
+        for i in range(len(correct))
+    ]
+    return PromptGroup(asked, samples)
+
+
+def two_groups() -> list[PromptGroup]:
+    return [group("a", [True, False, False], [0, 1, -1]), group("b", [False, True, False], [0, 0, 2], prompt=5)]
+
+
+@pytest.fixture
+def rollouts() -> RolloutBatch:
+    return RolloutBatch.of_groups(two_groups(), Config())
+
+
+def test_arrays_follow_the_groups(rollouts):
+    batch = rollouts.batch
+    assert batch.response_lengths_B.tolist() == [2, 3, 4, 2, 3, 4]
+    assert batch.answer_positions_B.tolist() == [3, 4, -1, 5, 5, 7]
+    assert batch.groups_B.tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch.correct_B.tolist() == [True, False, False, False, True, False]
+    assert batch.scores_B.tolist() == [1, 0, 0, 0, 1, 0]
+
+
+def test_generation_batches_join_in_order(rollouts):
+    joined = RolloutBatch.joined([rollouts, RolloutBatch.of_groups([group("c", [False], [0])], Config())])
+    assert [g.prompt.problem.id for g in joined.groups] == ["a", "b", "c"] and joined.generation_batches == 2
+    assert joined.batch.groups_B.tolist() == [0, 0, 0, 1, 1, 1, 2]
+    assert joined.keys_B == [None, "a|wrong", None, "b|wrong", None, "b|wrong", "c|wrong"]
+
+
+def test_only_kept_groups_are_remembered_unless_filtered_ones_are_too(rollouts):
+    config = Config()
+    rollouts.groups[0].kept = False
+    assert rollouts.rows_to_remember(config).tolist() == [3, 5]
+    config.memory.remember_filtered = True
+    assert rollouts.rows_to_remember(config).tolist() == [1, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("target", "chosen"),
+    [("wrong", [1, 3, 5]), ("right", [0, 4]), ("both", [0, 1, 3, 4, 5]), ("none", [])],
+)
+def test_only_targeted_responses_with_an_answer_have_a_key(target, chosen):
+    config = Config()
+    config.penalty.target = target
+    named = ["a|right", "a|wrong", None, "b|wrong", "b|right", "b|wrong"]
+    assert RolloutBatch.of_groups(two_groups(), config).keys_B == [
+        named[row] if row in chosen else None for row in range(6)
+    ]
+
+
+@pytest.mark.parametrize(("target", "has_key"), [("wrong", True), ("both", True), ("right", False), ("none", False)])
+def test_wrong_responses_without_an_answer_have_a_key_of_their_own_with_own_cluster(target, has_key):
+    config = Config()
+    config.penalty.target, config.memory.no_answer = target, "own_cluster"
+    right, wrong = group("a", [True, False], [-1, -1]).samples
+    assert lookup_key(wrong, config) == ("a|wrong|no_answer" if has_key else None)
+    assert lookup_key(right, config) is None
+
+
+def test_a_response_whose_grading_failed_has_no_key():
+    config = Config()
+    config.memory.no_answer = "own_cluster"
+    for outcome in ("timeout", "error"):
+        samples = group("a", [False, False], [0, -1], outcome=outcome).samples
+        assert [lookup_key(sample, config) for sample in samples] == [None, None]
+
+
+def with_scores(rollouts: RolloutBatch, shaped: list[float]) -> RolloutBatch:
+    rollouts.batch.shaped_scores_B = np.array(shaped)
+    return rollouts
+
+
+def test_the_floor_is_for_groups_without_a_right_answer():
+    config = Config()
+    config.advantage.std_floor = 0.4
+    groups = [group("a", [True, False], [0, 0]), group("b", [False, False], [0, 0])]
+    batch, minibatches_B = training_batch(
+        with_scores(RolloutBatch.of_groups(groups, config), [1.0, 0.9, 0.0, -0.1]), config
+    )
+    # The deviation is 0.1 / sqrt(2) in both.
+    usual, floored = 0.05 / (0.1 / 2**0.5 + 1e-6), 0.05 / (0.4 + 1e-6)
+    assert batch.advantages_B == pytest.approx([usual, -usual, floored, -floored])
+    assert minibatches_B.tolist() == [0] * 4
+
+
+def test_loss_weights_are_those_of_the_whole_mini_batch(rollouts):
+    config = Config()
+    config.train.mini_batch_prompts = 1
+    rollouts.groups.append(group("c", [False, True], [0, 0]))
+    rollouts = RolloutBatch.of_groups(rollouts.groups, config)
+    rollouts.groups[0].kept = False
+    batch, minibatches_B = training_batch(with_scores(rollouts, [0.0] * 8), config)
+    assert minibatches_B.tolist() == [0, 0, 0, 1, 1]
+    assert batch.loss_weights_B == pytest.approx([1 / 9] * 3 + [1 / 5] * 2)
+    assert batch.loss_weights_B.dtype == np.float32
+
+
+def test_a_step_may_keep_no_group_at_all(rollouts):
+    for dropped in rollouts.groups:
+        dropped.kept = False
+    batch, minibatches_B = training_batch(with_scores(rollouts, [np.nan] * 6), Config())
+    assert len(batch) == len(minibatches_B) == len(batch.advantages_B) == 0
