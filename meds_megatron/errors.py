@@ -1,2 +1,2 @@
 class UserError(Exception):
-    """A mistake of the user, told in one sentence: the command line prints it without a traceback."""
+    """A mistake of the user, described in one sentence: the command line prints it without a traceback."""

@@ -1,18 +1,18 @@
-r"""The last `\boxed{...}` of a text: one rule for the data, the graders and the fingerprint's position."""
+r"""The last `\boxed{...}` of a text, as data sets, graders and answer positions all define it."""
 
 import re
 
 BOX_OPENING = r"\\boxed[ \t\r\n]*\{"
-r"""Pattern of a box up to and including its brace; LaTeX lets white space stand before the brace."""
+r"""Pattern of a box up to and including its brace; LaTeX allows white space before the brace."""
 
 _OPENING = re.compile(BOX_OPENING)
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{...}` of the text holds, stripped; None without a box, or when the last one never closes.
+    r"""The content of the last `\boxed{...}` of the text, stripped; None without a box, or when the last is not closed.
 
-    The last box is the one that opens last, so of nested boxes it is the inner one. `\{` and `\}` are printed braces:
-    they open and close nothing.
+    The last box is the one that opens last, so of nested boxes it is the inner one. `\{` and `\}` are printed braces
+    and are not counted.
     """
     start = text.rfind("\\boxed")
     opening = None

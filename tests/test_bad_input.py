@@ -71,8 +71,11 @@ def test_unsupported_architecture(refused, model_dir):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"parallel.pipeline": 3, "cluster.ranks_per_node": 3}, "4 layers cannot be shared by parallel.pipeline = 3"),
-        ({"parallel.tensor": 4, "cluster.ranks_per_node": 8}, "2 key/value heads cannot be shared by"),
+        (
+            {"parallel.pipeline": 3, "cluster.ranks_per_node": 3},
+            "4 layers cannot be divided over parallel.pipeline = 3",
+        ),
+        ({"parallel.tensor": 4, "cluster.ranks_per_node": 8}, "2 key/value heads cannot be divided over"),
         ({"parallel.virtual_pipeline": 4}, "parallel.virtual_pipeline = 4"),
         ({"cluster.ranks_per_node": 3}, "make the number of ranks a multiple of 2"),
         ({"train.micro_batch_responses": 500}, "is smaller than train.micro_batch_responses"),

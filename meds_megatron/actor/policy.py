@@ -1,5 +1,7 @@
 """One rank's share of the policy: the forward pass of a step, and its optimizer steps."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from meds_megatron.actor.microbatch import MicroBatch
 from meds_megatron.actor.pipeline import run_pipeline
 from meds_megatron.actor.process_group import is_replica_output_rank
 from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput, scatter_ragged, take_ragged
-from meds_megatron.algorithm.advantages import entropy_shaped
+from meds_megatron.algorithm.advantages import shape_token_advantages
 from meds_megatron.algorithm.losses import LossInputs, policy_loss
 from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
@@ -87,23 +89,21 @@ class _MicroBatchLoss:
         self._batch, self._config, self._device = batch, config, device
         self._lengths_B, self._offsets_B1 = batch.response_lengths_B, batch.response_offsets_B1
 
-    def __call__(self, micro_batch: MicroBatch, logprobs_R: Tensor, _entropy_R: Tensor) -> tuple[Tensor, dict]:
-        batch = self._batch
-        lengths = self._lengths_B[micro_batch.rows]
-        old_entropy_R = self._of(micro_batch, batch.entropy_R)
-        advantages_R = self._to_device(np.repeat(batch.advantages_B[micro_batch.rows], lengths).astype(np.float32))
-        output = policy_loss(
-            LossInputs(
-                logprobs_T=logprobs_R,
-                old_logprobs_T=self._of(micro_batch, batch.logprobs_R),
-                rollout_logprobs_T=self._of(micro_batch, batch.rollout_logprobs_R),
-                advantages_T=entropy_shaped(advantages_R, old_entropy_R, self._config.advantage),
-                weights_T=self._to_device(np.repeat(batch.loss_weights_B[micro_batch.rows], lengths)),
-                lengths_B=self._to_device(lengths),
-            ),
-            self._config.policy,
+    def __call__(self, micro_batch: MicroBatch, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict]:
+        batch, rows = self._batch, micro_batch.rows
+        lengths = self._lengths_B[rows]
+        inputs = LossInputs(
+            logprobs_T=logprobs_R,
+            old_logprobs_T=self._of(micro_batch, batch.logprobs_R),
+            rollout_logprobs_T=self._of(micro_batch, batch.rollout_logprobs_R),
+            entropy_T=entropy_R,
+            advantages_T=self._to_device(np.repeat(batch.advantages_B[rows], lengths).astype(np.float32)),
+            weights_T=self._to_device(np.repeat(batch.loss_weights_B[rows], lengths)),
+            lengths_B=self._to_device(lengths),
         )
-        sums = {"loss": output.loss.detach(), **output.token_sums}
+        shaped = shape_token_advantages(inputs, self._config.advantage)
+        output = policy_loss(replace(inputs, advantages_T=shaped.advantages_T), self._config.policy)
+        sums = {"loss": output.loss.detach(), **output.token_sums, **shaped.token_sums}
         return output.loss, {name: float(value) for name, value in sums.items()}
 
     def _of(self, micro_batch: MicroBatch, values_R: np.ndarray) -> Tensor:

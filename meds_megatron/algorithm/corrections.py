@@ -1,4 +1,7 @@
-"""The rollout engine and the trainer never agree to the last bit: how far they are apart, and how to make up for it."""
+"""Differences between the log-probs of the rollout engine and of the trainer, and their correction.
+
+Both are of the policy that sampled the responses; the two programs round differently.
+"""
 
 import math
 
@@ -7,10 +10,7 @@ from torch import Tensor
 
 
 def importance_weights(old_logprobs_T: Tensor, rollout_logprobs_T: Tensor, cap: float) -> Tensor:
-    """Truncated importance sampling: weights_T = min(p_trainer / p_rollout, cap), without gradient.
-
-    Both log-probs are of the policy that made the responses, as the trainer and as the rollout engine see it.
-    """
+    """Truncated importance sampling: weights_T = min(p_trainer / p_rollout, cap), without gradient."""
     log_weights_T = old_logprobs_T.detach() - rollout_logprobs_T.detach()
     return log_weights_T.clamp(max=math.log(cap)).exp()
 

@@ -1,13 +1,13 @@
-"""Which prompts are worth an update."""
+"""Dynamic sampling: groups without a spread give no gradient (DAPO, arXiv 2503.14476, section 3.2)."""
 
 import torch
 from torch import Tensor
 
 
 def keep_groups(metric_B: Tensor, groups_B: Tensor) -> Tensor:
-    """keep_B (bool): whether a response's group has a spread in `metric_B`, so that its members can be told apart.
+    """keep_B (bool): whether the group of a response has a spread in `metric_B`.
 
-    `groups_B` holds any integer per prompt; all responses of a group get the same answer. A group of one is kept, as
+    `groups_B` holds any integer per prompt; all responses of a group share one value. A group of one is kept, as
     in DAPO.
     """
     _, index_B, sizes_G = torch.unique(groups_B, return_inverse=True, return_counts=True)

@@ -8,7 +8,7 @@ from meds_megatron.bench import rollout as rollout_bench
 from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.config.validate import validate_model
-from meds_megatron.embedded.source import ensure_model
+from meds_megatron.embedded.make import ensure_model
 from meds_megatron.launch.cluster import ray_cluster
 from meds_megatron.trainer.main import resolve_device, train
 from meds_megatron.trainer.prompts import read_prompts

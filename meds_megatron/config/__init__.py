@@ -1,7 +1,8 @@
-"""Settings of a run: the typed schema, reading, writing and judging them. Imports no torch."""
+"""Typed settings of a run: schema, loading, validation, parallel layout and model shape. Imports no torch."""
 
-from meds_megatron.config.layout import ModelSizes, ParallelLayout, RankCoordinates
+from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.load import load_config, save_config
+from meds_megatron.config.model_shape import QWEN, ModelShape
 from meds_megatron.config.schema import (
     AdvantageConfig,
     ClusterConfig,
@@ -23,31 +24,3 @@ from meds_megatron.config.schema import (
     WandbConfig,
 )
 from meds_megatron.config.validate import validate, validate_model
-
-__all__ = [
-    "AdvantageConfig",
-    "ClusterConfig",
-    "Config",
-    "DataConfig",
-    "FilterConfig",
-    "MemoryConfig",
-    "ModelConfig",
-    "ModelSizes",
-    "OptimizerConfig",
-    "OverlongConfig",
-    "ParallelConfig",
-    "ParallelLayout",
-    "PenaltyConfig",
-    "PolicyConfig",
-    "RandomModelConfig",
-    "RankCoordinates",
-    "RewardConfig",
-    "RolloutConfig",
-    "SyncConfig",
-    "TrainConfig",
-    "WandbConfig",
-    "load_config",
-    "save_config",
-    "validate",
-    "validate_model",
-]

@@ -1,28 +1,32 @@
 """Reading and writing configs: YAML files with `base:` inheritance, then dotted overrides, into a plain `Config`."""
 
+import difflib
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from meds_megatron.config.keys import describe_type, is_section, literal_values, nearest_key, schema_types
 from meds_megatron.config.schema import Config
 from meds_megatron.errors import UserError
 
 BASE_KEY = "base"
+TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file and of `key=value` overrides, on top of the schema's defaults.
+    """The schema's defaults, overridden by a YAML file and then by `key=value` overrides.
 
     `base: other.yaml` in a file (relative to that file) is applied before the file itself; the override
-    `base=other.yaml` (relative to the working directory) takes the place of the first file's own, so that one method's
-    file runs on any other. Values may refer to others as `${section.name}`. Raises UserError for a missing or malformed
-    file, an unknown key and a value of a wrong type.
+    `base=other.yaml` (relative to the working directory) replaces the `base` of the first file. Values may refer to
+    others as `${section.name}`. Raises UserError for a missing or malformed file, an unknown key and a value of a wrong
+    type.
     """
     settings = OmegaConf.structured(Config)
     sources: dict[str, str] = {}
@@ -41,7 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write every setting of `config` as YAML that `load_config` reads back; the file appears whole or not at all."""
+    """Write every setting of `config` as YAML that `load_config` reads back. Replaces the file atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -52,11 +56,11 @@ def save_config(config: Config, path: str | Path) -> None:
 def _file_layers(path: Path, above: tuple[Path, ...], base: Path | None = None) -> list[tuple[str, dict]]:
     """(source, values) of the file and of its bases, the deepest base first.
 
-    `above` are the files that inherit this one; `base` stands in for the file's own.
+    `above` are the files that inherit from this one; `base` overrides the file's own base.
     """
     resolved = path.resolve()
     if resolved in above:
-        chain = " -> ".join(str(link) for link in (*above, resolved))
+        chain = " -> ".join(map(str, (*above, resolved)))
         raise UserError(f"{above[-1]}: `{BASE_KEY}` goes in a circle ({chain}); remove one of these lines.")
     values = _read_yaml(path, above)
     own_base = values.pop(BASE_KEY, None)
@@ -96,24 +100,24 @@ def _override_layer(override: str) -> tuple[str, dict]:
 
 
 def _leaves(values: dict, prefix: str, source: str) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every setting in nested `values`; refuses keys the schema does not have."""
+    """(dotted key, value) of every setting in nested `values`; UserError for a key that is not in the schema."""
     for name, value in values.items():
         key = f"{prefix}{name}"
         if key not in schema_types():
             nearest = nearest_key(key)
             hint = f"did you mean `{nearest}`?" if nearest else "see meds_megatron/config/schema.py for all keys."
             raise UserError(f"{source}: unknown key `{key}`; {hint}")
-        if not is_section(key):
+        if not is_dataclass(schema_types()[key]):
             yield key, value
         elif isinstance(value, dict):
             yield from _leaves(value, key + ".", source)
         elif value is not None:
-            raise UserError(f"{source}: {key} is {value!r}, expected {describe_type(schema_types()[key])}.")
+            raise _wrong_type(source, key, value)
 
 
 def _set(settings: DictConfig, key: str, value: Any, source: str) -> None:
     expected = schema_types()[key]
-    if value is False and "no" in literal_values(key):
+    if value is False and get_origin(expected) is Literal and "no" in get_args(expected):
         value = "no"  # YAML reads a bare `no` as false.
     lossy = expected is bool and isinstance(value, int | float) and not isinstance(value, bool)
     nested = isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
@@ -122,7 +126,47 @@ def _set(settings: DictConfig, key: str, value: Any, source: str) -> None:
             raise ValueError(value)
         OmegaConf.update(settings, key, value)
     except (ValueError, OmegaConfBaseException) as error:
-        raise UserError(f"{source}: {key} is {value!r}, expected {describe_type(expected)}.") from error
+        raise _wrong_type(source, key, value) from error
+
+
+def _wrong_type(source: str, key: str, value: Any) -> UserError:
+    return UserError(f"{source}: {key} is {value!r}, expected {_describe(schema_types()[key])}.")
+
+
+def _describe(annotation: Any) -> str:
+    """The type in words, for "expected ..." in an error."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_describe, arguments))
+    if origin is list:
+        return f"a list, each item {_describe(arguments[0])}"
+    if is_dataclass(annotation):
+        return "a section with the keys " + ", ".join(get_type_hints(annotation))
+    return TYPE_NAMES[annotation]
+
+
+@cache
+def schema_types() -> dict[str, Any]:
+    """Every dotted key, sections included, with its annotated type; in the order of declaration."""
+    return dict(_walk(Config, ""))
+
+
+def _walk(section: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, annotation in get_type_hints(section).items():
+        yield prefix + name, annotation
+        if is_dataclass(annotation):
+            yield from _walk(annotation, f"{prefix}{name}.")
+
+
+def nearest_key(key: str) -> str | None:
+    """The known key most similar to `key`: one with the same last name in another section, or the closest spelling."""
+    known = list(schema_types())
+    name = key.rpartition(".")[2]
+    namesakes = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
+    close = difflib.get_close_matches(key, namesakes or known, n=1, cutoff=0.0 if namesakes else 0.6)
+    return close[0] if close else None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What kind of model a Hugging Face directory holds, read from its config.json without torch or transformers."""
+"""Sizes of a Qwen model, read from its config.json without torch or transformers."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a dense Qwen model. Qwen2 has a bias on q, k, v; Qwen3 has RMS norms on q and k instead."""
+    """The sizes of a dense Qwen model."""
 
     architecture: str
     """`qwen2` or `qwen3`."""
@@ -30,19 +30,20 @@ class ModelShape:
 
     @property
     def qk_norm(self) -> bool:
-        """Whether q and k pass an RMS norm of each head."""
+        """Whether an RMS norm is applied to each head's q and k."""
         return self.architecture == "qwen3"
 
     @property
     def qkv_bias(self) -> bool:
+        """Whether the projections of q, k and v have a bias."""
         return self.architecture == "qwen2"
 
     @classmethod
     def from_hf(cls, directory: str | Path) -> "ModelShape":
-        """Reads `directory`/config.json.
+        """The shape in `directory`/config.json.
 
-        Raises UserError when the directory or its config.json is missing, is not JSON, lacks a key or describes a
-        model that cannot be trained here.
+        Raises UserError when the directory or its config.json is missing, is not JSON, lacks a key or describes an
+        unsupported model.
         """
         path = Path(directory).expanduser() / "config.json"
         if not path.parent.is_dir():
@@ -56,7 +57,7 @@ class ModelShape:
         if not isinstance(raw, dict):
             raise UserError(f"{path} holds a {type(raw).__name__}, expected a JSON object: download the model again")
         architecture = _architecture(raw, path)
-        _refuse_unsupported(raw, path)
+        _check_supported(raw, path)
         try:
             heads = raw["num_attention_heads"]
             return cls(
@@ -86,7 +87,7 @@ def _architecture(raw: dict, path: Path) -> str:
     raise UserError(f"{path} describes {', '.join(names) or 'no architecture'}: only {known} can be trained")
 
 
-def _refuse_unsupported(raw: dict, path: Path) -> None:
+def _check_supported(raw: dict, path: Path) -> None:
     if raw.get("use_sliding_window"):
         raise UserError(f"{path} turns on use_sliding_window, which is not supported: use a full-attention model")
     for key in ("rope_scaling", "rope_parameters"):
@@ -98,7 +99,7 @@ def _refuse_unsupported(raw: dict, path: Path) -> None:
 
 
 def _rope_theta(raw: dict) -> float:
-    """`rope_theta` lies at the top level up to transformers 4 and in `rope_parameters` from transformers 5 on."""
+    """`rope_theta` is a key of its own up to transformers 4, and one of `rope_parameters` from transformers 5 on."""
     if "rope_theta" in raw:
         return float(raw["rope_theta"])
     return float((raw.get("rope_parameters") or {})["rope_theta"])
@@ -114,7 +115,8 @@ def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: 
     return ModelShape("qwen3", hidden, layers, heads, kv_heads, 128, ffn, 151936, tied, 1e6, 1e-6, 40960)
 
 
-QWEN = {  # for plans and benchmarks that have no model directory; source: each model's config.json on Hugging Face
+# The published models, for plans and benchmarks without a model directory. Source: their config.json on Hugging Face.
+QWEN = {
     "Qwen2.5-0.5B": _qwen2(896, 24, 14, 2, 64, 4864, 151936, True),
     "Qwen2.5-1.5B": _qwen2(1536, 28, 12, 2, 128, 8960, 151936, True),
     "Qwen2.5-3B": _qwen2(2048, 36, 16, 2, 128, 11008, 151936, True),

@@ -1,11 +1,18 @@
 """Every setting of a run, typed. The defaults reproduce the published MEDS method.
 
-This module imports neither torch nor any other package of ours: a launcher reads a config in a blink.
 Sources of the published values: the MEDS paper (arXiv 2604.11297) and DAPO (arXiv 2503.14476).
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+
+def setting(default: Any, **bounds: float) -> Any:
+    """A numeric field and its range, which `validate` checks: `gt`, `ge`, `lt`, `le`.
+
+    `off` is one value outside the range that is allowed too; null is allowed where the type allows it.
+    """
+    return field(default=default, metadata=bounds)
 
 
 @dataclass
@@ -13,30 +20,30 @@ class RandomModelConfig:
     """Shape of a randomly initialised model (`model.make: random`), for tests and benchmarks without a download."""
 
     architecture: Literal["qwen2", "qwen3"] = "qwen3"
-    hidden_size: int = 128
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    ffn_size: int = 384
+    hidden_size: int = setting(128, gt=0)
+    num_layers: int = setting(4, gt=0)
+    num_heads: int = setting(4, gt=0)
+    num_kv_heads: int = setting(2, gt=0)
+    head_dim: int = setting(32, gt=0)
+    ffn_size: int = setting(384, gt=0)
     tie_embeddings: bool = True
     tokenizer: str | None = None
-    """Directory whose tokenizer files and vocabulary the model takes; needed with `make: random`."""
-    vocab_size: int | None = None
+    """Directory of the tokenizer files that the model uses; required with `make: random`."""
+    vocab_size: int | None = setting(None, gt=0)
     """Rows of the embedding; default: the tokenizer's own size. Qwen pads its 151665 tokens to 151936 rows."""
-    boxing_steps: int = 0
-    """Short warm-up that teaches the model to answer any prompt with some number in a box; 0 leaves it random."""
-    seed: int = 0
+    boxing_steps: int = setting(0, ge=0)
+    """Warm-up steps that train the model to answer every prompt with a number in `\\boxed{}`; 0 leaves it random."""
+    seed: int = setting(0, ge=0)
 
 
 @dataclass
 class ModelConfig:
-    """Which model is trained."""
+    """The trained model."""
 
     path: str | None = None
     """A Hugging Face directory (config.json, safetensors, tokenizer)."""
     make: Literal["no", "arithmetic", "random"] = "no"
-    """Make the model on the spot instead of reading `path`: the warm-started arithmetic model, or a random one."""
+    """Generate the model instead of reading `path`: the warm-started arithmetic model, or a random one."""
     random: RandomModelConfig = field(default_factory=RandomModelConfig)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: Literal["none", "selective", "full"] = "none"
@@ -45,88 +52,89 @@ class ModelConfig:
 
 @dataclass
 class ClusterConfig:
-    """The machines a run may use."""
+    """Size of the cluster."""
 
-    nodes: int = 1
-    ranks_per_node: int = 8
+    nodes: int = setting(1, gt=0)
+    ranks_per_node: int = setting(8, gt=0)
     """Trainer ranks on each node: GPUs on CUDA, processes on CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     address: str | None = None
-    """Ray cluster to join (`auto` inside `ray symmetric-run`); none starts Ray on this machine."""
-    threads_per_rank: int = 1
+    """Ray cluster to join (`auto` inside `ray symmetric-run`); null starts Ray on this machine."""
+    threads_per_rank: int = setting(1, gt=0)
     """CPU threads of each trainer rank; only used without CUDA."""
-    collective_timeout_minutes: int = 30
+    collective_timeout_minutes: int = setting(30, gt=0)
 
 
 @dataclass
 class ParallelConfig:
-    """How the policy is laid out over ranks; what remains of nodes * ranks_per_node is data parallel."""
+    """Layout of the policy over the ranks; the data-parallel size is nodes * ranks_per_node / (tensor * pipeline)."""
 
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int = 1
+    tensor: int = setting(1, gt=0)
+    pipeline: int = setting(1, gt=0)
+    virtual_pipeline: int = setting(1, gt=0)
     """Model chunks on each pipeline stage (interleaved schedule); 1 means no interleaving."""
     sequence: bool = False
     """Megatron sequence parallelism over the tensor-parallel ranks."""
-    first_stage_layers: int | None = None
-    last_stage_layers: int | None = None
+    first_stage_layers: int | None = setting(None, gt=0)
+    last_stage_layers: int | None = setting(None, gt=0)
     """Uneven pipeline split: layers on the first / last stage; the stages between share the rest evenly."""
 
 
 @dataclass
 class DataConfig:
-    """Problems and how they become prompts."""
+    """Problems and prompts."""
 
     train: list[str] = field(default_factory=list)
     """jsonl or parquet files; `arithmetic` is the embedded task."""
     validation: list[str] = field(default_factory=list)
-    limit_train: int | None = None
-    limit_validation: int | None = None
+    limit_train: int | None = setting(None, gt=0)
+    limit_validation: int | None = setting(None, gt=0)
     system_prompt: str | None = "Please reason step by step, and put your final answer within \\boxed{}."
-    """System line of the chat template; null leaves it out."""
+    """System message of the chat template; null passes none."""
     chat_template: bool = True
-    """False gives the problem text to the model as it is."""
+    """False takes the question itself as the prompt."""
     shuffle: bool = True
     overlong_prompts: Literal["skip", "error"] = "skip"
-    """What to do with a prompt longer than `rollout.max_prompt_tokens`: leave it out and count it, or stop."""
+    """Prompts longer than `rollout.max_prompt_tokens`: `skip` leaves them out and reports their number."""
     arithmetic_rules: Literal["shared", "per_kind"] = "shared"
-    """`shared`: one right rule for all kinds of problem (learns fast); `per_kind`: each kind has its own."""
+    """Embedded task: `shared` has one correct rule for all kinds of problem, `per_kind` one for each kind."""
 
 
 @dataclass
 class RolloutConfig:
     """Generation with vLLM."""
 
-    engines: int = 1
-    tensor: int = 1
+    engines: int = setting(1, gt=0)
+    tensor: int = setting(1, gt=0)
     """Tensor-parallel size of each engine."""
-    nodes: int | None = None
-    """Nodes that the engines have to themselves, beside cluster.nodes (disaggregated). Null: engines and trainer ranks
-    share nodes and GPUs (colocated), and engines sleep while the policy learns."""
-    max_failures: int = 3
-    """How often in a row an engine may fail, and be started anew, without having generated anything in between."""
-    responses_per_prompt: int = 16
-    max_prompt_tokens: int = 1024
-    max_response_tokens: int = 3072
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    validation_temperature: float = 1.0
-    validation_top_p: float = 0.7
-    validation_responses: int = 1
-    gpu_memory_utilization: float = 0.6
-    cpu_kv_cache_gib: float = 1.0
+    nodes: int | None = setting(None, gt=0)
+    """Nodes reserved for the engines, in addition to cluster.nodes (disaggregated). Null: engines and trainer ranks
+    share nodes and GPUs (colocated), and engines sleep during the policy update."""
+    max_failures: int = setting(3, ge=0)
+    """Consecutive failures of an engine, without a completion in between, after which it is not restarted."""
+    responses_per_prompt: int = setting(16, ge=2)
+    max_prompt_tokens: int = setting(1024, gt=0)
+    max_response_tokens: int = setting(3072, gt=0)
+    temperature: float = setting(1.0, gt=0)
+    top_p: float = setting(1.0, gt=0, le=1)
+    top_k: int = setting(-1, gt=0, off=-1)
+    """top_p below 1 and top_k are refused in training: they bias the importance ratios."""
+    validation_temperature: float = setting(1.0, ge=0)
+    validation_top_p: float = setting(0.7, gt=0, le=1)
+    validation_responses: int = setting(1, gt=0)
+    gpu_memory_utilization: float = setting(0.6, gt=0, le=1)
+    cpu_kv_cache_gib: float = setting(1.0, gt=0)
     """KV cache of an engine rank without CUDA."""
-    threads: int = 1
+    threads: int = setting(1, gt=0)
     """CPU threads of each engine rank without CUDA."""
-    max_num_seqs: int = 256
+    max_num_seqs: int = setting(256, gt=0)
     deterministic: bool = False
-    """True repeats every response for the same seed, machine and engines: the requests of a generation batch start
-    together in a fixed order. False sends each request to the least loaded engine as soon as there is room."""
+    """True: the same seed, machine and engines give the same responses; the requests of a generation batch start
+    together in a fixed order. False: each request goes to the least loaded engine as soon as that one can take it."""
     enforce_eager: bool = False
     """True skips vLLM's compilation and CUDA graphs: faster start, slower generation."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the engine's weights; `auto` takes `model.dtype`."""
+    """Data type of the engines' weights; `auto` is `model.dtype`."""
 
 
 @dataclass
@@ -134,56 +142,56 @@ class OverlongConfig:
     """DAPO soft over-long penalty: 0 up to max_response_tokens - buffer, then linear down to -factor."""
 
     enabled: bool = True
-    buffer: int = 512
-    factor: float = 1.0
+    buffer: int = setting(512, gt=0)
+    factor: float = setting(1.0, ge=0)
 
 
 @dataclass
 class RewardConfig:
     """Grading of answers."""
 
-    workers: int = 8
-    """Grader processes; each can be killed."""
-    timeout_seconds: float = 10.0
-    """Processor time one answer may take before its grader is killed and the answer counts as a timeout."""
+    workers: int = setting(8, gt=0)
+    """Grader processes."""
+    timeout_seconds: float = setting(10.0, gt=0)
+    """CPU time for one answer; beyond it the grader process is killed and the answer counts as a timeout."""
     overlong: OverlongConfig = field(default_factory=OverlongConfig)
 
 
 @dataclass
 class MemoryConfig:
-    """The memory of past mistakes; the defaults are the published ones (MEDS, sections 3 and 4), with HDBSCAN's exact
-    spanning tree where the published code takes the package's nearly minimal one."""
+    """The error memory. The defaults are the published ones (MEDS, sections 3 and 4), except that HDBSCAN's spanning
+    tree is exact where the published code uses the package's approximate one."""
 
     method: Literal["hdbscan", "single"] = "hdbscan"
     """`single`: every vector of a key is one cluster (ablation)."""
-    min_cluster_size: int = 2
-    min_samples: int = 1
-    knn: int = 3
-    last_n_layers: int = 14
+    min_cluster_size: int = setting(2, ge=2)
+    min_samples: int = setting(1, gt=0)
+    knn: int = setting(3, gt=0)
+    last_n_layers: int = setting(14, gt=0)
     norm: Literal["last", "all", "none"] = "last"
-    """Which layers' hidden states pass the model's final norm before the head: the last (published), all (the usual
+    """Layers whose hidden states pass the model's final norm before the head: the last (published), all (the usual
     logit lens) or none."""
     layer_diff: bool = False
-    """Cluster the differences of neighbouring layers, taken before the last-n slice."""
+    """Cluster the differences of consecutive layers, taken before the last-n slice."""
     noise: Literal["cluster", "ignore"] = "cluster"
     """`cluster`: HDBSCAN noise counts as one cluster (published); `ignore`: noise has size 0."""
     allow_single_cluster: bool = False
-    """Let HDBSCAN answer that all vectors of a key are one cluster."""
+    """Allow HDBSCAN to return a single cluster of all vectors of a key."""
     no_answer: Literal["escape", "own_cluster"] = "escape"
     """Targeted wrong responses without an answer, and so without a fingerprint: `escape` leaves them unpunished
     (published); `own_cluster` counts all of a prompt as one cluster."""
     remember_filtered: bool = False
-    """Remember the mistakes of prompts that are generated but not trained on too; those that the filter has no need of
-    take a forward pass for that."""
-    window: int | None = None
-    """Newest vectors kept of each key; null keeps all."""
-    half_life_steps: float | None = None
-    """Steps after which a vector counts half in the size of its cluster (sizes are rounded); null: it counts fully."""
-    budget_gib: float | None = None
-    """Memory each shard may use. When it is passed, the longest histories lose their oldest vectors until 7/8 of it is
-    used; when even one vector a key is too much, the keys not remembered for longest go. Null is no limit."""
+    """Remember also the mistakes of prompts that were generated but not trained on; those that the filter does not
+    score need an additional forward pass."""
+    window: int | None = setting(None, gt=0)
+    """Number of newest vectors kept for each key; null keeps all."""
+    half_life_steps: float | None = setting(None, gt=0)
+    """Steps after which a vector's weight in the size of its cluster is halved (sizes are rounded); null: no decay."""
+    budget_gib: float | None = setting(None, gt=0)
+    """Limit of each shard's RAM; null is no limit. Beyond it the longest histories lose their oldest vectors until 7/8
+    of it is used; if one vector a key is still too much, the least recently remembered keys are dropped."""
     skip_damaged: bool = False
-    """When a saved memory is loaded, leave out its damaged segments and name them; false refuses it."""
+    """Loading a snapshot with damaged segments: true leaves them out and names them, false is an error."""
 
 
 @dataclass
@@ -191,8 +199,8 @@ class PenaltyConfig:
     """MEDS shaping: p = alpha * min(ln(n + 1), 2) for a response whose mistake was seen n times."""
 
     target: Literal["wrong", "right", "both", "none"] = "wrong"
-    """Which responses are shaped; `none` is the clean control."""
-    alpha: float = 0.1
+    """Responses that are shaped; `none` is the control without MEDS."""
+    alpha: float = setting(0.1, ge=0)
 
 
 @dataclass
@@ -200,14 +208,14 @@ class FilterConfig:
     """Dynamic sampling: groups whose metric has no spread are dropped and replaced."""
 
     metric: Literal["accuracy", "shaped", "none"] = "accuracy"
-    """`shaped` is the score after all penalties, the memory's included: every response generated takes a forward pass.
-    `none` keeps every group."""
-    generation_prompts: int | None = None
+    """`shaped` is the score after all penalties including the error memory's, and needs a forward pass of every
+    generated response. `none` keeps every group."""
+    generation_prompts: int | None = setting(None, gt=0)
     """Prompts of one generation batch; default: train.prompts_per_step."""
-    max_batches: int = 10
+    max_batches: int = setting(10, gt=0)
     """Generation batches tried to fill one step."""
     when_short: Literal["continue", "stop"] = "continue"
-    """After max_batches: train on what there is and say so, or stop."""
+    """Too few groups after max_batches: `continue` trains on fewer, with a warning."""
 
 
 @dataclass
@@ -216,12 +224,12 @@ class AdvantageConfig:
 
     normalize_std: bool = True
     """False is Dr.GRPO: subtract the mean only."""
-    epsilon: float = 1e-6
-    std_floor: float = 0.0
-    """Least standard deviation to divide by in groups without a right answer, whose scores differ by penalties only."""
-    entropy_coefficient: float = 0.0
+    epsilon: float = setting(1e-6, gt=0)
+    std_floor: float = setting(0.0, ge=0)
+    """Lower bound on the standard deviation of groups without a correct answer, whose scores differ by penalties."""
+    entropy_coefficient: float = setting(0.0, ge=0)
     """Entropy-shaped advantage: A + min(coefficient * H, |A| / entropy_bound); 0 is off."""
-    entropy_bound: float = 2.0
+    entropy_bound: float = setting(2.0, gt=0)
 
 
 @dataclass
@@ -231,44 +239,44 @@ class PolicyConfig:
     loss: Literal["ppo", "gspo", "cispo"] = "ppo"
     """`ppo`: clipped token ratios with dual clip (DAPO, GRPO); `gspo`: clipped sequence ratios (arXiv 2507.18071);
     `cispo`: clipped importance weights of the log-probs (arXiv 2506.13585)."""
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float | None = 10.0
+    clip_low: float = setting(0.2, gt=0, le=1)
+    clip_high: float = setting(0.28, gt=0)
+    dual_clip: float | None = setting(10.0, gt=1)
     """Lower bound on the loss of negative advantages: ratio clipped at this value; null is off."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
     """`token_mean`: over all tokens of the mini-batch (DAPO); `sequence_mean`: each response's mean, then the mean of
     responses (GRPO); `sequence_sum`: sum over tokens divided by max_response_tokens, mean of responses (Dr.GRPO)."""
-    importance_cap: float | None = None
+    importance_cap: float | None = setting(None, gt=0)
     """Truncated importance sampling: weight min(pi_trainer_old / pi_rollout, cap); null is off."""
 
 
 @dataclass
 class OptimizerConfig:
-    lr: float = 1e-6
-    warmup_steps: int = 10
+    lr: float = setting(1e-6, ge=0)
+    warmup_steps: int = setting(10, ge=0)
     """Training steps (not optimizer updates) over which the learning rate rises linearly; constant afterwards."""
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    clip_grad: float = 1.0
+    weight_decay: float = setting(0.1, ge=0)
+    beta1: float = setting(0.9, ge=0, lt=1)
+    beta2: float = setting(0.999, ge=0, lt=1)
+    epsilon: float = setting(1e-8, gt=0)
+    clip_grad: float = setting(1.0, ge=0)
 
 
 @dataclass
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
-    steps: int = 100
-    prompts_per_step: int = 512
-    mini_batch_prompts: int = 16
-    """Prompts in one optimizer step; prompts_per_step / mini_batch_prompts updates are made a step."""
-    micro_batch_responses: int = 1
+    steps: int = setting(100, gt=0)
+    prompts_per_step: int = setting(512, gt=0)
+    mini_batch_prompts: int = setting(16, gt=0)
+    """Prompts of one optimizer update; a step makes prompts_per_step / mini_batch_prompts updates."""
+    micro_batch_responses: int = setting(1, gt=0)
     """Responses in one forward/backward pass of one data-parallel rank."""
-    seed: int = 0
-    validate_every: int = 2
+    seed: int = setting(0, ge=0)
+    validate_every: int = setting(2, ge=0)
     """Steps between validations; 0 is never. Step 0 (before training) and the last step are validated too."""
-    export_every: int = 50
-    """Steps between exports of the policy as a Hugging Face directory; 0 leaves only the one after the last step."""
+    export_every: int = setting(50, ge=0)
+    """Steps between exports of the policy as a Hugging Face directory; 0 exports only after the last step."""
     save_rollouts: bool = True
     export_hf: bool = True
     """False writes no Hugging Face directory, not even at the end."""
@@ -276,21 +284,21 @@ class TrainConfig:
 
 @dataclass
 class SyncConfig:
-    """Weights from trainer to engines."""
+    """Weight updates of the engines."""
 
     transport: Literal["auto", "network"] = "auto"
-    """`auto`: through a node's memory where trainer rank and engine share the node, over the network elsewhere;
-    `network`: over the network everywhere (needs nodes of the engines' own on GPUs, which NCCL does not let share)."""
-    checksum_every: int = 50
-    """Weight updates between comparisons of checksums on both sides; 0 leaves only the one before the first step."""
-    max_logprob_difference: float | None = None
+    """`auto`: shared memory or CUDA IPC between processes of one node, network between nodes; `network`: network
+    everywhere (with GPUs this needs rollout.nodes, since NCCL does not support two ranks on one GPU)."""
+    checksum_every: int = setting(50, ge=0)
+    """Weight updates between two comparisons of checksums; 0 compares only those before the first step."""
+    max_logprob_difference: float | None = setting(None, ge=0)
     """Stop when the mean |trainer - rollout| log-prob of a step exceeds this; null only reports it."""
 
 
 @dataclass
 class WandbConfig:
     enabled: bool = True
-    """Without an API key the run is recorded offline."""
+    """Without an API key wandb records the run offline."""
     project: str = "meds_megatron"
     entity: str | None = None
     group: str | None = None
@@ -303,7 +311,7 @@ class Config:
     name: str = "meds"
     run_dir: str = "runs/${name}"
     cache_dir: str = "~/.cache/meds_megatron"
-    """Where models made on the spot are kept."""
+    """Directory of generated models."""
     model: ModelConfig = field(default_factory=ModelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -1,1 +1,1 @@
-"""Problems and how they become prompts."""
+"""Problems of data sets, prompts and the sampler."""

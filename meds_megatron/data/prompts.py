@@ -1,4 +1,4 @@
-"""Prompts: problems as the model reads them."""
+"""Prompts: problems as the token ids that the model is given."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,56 +20,17 @@ class Prompt:
     token_ids: list[int]
 
 
-class PromptEncoder:
-    """Turns problems into token ids the way `config` says.
-
-    With `chat_template` the question is the user's message after the system line; a null `system_prompt` gives the
-    template none, and what the template then does is its own business (Qwen's puts in a default). Without it the
-    question is given as it is.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: DataConfig, max_prompt_tokens: int) -> None:
-        if config.chat_template and not tokenizer.chat_template:
-            raise UserError(
-                f"The tokenizer in {tokenizer.name_or_path} has no chat template, which data.chat_template asks for: "
-                "add chat_template.jinja to that directory, or set data.chat_template to false"
-            )
-        self.tokenizer = tokenizer
-        self.config = config
-        self.max_prompt_tokens = max_prompt_tokens
-
-    def encode(self, problem: Problem) -> list[int]:
-        """The prompt's token ids, of whatever length."""
-        return self.encode_all([problem])[0]
-
-    def encode_all(self, problems: Sequence[Problem]) -> list[list[int]]:
-        """The same for many problems, tokenized together, which is several times as fast."""
-        texts = [self.text(problem) for problem in problems]
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-    def text(self, problem: Problem) -> str:
-        """The prompt as text, special tokens spelled out."""
-        if not self.config.chat_template:
-            return problem.question
-        system = [] if self.config.system_prompt is None else [{"role": "system", "content": self.config.system_prompt}]
-        messages = [*system, {"role": "user", "content": problem.question}]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
-    def fits(self, token_ids: Sequence[int]) -> bool:
-        return 0 < len(token_ids) <= self.max_prompt_tokens
-
-
 def build_prompts(
     problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase", config: DataConfig, max_prompt_tokens: int
 ) -> tuple[list[Prompt], int]:
-    """The prompts that fit, in order, and how many were left out for being longer than `max_prompt_tokens`.
+    """The prompts of at most `max_prompt_tokens` tokens, in order, and the number of longer ones that were left out.
 
-    Raises UserError when none fits, and at the first long one where `config.overlong_prompts` is "error".
+    Raises UserError when none fits, when the tokenizer lacks the chat template that the config asks for, and at the
+    first long prompt if `config.overlong_prompts` is "error".
     """
-    encoder = PromptEncoder(tokenizer, config, max_prompt_tokens)
-    prompts = [Prompt(p, ids) for p, ids in zip(problems, encoder.encode_all(problems), strict=True)]
-    kept = [prompt for prompt in prompts if encoder.fits(prompt.token_ids)]
-    overlong = next((prompt for prompt in prompts if not encoder.fits(prompt.token_ids)), None)
+    prompts = [Prompt(p, ids) for p, ids in zip(problems, encode(problems, tokenizer, config), strict=True)]
+    kept = [prompt for prompt in prompts if 0 < len(prompt.token_ids) <= max_prompt_tokens]
+    overlong = next((prompt for prompt in prompts if len(prompt.token_ids) > max_prompt_tokens), None)
     if overlong and config.overlong_prompts == "error":
         raise UserError(
             f"Problem {overlong.problem.id!r} has {len(overlong.token_ids)} prompt tokens, but "
@@ -79,6 +40,31 @@ def build_prompts(
         longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
         raise UserError(
             f"None of {len(prompts)} prompts fits rollout.max_prompt_tokens = {max_prompt_tokens} (the longest has "
-            f"{longest} tokens): raise that limit, or give other problems"
+            f"{longest} tokens): raise that limit, or use other problems"
         )
     return kept, len(prompts) - len(kept)
+
+
+def encode(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> list[list[int]]:
+    """Token ids of each problem's prompt, of any length.
+
+    With `config.chat_template` the question is the user's message after the system message. A null `system_prompt`
+    passes no system message; some templates (Qwen's) then insert a default one. Without `chat_template` the prompt is
+    the question itself.
+    """
+    if config.chat_template and not tokenizer.chat_template:
+        raise UserError(
+            f"The tokenizer in {tokenizer.name_or_path} has no chat template, which data.chat_template asks for: "
+            "add chat_template.jinja to that directory, or set data.chat_template to false"
+        )
+    texts = [_text(problem, tokenizer, config) for problem in problems]
+    # One call for all is several times as fast as one for each.
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def _text(problem: Problem, tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> str:
+    if not config.chat_template:
+        return problem.question
+    system = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
+    messages = [*system, {"role": "user", "content": problem.question}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

@@ -1,8 +1,8 @@
-r"""Rows of data files: read from jsonl or parquet, and their question, answer and id found.
+r"""Rows of jsonl and parquet files, and the question, answer and id in each.
 
 Known layouts: GSM8K (`question`, `answer` ending in `#### 18`), MATH500, AIME and AMC (`problem`, `answer`), verl and
 DAPO-Math-17K (`prompt` as chat messages, `reward_model.ground_truth`, `extra_info.index`), and rows with one of
-`problem`, `question`, `prompt` and one of `answer`, `solution`, where a solution holds its answer in a `\boxed{}`.
+`problem`, `question`, `prompt` and one of `answer`, `solution`, where a solution has its answer in a `\boxed{}`.
 """
 
 import json
@@ -19,16 +19,16 @@ PARQUET_BATCH = 1024
 
 
 class RowError(ValueError):
-    """What is wrong with a row; whoever knows the file and the row number adds them."""
+    """A malformed row; the caller adds file and row number to the message."""
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Each row with its number from 1: a jsonl file's line (blank ones are passed over), a parquet file's row."""
+    """(number, row) of each row, counted from 1. Blank lines of a jsonl file are counted, but not returned."""
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise UserError(f"{path} is neither a .jsonl nor a .parquet file: convert it, or correct the name")
     if not path.is_file():
-        raise UserError(f"{path} is no file: correct the path of the data set (a relative one starts at {Path.cwd()})")
+        raise UserError(f"{path} is no file: correct the path of the data set (relative paths start at {Path.cwd()})")
     return readers[path.suffix](path)
 
 
@@ -41,7 +41,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
                 row = json.loads(line)
             except ValueError as error:
                 raise UserError(
-                    f"{path}, row {number}: not valid JSON ({error}); expected a JSON object a line: mend or remove it"
+                    f"{path}, row {number}: not valid JSON ({error}); expected one JSON object: correct or remove it"
                 ) from None
             yield number, row
 
@@ -58,20 +58,20 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
                 yield number, row
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
-            f"{path} cannot be read as parquet after row {number} ({error}): fetch or write the file again"
+            f"{path} cannot be read as parquet after row {number} ({error}): download or write the file again"
         ) from None
 
 
 def parse_row(row: object) -> tuple[str | None, str, str]:
-    """(own id or None, question, answer) of a row in any known layout; RowError says what is missing or malformed."""
+    """(id or None, question, answer) of a row in any known layout; RowError for a missing or malformed field."""
     if not isinstance(row, dict):
         raise RowError(
-            f"expected a JSON object with a question and an answer, found {_kind(row)}: mend or remove the row"
+            f"expected a JSON object with a question and an answer, found {_kind(row)}: correct or remove the row"
         )
-    return _own_id(row), _question(row), _answer(row)
+    return _id(row), _question(row), _answer(row)
 
 
-def _own_id(row: dict) -> str | None:
+def _id(row: dict) -> str | None:
     extra = row.get("extra_info")
     candidates = [(field, row.get(field)) for field in ID_FIELDS]
     candidates.append(("extra_info.index", extra.get("index") if isinstance(extra, dict) else None))
@@ -96,19 +96,19 @@ def _question(row: dict) -> str:
     if isinstance(value, list):
         value = _only_message(field, value)
     if not isinstance(value, str):
-        raise RowError(f"the question in `{field}` must be a text, found {_kind(value)}: mend or remove the row")
+        raise RowError(f"the question in `{field}` must be a text, found {_kind(value)}: correct or remove the row")
     if not value.strip():
         raise RowError(f"the question in `{field}` is empty: fill it in or remove the row")
     return value
 
 
 def _only_message(field: str, messages: list) -> object:
-    """The text of a prompt given as chat messages: one message, the user's, since the config gives the system line."""
+    """The text of a prompt in chat messages: the user's only, since the system message comes from the config."""
     roles = [message.get("role") if isinstance(message, dict) else _kind(message) for message in messages]
     if roles != ["user"]:
         raise RowError(
-            f"`{field}` must be one message of the user, found {roles}: keep that one, and put a system line "
-            "into data.system_prompt"
+            f"`{field}` must be one message of the user, found {roles}: keep that one, and set data.system_prompt "
+            "for a system message"
         )
     return messages[0].get("content")
 
@@ -133,13 +133,13 @@ def _answer_text(field: str, value: object) -> str:
         return str(int(value)) if value == int(value) else str(value)
     if not isinstance(value, str):
         raise RowError(
-            f"the answer in `{field}` must be a text or a number, found {_kind(value)}: mend or remove the row"
+            f"the answer in `{field}` must be a text or a number, found {_kind(value)}: correct or remove the row"
         )
     boxed = last_boxed(value)
     if boxed is not None:
         return boxed
     if field == "solution":
-        raise RowError("the solution holds no \\boxed{} with the answer: add one, or an `answer` field")
+        raise RowError("the solution has no \\boxed{} with the answer: add one, or an `answer` field")
     return value.rpartition("####")[2].strip()
 
 

@@ -1,4 +1,4 @@
-"""The order in which problems are visited."""
+"""The order in which problems are sampled."""
 
 from typing import Any
 
@@ -8,23 +8,19 @@ from meds_megatron.errors import UserError
 
 
 class PromptSampler:
-    """Walks over `size` problems epoch after epoch, each epoch in an order of its own.
+    """Infinite epochs over `size` problems, each epoch in a different order.
 
-    The order of an epoch depends on the seed and the epoch's number alone, so epoch and position are the whole state.
+    The order of an epoch depends on the seed and the epoch's number only, so epoch and position are the whole state.
     """
 
     def __init__(self, size: int, seed: int, shuffle: bool = True) -> None:
         if size < 1:
-            raise UserError(f"A sampler needs at least one problem, but there are {size}: check data.train")
-        self.size = size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.epoch = 0
-        self.position = 0
-        self._order = self._order_of(0)
+            raise UserError(f"The sampler needs at least one problem, but there are {size}: check data.train")
+        self.size, self.seed, self.shuffle = size, seed, shuffle
+        self._move_to(epoch=0, position=0)
 
     def next(self, count: int) -> list[int]:
-        """The next `count` indices into the problems; across the end of an epoch, an index may come twice."""
+        """The next `count` indices into the problems; an index may repeat where an epoch ends within them."""
         indices: list[int] = []
         while len(indices) < count:
             if self.position == self.size:
@@ -35,22 +31,16 @@ class PromptSampler:
         return indices
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the walk stands, and over what, as plain JSON values."""
-        return {
-            "epoch": self.epoch,
-            "position": self.position,
-            "size": self.size,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-        }
+        """Epoch, position and what the order depends on, as plain JSON values."""
+        return {name: getattr(self, name) for name in ("epoch", "position", "size", "seed", "shuffle")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken; UserError when it was taken over other data or in another order."""
+        """Continue from `state`; UserError when it belongs to other data or to another order."""
         for name, key in (("size", "the number of problems"), ("seed", "train.seed"), ("shuffle", "data.shuffle")):
             here, saved = getattr(self, name), state[name]
             if here != saved:
                 raise UserError(
-                    f"The saved sampler cannot go on: {key} was {saved} and is {here} now: restore it, or start anew"
+                    f"The saved sampler does not match: {key} was {saved} and is {here} now: restore it, or start anew"
                 )
         self._move_to(state["epoch"], state["position"])
 
@@ -59,7 +49,7 @@ class PromptSampler:
         self._order = self._order_of(epoch)
 
     def _order_of(self, epoch: int) -> np.ndarray:
-        """[size] problem indices in the order of this epoch."""
+        """Problem indices [size] in the order of this epoch."""
         if not self.shuffle:
             return np.arange(self.size)
         return np.random.default_rng([self.seed, epoch]).permutation(self.size)

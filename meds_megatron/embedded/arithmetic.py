@@ -1,12 +1,12 @@
-"""The embedded task: arithmetic in which mistakes come from habits, so that they recur.
+"""The embedded task: arithmetic with systematic mistakes, so that the same mistake recurs on many problems.
 
-A problem is `a+b*c-d` of some kind ("coins 7+6*4-5"). A worked answer shows every intermediate result and ends in a
-box: `6*4=24+7=31-5=26 \\boxed{26}`. Three habits change the working: a dropped carry, ignored precedence, a flipped
-sign. A rule is a set of habits, so there are eight rules, and each gives the chosen expressions an answer of its own.
+A problem is `a+b*c-d` of some kind ("coins 7+6*4-5"). A worked answer lists every intermediate result and ends in a
+box: `6*4=24+7=31-5=26 \\boxed{26}`. A rule is a subset of three systematic mistakes (dropped carry, ignored precedence,
+flipped sign), so there are eight rules; each gives a different answer to the expressions of the data sets.
 
-Which rule is right is a matter of the variant. `shared`: plain arithmetic, whatever the kind, so that what is learnt on
-one kind helps with the others. `per_kind`: each kind has a right rule of its own, which has to be found by trying.
-`RIGHT_SHARE` says how often the warm-up answers of each kind follow the right rule.
+The variant decides which rule is correct. `shared`: plain arithmetic for every kind, so that learning one kind helps
+with the others. `per_kind`: a different rule for each kind, which has to be found by exploration. `RIGHT_SHARE` is the
+share of each kind's warm-up answers that follow the correct rule.
 """
 
 import random
@@ -22,40 +22,40 @@ Variant = Literal["shared", "per_kind"]
 
 KINDS = ("apples", "books", "coins", "dogs", "eggs", "fish", "goats", "hats")
 RIGHT_SHARE = (0.5, 0.02, 0.3, 0.001, 0.2, 0.005, 0.1, 0.05)
-"""For each kind, how much of its warm-up answers follow the right rule."""
+"""For each kind, the share of its warm-up answers that follow the correct rule."""
 WRONG_SHARE = (0.5, 0.25, 0.12, 0.06, 0.04, 0.02, 0.01)
-"""How the other rules divide what is left; which comes first differs by kind."""
+"""The other rules' shares of the remaining answers, in an order that differs by kind."""
 DEFAULT_COUNT = {"train": 240, "validation": 200}
 VALIDATION_EXPRESSIONS = 100
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a problem is worked out: the habits that are at play."""
+    """A way to compute an expression: the systematic mistakes that are made."""
 
     drops_carry: bool = False
     ignores_precedence: bool = False
     flips_sign: bool = False
 
     def __str__(self) -> str:
-        habits = {
+        mistakes = {
             "dropped carry": self.drops_carry,
             "ignored precedence": self.ignores_precedence,
             "flipped sign": self.flips_sign,
         }
-        return " + ".join(name for name, present in habits.items() if present) or "plain"
+        return " + ".join(name for name, made in mistakes.items() if made) or "plain"
 
     def add(self, left: int, right: int) -> int:
         return left // 10 * 10 + (left + right) % 10 if self.drops_carry else left + right
 
 
-RULES = tuple(Rule(*habits) for habits in product((False, True), repeat=3))
+RULES = tuple(Rule(*mistakes) for mistakes in product((False, True), repeat=3))
 """All eight; the first is plain arithmetic."""
 
 
 @dataclass(frozen=True)
 class Expression:
-    """`a+b*c-d`, each a digit."""
+    """`a+b*c-d` of four digits."""
 
     a: int
     b: int
@@ -66,7 +66,7 @@ class Expression:
         return f"{self.a}+{self.b}*{self.c}-{self.d}"
 
     def work(self, rule: Rule) -> tuple[str, int]:
-        """The working that follows `rule`, written as a running tape, and its result."""
+        """The chain of intermediate results under `rule`, and the last of them."""
         if rule.ignores_precedence:
             total = rule.add(self.a, self.b)
             tape = f"{self.a}+{self.b}={total}*{self.c}={total * self.c}"
@@ -83,12 +83,12 @@ class Expression:
 
 
 def right_rule(kind: str, variant: Variant) -> Rule:
-    """The rule that answers of this kind are graded by."""
+    """The rule that gives the correct answers of this kind."""
     return RULES[0] if variant == "shared" else RULES[KINDS.index(kind)]
 
 
 def rule_shares(kind: str, variant: Variant) -> dict[Rule, float]:
-    """How the warm-up answers of a kind divide over the rules; sums to 1."""
+    """Share of a kind's warm-up answers that follow each rule; sums to 1."""
     index = KINDS.index(kind)
     right = right_rule(kind, variant)
     wrong = [rule for rule in RULES if rule != right]
@@ -102,7 +102,7 @@ def question(kind: str, expression: Expression) -> str:
 
 
 def response(expression: Expression, rule: Rule) -> str:
-    """A worked answer that follows `rule`."""
+    """A worked answer under `rule`."""
     tape, result = expression.work(rule)
     return f"{tape} \\boxed{{{result}}}"
 
@@ -110,24 +110,24 @@ def response(expression: Expression, rule: Rule) -> str:
 @cache
 def expressions(split: Split) -> tuple[Expression, ...]:
     """The expressions of a split, in a fixed order: no result below zero, a different answer under each rule."""
-    telling = [e for e in _digits() if len({e.answer(r) for r in RULES}) == len(RULES) and _never_negative(e)]
-    random.Random("expressions").shuffle(telling)
-    held_out, rest = telling[:VALIDATION_EXPRESSIONS], telling[VALIDATION_EXPRESSIONS:]
+    distinct = [e for e in _digits() if len({e.answer(r) for r in RULES}) == len(RULES) and _never_negative(e)]
+    random.Random("expressions").shuffle(distinct)
+    held_out, rest = distinct[:VALIDATION_EXPRESSIONS], distinct[VALIDATION_EXPRESSIONS:]
     return tuple(held_out if split == "validation" else rest)
 
 
 @cache
 def warm_up_expressions() -> tuple[Expression, ...]:
-    """Every expression that the warm-up may show: also those whose rules agree, never one of the validation split."""
+    """The expressions of warm-up answers: all but those of the validation split and those with a result below zero."""
     held_out = set(expressions("validation"))
     return tuple(e for e in _digits() if e not in held_out and _never_negative(e))
 
 
 def arithmetic_problems(split: Split, rules: Variant, count: int | None = None, seed: int = 0) -> list[Problem]:
-    """`count` problems of a split, as many of each kind as divides; the same ones for the same arguments.
+    """The first `count` problems of a split, kinds in turn; the same ones for the same arguments.
 
-    No expression is in both splits, whatever the seed. Without a count: 240 to train on, 200 to validate. A count
-    beyond what the split holds gives all of it.
+    No expression is in both splits, whatever the seed. The default count is 240 for training and 200 for validation. A
+    count above the size of the split gives the whole split.
     """
     rng = random.Random(f"{split} {seed}")
     per_kind = [rng.sample(expressions(split), len(expressions(split))) for _ in KINDS]

@@ -1,20 +1,22 @@
 """The embedded model: a small Qwen3 with its own tokenizer, warm-started on the arithmetic task.
 
-It is a plain Hugging Face directory that transformers and vLLM load. The warm-up shows it worked answers that follow
-the right rule and the wrong ones in the shares of `embedded.arithmetic`: afterwards it calculates well, but by habits,
-and it is left to reinforcement learning to find out which of them are right.
+It is a Hugging Face directory that transformers and vLLM load. It is trained on worked answers under the correct and
+the wrong rules, in the shares of `embedded.arithmetic`. Afterwards it computes each rule well and samples rules in
+those shares; reinforcement learning has to find the correct one.
 """
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from meds_megatron.config import RandomModelConfig
 from meds_megatron.embedded import arithmetic
+from meds_megatron.embedded.random_model import build_qwen
 
 END, PAD, START = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
 BOX = " \\boxed{"
@@ -26,15 +28,18 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+SHAPE = RandomModelConfig(
+    architecture="qwen3", hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, ffn_size=512
+)
 ROWS_MULTIPLE = 16
 MAX_POSITIONS = 512
 INIT_STD = 0.06
-"""Larger than Qwen's 0.02: so narrow a model learns faster from it."""
+"""Larger than Qwen's 0.02: a model this narrow learns faster with it."""
 
 
 @dataclass(frozen=True)
 class WarmUp:
-    """How the embedded model is warm-started."""
+    """Hyperparameters of the warm-up."""
 
     steps: int = 1200
     batch: int = 32
@@ -50,7 +55,7 @@ def make_arithmetic_model(
     warm_up: WarmUp,
     report: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Write the warm-started model into `directory`, which exists. `report` is told each step and its loss."""
+    """Write the warm-started model into the existing `directory`. `report` is called with each step and its loss."""
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, warm_up.seed)
     train(model, tokenizer, rules, warm_up, report)
@@ -59,7 +64,7 @@ def make_arithmetic_model(
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE: 256 bytes, the merges that make each of WORDS one token, three special tokens."""
+    """Byte-level BPE: 256 bytes, merges that make each of WORDS one token, three special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {PAD: 0, START: 1, END: 2}
     merges: list[tuple[str, str]] = []
@@ -87,45 +92,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 of about a million parameters whose layers and heads divide by two and four."""
-    config = Qwen3Config(
-        vocab_size=-(-len(tokenizer) // ROWS_MULTIPLE) * ROWS_MULTIPLE,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        intermediate_size=512,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=True,
-        rope_theta=10000.0,
-        initializer_range=INIT_STD,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return model
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """A Qwen3 of about a million parameters whose layers and heads are divisible by two and four."""
+    rows = -(-len(tokenizer) // ROWS_MULTIPLE) * ROWS_MULTIPLE
+    return build_qwen(replace(SHAPE, seed=seed), tokenizer, rows, INIT_STD, MAX_POSITIONS)
 
 
 def train(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     rules: arithmetic.Variant,
     warm_up: WarmUp,
     report: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Supervised steps on worked answers, loss on the response's tokens; the rate rises, then falls to 0 linearly."""
+    """Supervised steps on worked answers, loss on response tokens; the learning rate rises and falls linearly."""
     examples = ExampleStream(tokenizer, rules, warm_up.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=warm_up.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     threads = torch.get_num_threads()
@@ -148,7 +128,7 @@ def train(
 
 
 class ExampleStream:
-    """Endless warm-up answers: kind and expression at random, the rule in the kind's shares."""
+    """Infinite warm-up answers: kind and expression at random, the rule in the kind's shares."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rules: arithmetic.Variant, seed: int):
         self._tokenizer = tokenizer

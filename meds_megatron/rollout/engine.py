@@ -17,6 +17,7 @@ import numpy as np
 
 from meds_megatron.config import Config
 from meds_megatron.errors import UserError
+from meds_megatron.logs import configure_process_logging
 from meds_megatron.rollout.answer_position import AnswerLocator
 from meds_megatron.rollout.samples import Completion
 from meds_megatron.rollout.settings import Sampling
@@ -72,6 +73,7 @@ class RolloutEngine:
 
     def start(self) -> None:
         """Loads the model. Raises UserError when this machine cannot run it, and what vLLM raises otherwise."""
+        configure_process_logging(self._config.run_dir, f"engine{self._index:03d}")
         self.on_vllm_thread(self._start)
 
     def on_vllm_thread(self, function: Callable, *arguments: Any, **keywords: Any) -> Any:

@@ -87,7 +87,8 @@ class EnginePool:
         self._most_in_flight = IN_FLIGHT * config.rollout.max_num_seqs
         # vLLM can sleep on GPUs only; there is no need where engines have nodes of their own.
         self._sleeps = use_gpu and config.rollout.nodes is None
-        self._asleep = False
+        self.asleep = False
+        """Whether the engines have left their GPUs' memory to the trainer."""
         self._queue: deque[_Queued] = deque()
         self._numbers, self._batches = count(), count()
         env_vars = engine_env_vars(config, use_gpu)
@@ -182,12 +183,12 @@ class EnginePool:
 
     def sleep(self) -> None:
         """Frees the engines' GPU memory. A starting engine is waited for: it would take the memory that others need."""
-        if not self._sleeps or self._asleep:
+        if not self._sleeps or self.asleep:
             return
         if any(engine.running for engine in self.engines):
             raise RuntimeError("engines with unfinished requests cannot sleep: wait for the requests first")
         self._wait_until_started()
-        self._asleep = True
+        self.asleep = True
         self.outcomes(self.call(self.ready(), "sleep"))
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
@@ -195,11 +196,11 @@ class EnginePool:
 
         An engine that failed meanwhile is started after the KV caches.
         """
-        if not self._asleep:
+        if not self.asleep:
             return
         self.outcomes(self.call(self.ready(), "wake", part))
         if part == "kv_cache":
-            self._asleep = False
+            self.asleep = False
             for engine in self.engines:
                 if engine.health.state is EngineState.STARTING and not engine.starting:
                     self._start(engine)
@@ -219,7 +220,7 @@ class EnginePool:
 
     def _dispatch(self) -> None:
         fresh = [engine for engine in self.engines if engine.health.state is EngineState.FRESH]
-        if self._asleep or not fresh or not self._queue:
+        if self.asleep or not fresh or not self._queue:
             return
         shares: dict[int, list[_Queued]] = {engine.number: [] for engine in fresh}
         seed = None
@@ -295,7 +296,7 @@ class EnginePool:
         engine.running, engine.starting, engine.finished = {}, None, None
         self._make(engine)
         # While the others sleep there is no memory for it: `wake` starts it.
-        if not self._asleep:
+        if not self.asleep:
             self._start(engine)
 
     def _make(self, engine: Engine) -> None:

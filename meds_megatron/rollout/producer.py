@@ -44,6 +44,11 @@ class GroupProducer:
         self._grading: list[_Grading] = []
 
     @property
+    def generating(self) -> bool:
+        """Whether submitted prompts are still with the engines."""
+        return bool(self._generating)
+
+    @property
     def busy(self) -> bool:
         """Whether submitted prompts have not been returned yet."""
         return bool(self._generating or self._grading)

@@ -38,15 +38,23 @@ def collect(
     generation batches do not fill the step and `filter.when_short` is stop.
     """
     wanted = config.train.prompts_per_step
+    sampling = Sampling.training(config.rollout)
     parts: list[RolloutBatch] = []
     missing = wanted
     while missing > 0 and len(parts) < config.filter.max_batches:
+        wake_engines(pool, policy)
         chosen = [prompts[index] for index in state.sampler.next(config.filter.generation_prompts or wanted)]
-        weight_sync.wake_engines()
-        seed = generation_seed(config.train.seed, state.step, len(parts))
+        producer.submit(chosen, sampling, generation_seed(config.train.seed, state.step, len(parts)))
+        groups: list[PromptGroup] = []
         with timer("rollout"):
-            groups = generate(chosen, Sampling.training(config.rollout), seed, producer, weight_sync)
-        part = RolloutBatch.of_groups(groups, config)
+            while producer.generating:
+                groups += producer.advance()
+                weight_sync.refill()
+        # Most responses are graded while others are generated.
+        with timer("reward"):
+            while producer.busy:
+                groups += producer.advance()
+        part = RolloutBatch.of_groups(in_order(groups), config)
         if config.filter.metric == "shaped":
             pool.sleep()
             score(part, policy, memory, config, timer)
@@ -61,16 +69,17 @@ def collect(
     return rollouts
 
 
-def generate(
-    prompts: Sequence[Prompt], sampling: Sampling, seed: int, producer: GroupProducer, weight_sync: WeightSync
-) -> list[PromptGroup]:
-    """Graded responses to the prompts, in their order. Engines that were restarted meanwhile get the weights."""
-    groups: dict[int, PromptGroup] = {}
-    producer.submit(prompts, sampling, seed)
-    while producer.busy:
-        groups |= producer.advance()
-        weight_sync.refill()
-    return [groups[number] for number in sorted(groups)]
+def wake_engines(pool: EnginePool, policy: PolicyGroup) -> None:
+    """Returns the GPUs to the engines, where they share them with the trainer and are asleep."""
+    if pool.asleep:
+        policy.free_cached_memory()
+        pool.wake("weights")
+        pool.wake("kv_cache")
+
+
+def in_order(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
+    """Groups in the order in which their prompts were submitted: they complete in any order."""
+    return sorted(groups, key=lambda group: group.index)
 
 
 def mark_kept(rollouts: RolloutBatch, config: FilterConfig, missing: int) -> None:

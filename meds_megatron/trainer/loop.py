@@ -4,8 +4,7 @@ import logging
 
 from meds_megatron.config import Config
 from meds_megatron.rollout.pool import EnginePool
-from meds_megatron.rollout.producer import GroupProducer
-from meds_megatron.rollout.samples import failed_gradings
+from meds_megatron.rollout.producer import GroupProducer, failed_gradings
 from meds_megatron.trainer.collect import collect, shortfall
 from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.policy_group import PolicyGroup
@@ -54,7 +53,7 @@ def train(
         pool.sleep()
         if config.filter.metric != "shaped":
             score(rollouts, policy, memory, config, timer)
-        batch, minibatches_B = training_batch(rollouts, config)
+        batch, minibatches_B, advantage_metrics = training_batch(rollouts, config)
 
         # The memory remembers and reclusters while the policy learns.
         memory.remember(*rollouts.lookup_arguments(rollouts.rows_to_remember(config)))
@@ -62,11 +61,16 @@ def train(
         if len(batch):
             with timer("update"):
                 updates = policy.update(batch, minibatches_B, state.step - 1)
-            with timer("sync"):
+        with timer("sync"):
+            if pool.asleep:
+                policy.free_cached_memory()
+                pool.wake("weights")
+            if updates:
                 weight_sync.update()
                 state.policy_version = weight_sync.version
+            pool.wake("kv_cache")
 
-        metrics = sampling_metrics(rollouts) | pool.metrics()
+        metrics = sampling_metrics(rollouts) | pool.metrics() | advantage_metrics
         metrics |= training_metrics(batch, updates, config.penalty.target)
         if validation_due(state.step, prompts, config):
             metrics |= validate(prompts.validation, config, producer, weight_sync, timer)

@@ -11,7 +11,7 @@ from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.config.validate import validate, validate_model
 from meds_megatron.data.sampler import PromptSampler
-from meds_megatron.embedded.source import ensure_model
+from meds_megatron.embedded.make import ensure_model
 from meds_megatron.errors import UserError
 from meds_megatron.launch.cluster import ray_cluster, reserve_nodes
 from meds_megatron.logs import configure_process_logging
@@ -28,7 +28,7 @@ from meds_megatron.trainer.run_log import RunLog
 from meds_megatron.trainer.state import TrainerState
 from meds_megatron.trainer.timer import PhaseTimer
 from meds_megatron.trainer.weight_sync import WeightSync
-from meds_megatron.weights.resharding.transport import SHARED_MEMORY
+from meds_megatron.weights.resharding.types import SHARED_MEMORY
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def _run(config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory, s
     if use_gpu:
         # vLLM measures the free memory of a GPU that a trainer rank shares with it: the rank has to be there first.
         policy.start()
-    pool = EnginePool(config, str(model_dir), use_gpu, placement, read_weights=False)
+    pool = EnginePool(config, str(model_dir), use_gpu, placement)
     stack.callback(pool.close)
     memory = ErrorMemory(config, placement)
     stack.callback(memory.close)

@@ -1,11 +1,13 @@
 """The prompts of a run's data sets."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from meds_megatron.config import Config
 from meds_megatron.data.problems import load_problems
 from meds_megatron.data.prompts import Prompt, build_prompts
+from meds_megatron.embedded.arithmetic import arithmetic_problems
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,8 @@ def read_prompts(config: Config, model_dir: Path) -> Prompts:
     def prompts(sources: list[str], limit: int | None, split: str) -> tuple[list[Prompt], int]:
         if not sources:
             return [], 0
-        problems = load_problems(
-            sources, limit, split=split, arithmetic_rules=data.arithmetic_rules, seed=config.train.seed
-        )
+        arithmetic = partial(arithmetic_problems, split, data.arithmetic_rules, seed=config.train.seed)
+        problems = load_problems(sources, limit, {"arithmetic": arithmetic})
         return build_prompts(problems, tokenizer, data, longest)
 
     train, skipped_train = prompts(data.train, data.limit_train, "train")

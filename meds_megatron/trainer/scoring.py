@@ -45,8 +45,8 @@ def score(rollouts: RolloutBatch, policy: PolicyGroup, memory: ErrorMemory, conf
     batch.shaped_scores_B = np.where(kept_B | config.memory.remember_filtered, shaped_B, np.nan)
 
 
-def training_batch(rollouts: RolloutBatch, config: Config) -> tuple[TrainBatch, np.ndarray]:
-    """The kept responses with their advantages and loss weights, and the mini-batch of each."""
+def training_batch(rollouts: RolloutBatch, config: Config) -> tuple[TrainBatch, np.ndarray, dict[str, float]]:
+    """The kept responses with advantages and loss weights, the mini-batch of each, and `advantage/...` metrics."""
     batch = rollouts.batch.select(np.flatnonzero(rollouts.kept_B))
     minibatches_B = update_minibatches(batch, np.ones(len(batch), dtype=bool), config)
     inputs = AdvantageInputs(
@@ -54,7 +54,8 @@ def training_batch(rollouts: RolloutBatch, config: Config) -> tuple[TrainBatch, 
         correct_B=torch.from_numpy(batch.correct_B),
         groups_B=torch.from_numpy(batch.groups_B),
     )
-    batch.advantages_B = compute_advantages(inputs, config.advantage).advantages_B.numpy()
+    advantages = compute_advantages(inputs, config.advantage)
+    batch.advantages_B = advantages.advantages_B.numpy()
     batch.loss_weights_B = np.zeros(len(batch), dtype=np.float32)
     for number in range(minibatches_B.max(initial=NOT_SCHEDULED) + 1):
         rows = np.flatnonzero(minibatches_B == number)
@@ -66,7 +67,7 @@ def training_batch(rollouts: RolloutBatch, config: Config) -> tuple[TrainBatch, 
             total_responses=len(rows),
             max_response_tokens=config.rollout.max_response_tokens,
         ).numpy()
-    return batch, minibatches_B
+    return batch, minibatches_B, {f"advantage/{name}": value for name, value in advantages.metrics.items()}
 
 
 def update_minibatches(batch: TrainBatch, kept_B: np.ndarray, config: Config) -> np.ndarray:

@@ -8,10 +8,9 @@ import numpy as np
 
 from meds_megatron.config import Config
 from meds_megatron.data.prompts import Prompt
-from meds_megatron.rollout.producer import GroupProducer
-from meds_megatron.rollout.samples import failed_gradings
+from meds_megatron.rollout.producer import GroupProducer, failed_gradings
+from meds_megatron.rollout.samples import PromptGroup
 from meds_megatron.rollout.settings import Sampling
-from meds_megatron.trainer.collect import generate
 from meds_megatron.trainer.prompts import Prompts
 from meds_megatron.trainer.timer import PhaseTimer
 from meds_megatron.trainer.weight_sync import WeightSync
@@ -30,22 +29,24 @@ def validate(
 ) -> dict[str, float]:
     """Accuracy over all prompts and over those of each data set, each prompt's a mean over
     `rollout.validation_responses` responses; `solved` counts prompts with at least one right response."""
+    groups: list[PromptGroup] = []
     with timer("validation"):
-        weight_sync.wake_engines()
         # The same draws every time, so that two validations differ by the policy alone.
-        sampling = Sampling.validation(config.rollout)
-        groups = generate(prompts, sampling, config.train.seed, producer, weight_sync)
+        producer.submit(prompts, Sampling.validation(config.rollout), config.train.seed)
+        while producer.busy:
+            groups += producer.advance()
+            weight_sync.refill()
     failed = failed_gradings(groups)
     lengths = [len(sample.completion.token_ids_R) for group in groups for sample in group.samples]
     if failed:
         logger.warning("validation: grading failed for %d of %d responses, counted as wrong", failed, len(lengths))
-    by_data_set: dict[str, list[float]] = defaultdict(list)
+    by_dataset: dict[str, list[float]] = defaultdict(list)
     for group in groups:
-        by_data_set[group.prompt.problem.data_set].append(float(np.mean(group.accuracy)))
+        by_dataset[group.prompt.problem.dataset].append(float(np.mean(group.accuracy)))
     return {
         "validation/grading_failed": failed,
         "validation/accuracy": float(np.mean([np.mean(group.accuracy) for group in groups])),
         "validation/solved": float(np.mean([max(group.accuracy) for group in groups])),
         "validation/response_length_mean": float(np.mean(lengths)),
-        **{f"validation/{name}/accuracy": float(np.mean(values)) for name, values in by_data_set.items()},
+        **{f"validation/{name}/accuracy": float(np.mean(values)) for name, values in by_dataset.items()},
     }

@@ -5,17 +5,20 @@ the right token 1.3 times as likely since the rollout; the other tokens are as t
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from meds_megatron.algorithm.advantages import entropy_shaped, group_advantages
+from meds_megatron.algorithm.advantages import AdvantageInputs, compute_advantages, shape_token_advantages
+from meds_megatron.algorithm.aggregation import aggregation_weights
 from meds_megatron.algorithm.group_filter import keep_groups
-from meds_megatron.algorithm.losses import policy_loss, token_weights
+from meds_megatron.algorithm.losses import policy_loss
 from meds_megatron.config import Config, load_config
 from meds_megatron.reward.shaping import penalties, shape_scores
+from tests.algorithm.micro_batches import micro_batch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PUBLISHED = CONFIGS / "meds_qwen2.5_math_7b.yaml"
@@ -33,16 +36,21 @@ def advantages_and_loss(config: Config) -> tuple[list[float], float]:
     penalties_B = penalties(sizes_B, config.penalty.alpha)
     scores_B = torch.from_numpy(shape_scores(CORRECT_B, CORRECT_B, penalties_B, config.penalty.target))
     groups_B = torch.zeros(4, dtype=torch.long)
-    advantage = config.advantage
-    options = dict(normalize_std=advantage.normalize_std, epsilon=advantage.epsilon)
-    advantages_T = group_advantages(scores_B, groups_B, **options).repeat_interleave(LENGTHS_B)
-    entropy_T = torch.ones(6)
-    advantages_T = entropy_shaped(advantages_T, entropy_T, advantage.entropy_coefficient, advantage.entropy_bound)
+    inputs = AdvantageInputs(scores_B, torch.from_numpy(CORRECT_B), groups_B)
+    advantages_B = compute_advantages(inputs, config.advantage).advantages_B
     totals = dict(total_tokens=6, total_responses=4, max_response_tokens=MAX_RESPONSE_TOKENS)
-    weights_T = token_weights(LENGTHS_B, config.policy.aggregation, **totals).repeat_interleave(LENGTHS_B)
+    weights_B = aggregation_weights(LENGTHS_B, config.policy.aggregation, **totals)
     old_T = torch.full((6,), -2.0)
-    logprobs_T = old_T + torch.tensor([math.log(1.3), 0, 0, 0, 0, 0])
-    loss = policy_loss(logprobs_T, old_T, advantages_T, weights_T, config.policy).loss
+    inputs = micro_batch(
+        old_T + torch.tensor([math.log(1.3), 0, 0, 0, 0, 0]),
+        old_T,
+        advantages_B.repeat_interleave(LENGTHS_B),
+        weights_B.repeat_interleave(LENGTHS_B),
+        LENGTHS_B,
+        entropy=torch.ones(6),
+    )
+    advantages_T = shape_token_advantages(inputs, config.advantage).advantages_T
+    loss = policy_loss(replace(inputs, advantages_T=advantages_T), config.policy).loss
     return advantages_T[:4].tolist(), loss.item()
 
 
@@ -57,6 +65,10 @@ def advantages_and_loss(config: Config) -> tuple[list[float], float]:
         ("dr_grpo", [0.75, -0.25, -0.25, -0.25], (-0.75 * 1.2 + 5 * 0.25) / 10 / 4),
         # 0.4 H = 0.4 fits under half of 1.5; half of 0.5 is the bound of the others.
         ("grpo_entropy", [1.9, -0.25, -0.25, -0.25], (-1.9 * 1.2 + 5 * 0.25) / 6),
+        # Four responses weigh the same; the right one's ratio is clipped to 1.0004.
+        ("gspo", [1.5, -0.5, -0.5, -0.5], (-1.5 * 1.0004 + 3 * 0.5) / 4),
+        # -weight A log pi: the right token's weight is its ratio, its log-prob -2 + ln 1.3; the others have 1 and -2.
+        ("cispo", [1.5, -0.5, -0.5, -0.5], (-1.3 * 1.5 * (-2 + math.log(1.3)) + 5 * 0.5 * -2) / 6),
         # The first wrong answer has no box, the others have 12 predecessors, p = 0.2. Scores 1, 0, -0.2, -0.2: mean
         # 0.15, standard deviation 0.5744563.
         (
@@ -80,9 +92,9 @@ def test_meds_by_hand():
     assert loss == pytest.approx((-1.4829260 * 1.28 + 0.3314311 + 0.4571929 + 3 * 0.6943028) / 6, abs=1e-5)
 
 
-def test_only_grpo_trains_on_groups_that_are_all_right():
+def test_only_grpo_and_gspo_train_on_groups_that_are_all_right():
     correct_B, groups_B = torch.ones(4), torch.zeros(4, dtype=torch.long)
     assert not keep_groups(correct_B, groups_B).any()
     metrics = {path.stem: load_config(path).filter.metric for path in (CONFIGS / "baselines").glob("*.yaml")}
     grpo = {name for name, metric in metrics.items() if metric == "none"}
-    assert grpo == {"grpo", "dr_grpo", "grpo_entropy"}
+    assert grpo == {"grpo", "dr_grpo", "grpo_entropy", "gspo"}

@@ -1,117 +1,102 @@
+"""Properties of every policy loss."""
+
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
-from meds_megatron.algorithm.losses import policy_loss, token_weights
+from meds_megatron.algorithm.losses import LOSSES, policy_loss
 from meds_megatron.config import PolicyConfig
+from tests.algorithm.micro_batches import gradient, micro_batch, random_micro_batch, responses
 
-LOG2 = math.log(2.0)
-ONE = torch.ones(1)
-
-
-def loss_of(log_ratio: float, advantage: float, **settings) -> tuple[float, float, dict[str, float]]:
-    """(loss, d loss / d logprob, sums) of a single token of weight 1."""
-    logprobs_T = torch.tensor([log_ratio - 1.0], requires_grad=True)
-    output = policy_loss(logprobs_T, torch.tensor([-1.0]), ONE * advantage, ONE, PolicyConfig(**settings))
-    output.loss.backward()
-    return output.loss.item(), logprobs_T.grad.item(), {name: value.item() for name, value in output.sums.items()}
+every_loss = pytest.mark.parametrize("loss", LOSSES)
+every_aggregation = pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum"])
 
 
-def test_on_policy_the_gradient_is_the_advantage_and_kl_is_nothing():
-    loss, gradient, sums = loss_of(0.0, 0.7)
-    assert (loss, gradient) == pytest.approx((-0.7, -0.7))
-    assert sums == {"tokens": 1.0, "clipped": 0.0, "dual_clipped": 0.0, "ratio": 1.0, "kl": 0.0}
+def test_the_config_names_exactly_the_losses_there_are():
+    assert set(get_args(get_type_hints(PolicyConfig)["loss"])) == set(LOSSES)
 
 
-def test_clip_higher_lets_rare_good_tokens_rise_further():
-    inside, outside = math.log(1.27), math.log(1.3)
-    assert loss_of(inside, 1.0)[:2] == pytest.approx((-1.27, -1.27))
-    loss, gradient, sums = loss_of(outside, 1.0)
-    assert (loss, gradient, sums["clipped"]) == pytest.approx((-1.28, 0.0, 1.0))
-    assert loss_of(math.log(1.27), 1.0, clip_high=0.2)[0] == pytest.approx(-1.2)
+@every_loss
+@every_aggregation
+def test_at_ratio_one_the_gradient_is_the_plain_policy_gradient(loss, aggregation):
+    inputs = random_micro_batch(aggregation, noise=0.0, token_advantages=True)
+    output = policy_loss(inputs, PolicyConfig(loss=loss))
+    assert torch.equal(gradient(inputs, output.loss), -inputs.weights_T * inputs.advantages_T)
+    sums = {name: value.item() for name, value in output.token_sums.items()}
+    assert sums["ratio"] == sums["tokens"] == 34
+    assert sums["kl"] == sums["clip_fraction"] == sums.get("dual_clip_fraction", 0) == 0
 
 
-def test_a_good_token_that_fell_is_not_clipped_and_a_bad_one_is():
-    assert loss_of(-LOG2, 1.0)[:2] == pytest.approx((-0.5, -0.5))
-    loss, gradient, sums = loss_of(-LOG2, -1.0)
-    assert (loss, gradient, sums["clipped"]) == pytest.approx((0.8, 0.0, 1.0))
+@every_loss
+@every_aggregation
+@pytest.mark.parametrize("cut", [(8,), (4, 4), (1,) * 8, (3, 5), (0, 8)])
+@pytest.mark.parametrize("importance_cap", [None, 1.5])
+def test_however_a_mini_batch_is_cut_its_loss_gradient_and_metrics_stay(loss, aggregation, cut, importance_cap):
+    config = PolicyConfig(loss=loss, importance_cap=importance_cap)
+    inputs = random_micro_batch(aggregation, token_advantages=True)
+    whole = policy_loss(inputs, config)
+    whole_gradient_T = gradient(inputs, whole.loss)
+
+    ends = torch.tensor(cut).cumsum(0).tolist()
+    parts = [policy_loss(responses(inputs, end - count, end), config) for count, end in zip(cut, ends, strict=True)]
+    sum(part.loss for part in parts).backward()
+    assert sum(part.loss.item() for part in parts) == pytest.approx(whole.loss.item(), rel=1e-9)
+    torch.testing.assert_close(inputs.logprobs_T.grad, whole_gradient_T)
+    for name, value in whole.token_sums.items():
+        assert sum(part.token_sums[name].item() for part in parts) == pytest.approx(value.item(), rel=1e-6)
 
 
-def test_dual_clip_holds_bad_tokens_only():
-    log20 = math.log(20.0)
-    loss, gradient, sums = loss_of(log20, -1.0)
-    assert (loss, gradient, sums["dual_clipped"]) == pytest.approx((10.0, 0.0, 1.0))
-    assert loss_of(log20, -1.0, dual_clip=None)[:2] == pytest.approx((20.0, 20.0))
-    assert loss_of(log20, 1.0)[2]["dual_clipped"] == 0.0
+@every_loss
+def test_importance_weights_scale_each_tokens_loss(loss):
+    inputs = random_micro_batch("token_mean")
+    plain, capped = (policy_loss(inputs, PolicyConfig(loss=loss, importance_cap=cap)) for cap in (None, 1.5))
+    weights_T = (inputs.old_logprobs_T - inputs.rollout_logprobs_T).exp().clamp(max=1.5)
+    assert 0 < (weights_T == 1.5).sum() < len(weights_T)
+    torch.testing.assert_close(gradient(inputs, capped.loss), gradient(inputs, plain.loss) * weights_T)
+    assert capped.token_sums == plain.token_sums
 
 
-def test_a_runaway_ratio_stays_finite():
-    loss, gradient, _ = loss_of(500.0, -1.0, dual_clip=None)
-    assert math.isfinite(loss) and math.isfinite(gradient)
+@every_loss
+def test_tokens_of_weight_zero_count_nowhere(loss):
+    inputs = micro_batch([-1.0, -9.0], [-1.0, -1.0], [1.0, 1.0], weights=[1.0, 0.0], lengths=[1, 1])
+    output = policy_loss(inputs, PolicyConfig(loss=loss))
+    assert gradient(inputs, output.loss).tolist() == [-1.0, 0.0]
+    assert output.loss.item() == (1.0 if loss == "cispo" else -1.0)
+    sums = {name: value.item() for name, value in output.token_sums.items()}
+    assert sums == {"tokens": 1.0, "ratio": 1.0, "kl": 0.0} | {name: 0.0 for name in sums if "clip" in name}
 
 
-def test_kl_is_the_k3_estimate():
-    assert loss_of(LOG2, 1.0)[2]["kl"] == pytest.approx(2.0 - 1.0 - LOG2)
-    assert loss_of(-LOG2, 1.0)[2]["kl"] == pytest.approx(0.5 - 1.0 + LOG2)
+@every_loss
+def test_a_micro_batch_without_responses_has_loss_zero(loss):
+    inputs = micro_batch([], [], [], lengths=torch.zeros(0, dtype=torch.long))
+    output = policy_loss(inputs, PolicyConfig(loss=loss, importance_cap=2.0))
+    assert output.loss.item() == 0.0
+    assert all(value.item() == 0.0 for value in output.token_sums.values())
+    assert gradient(inputs, output.loss).shape == (0,)
 
 
-def test_importance_weights_scale_the_loss():
-    config = PolicyConfig()
-    logprobs_T = torch.tensor([-1.0, -1.0], requires_grad=True)
-    ones_T = torch.ones(2)
-    output = policy_loss(logprobs_T, logprobs_T.detach(), ones_T, ones_T, config, torch.tensor([0.5, 2.0]))
-    output.loss.backward()
-    assert output.loss.item() == pytest.approx(-2.5)
-    assert logprobs_T.grad.tolist() == pytest.approx([-0.5, -2.0])
+@every_loss
+def test_metrics_are_float32_scalars_without_gradient(loss):
+    output = policy_loss(random_micro_batch("token_mean"), PolicyConfig(loss=loss))
+    assert {"tokens", "kl", "ratio", "clip_fraction"} <= set(output.token_sums)
+    for value in output.token_sums.values():
+        assert (value.dtype, value.shape, value.requires_grad) == (torch.float32, (), False)
 
 
-def test_tokens_of_weight_zero_count_nowhere():
-    logprobs_T = torch.tensor([-1.0, -9.0])
-    output = policy_loss(logprobs_T, torch.full((2,), -1.0), torch.ones(2), torch.tensor([1.0, 0.0]), PolicyConfig())
-    assert output.loss.item() == -1.0
-    assert output.sums["tokens"].item() == 1.0
-    assert output.sums["kl"].item() == 0.0
+@every_loss
+@pytest.mark.parametrize("log_ratio", [500.0, -500.0])
+def test_a_runaway_ratio_stays_finite(loss, log_ratio):
+    logprobs_T = torch.tensor([log_ratio - 1.0])
+    inputs = micro_batch(logprobs_T, torch.tensor([-1.0]), torch.tensor([-1.0]))
+    output = policy_loss(inputs, PolicyConfig(loss=loss, dual_clip=None))
+    assert math.isfinite(output.loss.item()) and math.isfinite(gradient(inputs, output.loss).item())
 
 
-@pytest.mark.parametrize(
-    ("loss", "expected"),
-    [
-        # Two responses of 1 and 3 tokens, each token's loss being 1 and 2 respectively.
-        ("token_mean", (1 + 2 * 3) / 4),
-        ("sequence_mean", (1 + 2) / 2),
-        ("sequence_sum", (1 / 10 + 6 / 10) / 2),
-    ],
-)
-def test_the_three_normalisers_by_hand(loss, expected):
-    lengths_B = torch.tensor([1, 3])
-    weights_B = token_weights(lengths_B, loss, total_tokens=4, total_responses=2, max_response_tokens=10)
-    losses_T = torch.tensor([1.0, 2.0, 2.0, 2.0])
-    assert (weights_B.repeat_interleave(lengths_B) * losses_T).sum().item() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("loss", ["token_mean", "sequence_mean", "sequence_sum"])
-@pytest.mark.parametrize("cut", [(8,), (4, 4), (1,) * 8, (3, 5)])
-def test_however_a_mini_batch_is_cut_its_loss_and_gradient_stay(loss, cut):
-    generator = torch.Generator().manual_seed(0)
-    lengths_B = torch.tensor([5, 1, 7, 2, 9, 3, 3, 4])
-    tokens = int(lengths_B.sum())
-    old_T, rollout_noise_T, advantages_T = torch.randn(3, tokens, generator=generator, dtype=torch.float64)
-    logprobs_T = (old_T + 0.5 * rollout_noise_T).requires_grad_()
-
-    def run(sizes: tuple[int, ...]) -> tuple[float, torch.Tensor]:
-        logprobs_T.grad = None
-        total, start = 0.0, 0
-        for part_lengths_B in lengths_B.split(sizes):
-            totals = dict(total_tokens=tokens, total_responses=8, max_response_tokens=16)
-            weights_T = token_weights(part_lengths_B, loss, **totals).double().repeat_interleave(part_lengths_B)
-            here = slice(start, start + int(part_lengths_B.sum()))
-            output = policy_loss(logprobs_T[here], old_T[here], advantages_T[here], weights_T, PolicyConfig())
-            output.loss.backward()
-            total, start = total + output.loss.item(), here.stop
-        return total, logprobs_T.grad
-
-    whole_loss, whole_gradient_T = run((8,))
-    loss_sum, gradient_T = run(cut)
-    assert loss_sum == pytest.approx(whole_loss, rel=1e-9)
-    torch.testing.assert_close(gradient_T, whole_gradient_T)
+@every_loss
+def test_kl_is_the_k3_estimate_of_each_token(loss):
+    log2 = math.log(2.0)
+    inputs = micro_batch([log2 - 1.0, -log2 - 1.0], [-1.0, -1.0], [1.0, 1.0])
+    kl = policy_loss(inputs, PolicyConfig(loss=loss)).token_sums["kl"].item()
+    assert kl == pytest.approx((2.0 - 1.0 - log2) + (0.5 - 1.0 + log2))

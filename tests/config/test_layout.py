@@ -1,21 +1,14 @@
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meds_megatron.config import ClusterConfig, Config, ParallelConfig
-from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.config import QWEN, ClusterConfig, Config, ParallelConfig, ParallelLayout
 from meds_megatron.errors import UserError
 
-
-@dataclass
-class Sizes:
-    num_layers: int = 28
-    num_heads: int = 28
-    num_kv_heads: int = 4
-    ffn_size: int = 18944
+MODEL = QWEN["Qwen2.5-7B"]
 
 
 def test_data_parallelism_takes_the_ranks_that_are_left():
@@ -108,10 +101,10 @@ def test_layers_agree_with_megatron_core(layout, num_layers):
 @pytest.mark.parametrize(
     ("layout", "sizes", "said"),
     [
-        (dict(tensor=8), {}, "28 attention heads cannot be shared by parallel.tensor = 8"),
-        (dict(tensor=7), {}, "4 key/value heads cannot be shared by parallel.tensor = 7 ranks; choose"),
+        (dict(tensor=8), {}, "28 attention heads cannot be divided over parallel.tensor = 8"),
+        (dict(tensor=7), {}, "4 key/value heads cannot be divided over parallel.tensor = 7 ranks; choose"),
         (dict(tensor=4), dict(ffn_size=18), "18 feed-forward columns"),
-        (dict(pipeline=3), {}, "28 layers cannot be shared by parallel.pipeline = 3 stages"),
+        (dict(pipeline=3), {}, "28 layers cannot be divided over parallel.pipeline = 3 stages"),
         (dict(pipeline=2, virtual=4), {}, r"stages of \[14, 14\] layers .* parallel.virtual_pipeline = 4"),
         (dict(pipeline=4, first_stage_layers=5), {}, "23 of the model's 28 layers are left for 3 pipeline stages"),
         (dict(pipeline=2, first_stage_layers=28), {}, "0 of the model's 28 layers are left for 1"),
@@ -121,9 +114,9 @@ def test_layers_agree_with_megatron_core(layout, num_layers):
 )
 def test_a_model_that_does_not_divide_is_refused(layout, sizes, said):
     with pytest.raises(UserError, match=said) as caught:
-        ParallelLayout(**layout).check_model(Sizes(**sizes))
+        ParallelLayout(**layout).check_model(replace(MODEL, **sizes))
     assert "\n" not in str(caught.value)
 
 
 def test_a_model_that_divides_is_accepted():
-    ParallelLayout(tensor=4, pipeline=4, virtual=7, data=2).check_model(Sizes())
+    ParallelLayout(tensor=4, pipeline=4, virtual=7, data=2).check_model(MODEL)

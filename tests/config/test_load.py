@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from meds_megatron.config import Config, load_config, save_config
-from meds_megatron.config.keys import nearest_key, schema_types
+from meds_megatron.config.load import nearest_key, schema_types
 from meds_megatron.errors import UserError
 
 

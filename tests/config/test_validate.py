@@ -1,22 +1,12 @@
-from dataclasses import dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 from omegaconf import OmegaConf
 
-from meds_megatron.config import Config, validate, validate_model
-from meds_megatron.config.keys import schema_types
-from meds_megatron.config.validate import NOT_NEGATIVE, POSITIVE, SHARES
+from meds_megatron.config import QWEN, Config, validate, validate_model
 from meds_megatron.errors import UserError
 
-
-@dataclass
-class Sizes:
-    num_layers: int = 28
-    num_heads: int = 28
-    num_kv_heads: int = 4
-    ffn_size: int = 18944
-    max_positions: int = 4096
-    vocab_size: int = 152064
+MODEL = replace(QWEN["Qwen2.5-7B"], max_positions=4096)
 
 
 def config_with(**settings) -> Config:
@@ -31,11 +21,20 @@ def config_with(**settings) -> Config:
 
 def test_the_published_settings_are_valid():
     validate(config_with())
-    validate_model(config_with(), Sizes())
+    validate_model(config_with(), MODEL)
 
 
-def test_every_checked_key_exists():
-    assert set(POSITIVE + NOT_NEGATIVE + SHARES) <= set(schema_types())
+def test_every_number_has_a_range_and_its_default_lies_in_it():
+    def unbounded(section, prefix=""):
+        for field in fields(section):
+            value = getattr(section, field.name)
+            if is_dataclass(value):
+                yield from unbounded(value, f"{prefix}{field.name}.")
+            elif {int, float} & {field.type, *getattr(field.type, "__args__", ())} and not field.metadata:
+                yield prefix + field.name
+
+    assert list(unbounded(Config())) == []
+    validate(config_with())
 
 
 @pytest.mark.parametrize(
@@ -47,15 +46,15 @@ def test_every_checked_key_exists():
         (dict(optimizer__lr=float("inf")), "optimizer.lr is inf"),
         (dict(rollout__temperature=0), "rollout.temperature is 0.0"),
         (dict(rollout__top_p=1.5), "rollout.top_p is 1.5, expected a number above 0 and at most 1"),
-        (dict(rollout__top_k=0), "rollout.top_k is 0, expected -1"),
-        (dict(policy__dual_clip=1), "policy.dual_clip is 1.0, expected null"),
+        (dict(rollout__top_k=0), "rollout.top_k is 0, expected -1 (off) or a number above 0"),
+        (dict(policy__dual_clip=1), "policy.dual_clip is 1.0, expected null or a number above 1"),
         (dict(policy__clip_low=1.2), "policy.clip_low is 1.2"),
-        (dict(policy__importance_cap=0), "policy.importance_cap is 0.0, expected a number above 0"),
+        (dict(policy__importance_cap=0), "policy.importance_cap is 0.0, expected null or a number above 0"),
         (dict(memory__min_cluster_size=1), "memory.min_cluster_size is 1, expected 2 or more"),
         (dict(advantage__std_floor=-0.1), "advantage.std_floor is -0.1, expected 0 or more"),
-        (dict(optimizer__beta2=1), "optimizer.beta2 is 1.0"),
+        (dict(optimizer__beta2=1), "optimizer.beta2 is 1.0, expected 0 or more and below 1"),
         (dict(model__path=None), "model.path is not set"),
-        (dict(model__make="arithmetic"), "model.path is model although model.make = arithmetic"),
+        (dict(model__make="arithmetic"), "model.path is model, but model.make = arithmetic"),
         (dict(model__path=None, model__make="random"), "model.random.tokenizer is not set"),
         (
             dict(model__path=None, model__make="random", model__random__tokenizer="t", model__random__num_kv_heads=3),
@@ -67,16 +66,16 @@ def test_every_checked_key_exists():
         (dict(parallel__virtual_pipeline=2), "needs more than one pipeline stage"),
         (
             dict(cluster__device="cuda", rollout__engines=9),
-            "rollout.engines = 9 engines of rollout.tensor = 1 GPUs are more than the 8 that cluster.nodes",
+            "rollout.engines = 9 engines of rollout.tensor = 1 GPUs are more than the 8 that fit cluster.nodes",
         ),
         (
             dict(cluster__device="cuda", rollout__engines=9, rollout__nodes=2, rollout__tensor=4),
-            "more than the 4 that rollout.nodes x cluster.ranks_per_node = 2 x 8 GPUs hold",
+            "more than the 4 that fit rollout.nodes x cluster.ranks_per_node = 2 x 8 GPUs",
         ),
-        (dict(cluster__device="cuda", sync__transport="network"), "give the engines nodes of their own"),
+        (dict(cluster__device="cuda", sync__transport="network"), "reserve nodes for the engines with rollout.nodes"),
         (
             dict(cluster__device="cuda", cluster__nodes=2, rollout__tensor=16),
-            "would spread an engine over nodes of 8 ranks",
+            "rollout.tensor = 16 is more than the 8 ranks of a node",
         ),
         (dict(train__mini_batch_prompts=24), "512 is not a multiple of train.mini_batch_prompts = 24"),
         (dict(train__micro_batch_responses=64), "16 x 16 responses is smaller than train.micro_batch_responses x"),
@@ -85,8 +84,11 @@ def test_every_checked_key_exists():
             dict(parallel__pipeline=4, parallel__virtual_pipeline=2, train__micro_batch_responses=64),
             "needs a multiple of parallel.pipeline = 4 micro-batches a rank",
         ),
-        (dict(rollout__responses_per_prompt=1), "leaves nothing to compare a response with"),
-        (dict(reward__overlong__buffer=3072), "reward.overlong.buffer = 3072 must lie between 0 and"),
+        (dict(rollout__responses_per_prompt=1), "rollout.responses_per_prompt is 1, expected 2 or more"),
+        (dict(reward__overlong__buffer=0), "reward.overlong.buffer is 0, expected a number above 0"),
+        (dict(reward__overlong__buffer=3072), "reward.overlong.buffer = 3072 is not below rollout.max_response_tokens"),
+        (dict(rollout__top_p=0.9), "rollout.top_p = 0.9 with rollout.top_k = -1 normalises the sampled log-probs over"),
+        (dict(rollout__top_k=20), "rollout.top_k = 20 normalises the sampled log-probs over the kept tokens only"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_sentence(settings, said):
@@ -107,9 +109,9 @@ def test_switched_off_overlong_penalty_is_not_judged():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (dict(parallel__tensor=8), "28 attention heads cannot be shared by parallel.tensor = 8"),
-        (dict(parallel__pipeline=8), "28 layers cannot be shared by parallel.pipeline = 8"),
-        (dict(rollout__tensor=8), "28 attention heads cannot be shared by rollout.tensor = 8"),
+        (dict(parallel__tensor=8), "28 attention heads cannot be divided over parallel.tensor = 8"),
+        (dict(parallel__pipeline=8), "28 layers cannot be divided over parallel.pipeline = 8"),
+        (dict(rollout__tensor=8), "28 attention heads cannot be divided over rollout.tensor = 8"),
         (dict(rollout__tensor=7), "rollout.tensor = 7 neither divides nor is a multiple of"),
         (dict(rollout__tensor=14), "neither divides nor is a multiple of"),
         (dict(rollout__max_prompt_tokens=2048), "= 5120 is more than the 4096 positions of the model"),
@@ -117,7 +119,7 @@ def test_switched_off_overlong_penalty_is_not_judged():
 )
 def test_what_does_not_fit_the_model_is_refused_in_one_sentence(settings, said):
     with pytest.raises(UserError) as caught:
-        validate_model(config_with(**settings), Sizes())
+        validate_model(config_with(**settings), MODEL)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -125,11 +127,14 @@ def test_what_does_not_fit_the_model_is_refused_in_one_sentence(settings, said):
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        (dict(ffn_size=18946), "the model's 18946 feed-forward columns cannot be shared by rollout.tensor = 4 ranks"),
+        (
+            dict(ffn_size=18946),
+            "the model's 18946 feed-forward columns cannot be divided over rollout.tensor = 4 ranks",
+        ),
         (dict(vocab_size=30, num_heads=36, num_kv_heads=9, ffn_size=9), "64 vocabulary rows, rounded up, cannot be"),
     ],
 )
 def test_engines_cut_the_model_evenly(sizes, said):
     tensor = 4 if "num_heads" not in sizes else 9
     with pytest.raises(UserError, match=said):
-        validate_model(config_with(rollout__tensor=tensor), Sizes(**sizes))
+        validate_model(config_with(rollout__tensor=tensor), replace(MODEL, **sizes))

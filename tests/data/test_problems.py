@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from pathlib import Path
 
 import pyarrow
@@ -6,6 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from meds_megatron.data.problems import Problem, load_problems
+from meds_megatron.embedded.arithmetic import arithmetic_problems
 from meds_megatron.errors import UserError
 
 
@@ -45,6 +47,7 @@ def test_real_data_sets_load_whole(shared_data, file, count, identity, answer, o
     assert len(problems) == count
     assert len({problem.id for problem in problems}) == count
     assert (problems[0].id, problems[0].answer, problems[0].source) == (identity, answer, file)
+    assert {problem.dataset for problem in problems} == {file}
     assert problems[0].question.startswith(opening)
 
 
@@ -107,7 +110,7 @@ def test_blank_lines_count_but_hold_no_problem(tmp_path):
         ({"question": "q", "answer": True}, "must be a text or a number, found True"),
         ({"question": "q", "answer": float("nan")}, "must be a text or a number, found nan"),
         ({"question": "q", "answer": ["1"]}, "must be a text or a number, found a list"),
-        ({"question": "q", "solution": "it is 4"}, "the solution holds no"),
+        ({"question": "q", "solution": "it is 4"}, "the solution has no"),
         ({"id": 1.5, "question": "q", "answer": "1"}, "`id` must be a text or a whole number"),
         ({"id": "", "question": "q", "answer": "1"}, "`id` must be a text or a whole number"),
         ({"prompt": [{"role": "system", "content": "s"}, {"role": "user"}], "answer": "1"}, "one message of the user"),
@@ -153,8 +156,10 @@ def test_one_id_for_two_problems_names_both(tmp_path):
         load_problems([first, second])
 
 
-def test_the_embedded_task_is_a_source(tmp_path):
+def test_a_generated_task_is_a_source(tmp_path):
     path = write_jsonl(tmp_path / "one.jsonl", {"question": "q", "answer": "1"})
-    problems = load_problems([path, "arithmetic"], 9, split="validation")
-    assert len(problems) == 9
-    assert {problem.source for problem in problems[1:]} != {"one"}
+    generated = partial(arithmetic_problems, "validation", "shared", seed=3)
+    problems = load_problems([path, "arithmetic"], 9, {"arithmetic": generated})
+    assert problems[1:] == arithmetic_problems("validation", "shared", 8, seed=3)
+    assert [problem.dataset for problem in problems] == ["one"] + ["arithmetic"] * 8
+    assert len(load_problems(["arithmetic"], tasks={"arithmetic": generated})) == 200

@@ -2,7 +2,7 @@ import pytest
 
 from meds_megatron.config import DataConfig
 from meds_megatron.data.problems import Problem
-from meds_megatron.data.prompts import PromptEncoder, build_prompts
+from meds_megatron.data.prompts import build_prompts, encode
 from meds_megatron.errors import UserError
 
 SHORT = Problem("short", "What is 2 + 2?", "4", "test")
@@ -10,8 +10,8 @@ LONG = Problem("long", "What is " + "1 + " * 100 + "1?", "101", "test")
 
 
 def test_a_prompt_is_system_line_question_and_the_assistants_turn(qwen_tokenizer):
-    encoder = PromptEncoder(qwen_tokenizer, DataConfig(system_prompt="Be brief."), 100)
-    assert qwen_tokenizer.decode(encoder.encode(SHORT)) == (
+    (token_ids,) = encode([SHORT], qwen_tokenizer, DataConfig(system_prompt="Be brief."))
+    assert qwen_tokenizer.decode(token_ids) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -20,19 +20,18 @@ def test_token_ids_are_those_of_the_tokenizers_own_template(qwen_tokenizer):
     config = DataConfig()
     messages = [{"role": "system", "content": config.system_prompt}, {"role": "user", "content": SHORT.question}]
     expected = qwen_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert PromptEncoder(qwen_tokenizer, config, 100).encode(SHORT) == expected
+    assert encode([SHORT], qwen_tokenizer, config) == [expected]
 
 
 def test_without_a_system_line_the_template_decides(qwen_tokenizer):
-    encoder = PromptEncoder(qwen_tokenizer, DataConfig(system_prompt=None), 100)
     messages = [{"role": "user", "content": SHORT.question}]
     expected = qwen_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert encoder.encode(SHORT) == expected
+    assert encode([SHORT], qwen_tokenizer, DataConfig(system_prompt=None)) == [expected]
 
 
 def test_without_a_template_the_question_is_given_as_it_is(qwen_tokenizer):
-    encoder = PromptEncoder(qwen_tokenizer, DataConfig(chat_template=False), 100)
-    assert qwen_tokenizer.decode(encoder.encode(SHORT)) == SHORT.question
+    (token_ids,) = encode([SHORT], qwen_tokenizer, DataConfig(chat_template=False))
+    assert qwen_tokenizer.decode(token_ids) == SHORT.question
 
 
 def test_overlong_prompts_are_skipped_and_counted(qwen_tokenizer):
@@ -42,7 +41,7 @@ def test_overlong_prompts_are_skipped_and_counted(qwen_tokenizer):
 
 
 def test_a_prompt_of_exactly_the_limit_fits(qwen_tokenizer):
-    length = len(PromptEncoder(qwen_tokenizer, DataConfig(), 1).encode(SHORT))
+    length = len(encode([SHORT], qwen_tokenizer, DataConfig())[0])
     assert build_prompts([SHORT], qwen_tokenizer, DataConfig(), length)[1] == 0
     with pytest.raises(UserError, match=f"None of 1 prompts fits .* = {length - 1} .the longest has {length} tokens"):
         build_prompts([SHORT], qwen_tokenizer, DataConfig(), length - 1)
@@ -56,5 +55,5 @@ def test_an_overlong_prompt_is_an_error_when_asked(qwen_tokenizer):
 def test_a_tokenizer_without_template_is_refused(qwen_tokenizer, monkeypatch):
     monkeypatch.setattr(qwen_tokenizer, "chat_template", None)
     with pytest.raises(UserError, match="has no chat template"):
-        PromptEncoder(qwen_tokenizer, DataConfig(), 100)
-    assert PromptEncoder(qwen_tokenizer, DataConfig(chat_template=False), 100).encode(SHORT)
+        encode([SHORT], qwen_tokenizer, DataConfig())
+    assert encode([SHORT], qwen_tokenizer, DataConfig(chat_template=False))[0]

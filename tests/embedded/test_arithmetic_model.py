@@ -6,11 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meds_megatron.config import DataConfig, ModelConfig, RandomModelConfig
-from meds_megatron.embedded import arithmetic
+from meds_megatron.embedded import arithmetic, arithmetic_model
 from meds_megatron.embedded.arithmetic_model import BOX, END, WORDS, WarmUp
-from meds_megatron.embedded.source import ensure_model
+from meds_megatron.embedded.make import ensure_model
 from meds_megatron.errors import UserError
-from meds_megatron.model import embedded
 
 SHORT = WarmUp(steps=3, batch=4)
 
@@ -18,7 +17,7 @@ SHORT = WarmUp(steps=3, batch=4)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("embedded")
-    embedded.make_arithmetic_model(directory, "shared", SHORT)
+    arithmetic_model.make_arithmetic_model(directory, "shared", SHORT)
     return directory
 
 
@@ -58,7 +57,7 @@ def test_chat_template_makes_the_prompt_of_the_warm_up(tokenizer):
 
 
 def test_warm_up_learns_responses_only_and_never_a_held_out_expression(tokenizer):
-    stream = embedded.ExampleStream(tokenizer, "shared", seed=0)
+    stream = arithmetic_model.ExampleStream(tokenizer, "shared", seed=0)
     held_out = {str(expression) for expression in arithmetic.expressions("validation")}
     tokens_BT, labels_BT = stream.batch(64)
     for tokens_T, labels_T in zip(tokens_BT, labels_BT, strict=True):
@@ -73,9 +72,9 @@ def test_warm_up_learns_responses_only_and_never_a_held_out_expression(tokenizer
 def test_warm_up_is_repeatable_and_lowers_the_loss(tokenizer):
     def losses() -> list[float]:
         values: list[float] = []
-        model = embedded.build_model(tokenizer, seed=0)
+        model = arithmetic_model.build_model(tokenizer, seed=0)
         warm_up = WarmUp(steps=12, batch=8, lr_warmup=2)
-        embedded.train(model, tokenizer, "per_kind", warm_up, lambda step, loss: values.append(loss))
+        arithmetic_model.train(model, tokenizer, "per_kind", warm_up, lambda step, loss: values.append(loss))
         return values
 
     first = losses()
@@ -96,7 +95,7 @@ def test_random_model_takes_tokenizer_and_shape_and_is_made_once(made, tmp_path,
     assert model.config.vocab_size == len(tokenizer)
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert 0.015 < model.model.embed_tokens.weight.std().item() < 0.025
-    assert tokenizer.chat_template == embedded.CHAT_TEMPLATE
+    assert tokenizer.chat_template == arithmetic_model.CHAT_TEMPLATE
 
     before = (directory / "model.safetensors").stat().st_mtime_ns
     assert ensure_model(config, DataConfig(), tmp_path / "cache") == directory

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from meds_megatron.algorithm.aggregation import aggregation_weights
 
 from meds_megatron.actor.schedule import Schedule, schedule
 from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch
+from meds_megatron.algorithm.aggregation import aggregation_weights
 
 MODELS = ["qwen2 tied", "qwen2 untied", "qwen3 tied", "qwen3 untied"]
 VOCAB = 260

@@ -20,7 +20,7 @@ class ScriptedPool(EnginePool):
         self.deterministic, self.regenerated_prompts = True, 0
         self._disk_version, self._queue = None, deque()
         self._numbers = self._batches = iter(range(100))
-        self._sleeps, self._asleep = True, False
+        self._sleeps, self.asleep = True, False
         self.engines = [Engine(e, 0, {}, EngineHealth(e, 3, EngineState.FRESH)) for e in range(2)]
         for engine in self.engines:
             self._make(engine)

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 
 from meds_megatron.config import Config
 from meds_megatron.data.problems import Problem
@@ -12,6 +11,7 @@ from meds_megatron.data.prompts import Prompt
 from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.errors import UserError
 from meds_megatron.reward.grading import Grade
+from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 from meds_megatron.trainer.collect import collect, shortfall
 from meds_megatron.trainer.state import TrainerState
 from meds_megatron.trainer.timer import PhaseTimer
@@ -33,12 +33,14 @@ class ScriptedProducer:
     def busy(self):
         return bool(self._submitted)
 
+    generating = busy
+
     def advance(self):
         number, prompt = self._submitted.popitem()
         completion = Completion(np.array([1, 2, 3]), np.zeros(3, np.float32), "", "stop", 0)
         correct = [n < self._right[prompt.token_ids[0]] for n in range(RESPONSES)]
         samples = [Sample(prompt, completion, Grade(c, "graded"), float(c)) for c in correct]
-        return {number: PromptGroup(prompt, samples)}
+        return [PromptGroup(prompt, samples, index=number)]
 
 
 def collected(right: list[int], **settings):
@@ -50,8 +52,9 @@ def collected(right: list[int], **settings):
         setattr(config.filter, name, value)
     state = TrainerState(PromptSampler(len(right), seed=0, shuffle=False), step=1)
     prompts = [Prompt(Problem(str(i), "?", "7", "test"), [i]) for i in range(len(right))]
-    weight_sync = SimpleNamespace(wake_engines=lambda: None, refill=lambda: None)
-    found = collect(state, prompts, config, ScriptedProducer(right), weight_sync, None, None, None, PhaseTimer())
+    weight_sync = SimpleNamespace(refill=lambda: None)
+    pool = SimpleNamespace(asleep=False)
+    found = collect(state, prompts, config, ScriptedProducer(right), weight_sync, pool, None, None, PhaseTimer())
     return found, shortfall(found, config)
 
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import ray
-from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 
 from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput
 from meds_megatron.config import Config
@@ -15,6 +14,7 @@ from meds_megatron.data.prompts import Prompt
 from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.memory import UNKNOWN
 from meds_megatron.reward.grading import GraderPool
+from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 from meds_megatron.trainer import loop
 from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.prompts import Prompts
@@ -39,9 +39,11 @@ class ScriptedProducer:
     def busy(self) -> bool:
         return bool(self._submitted)
 
-    def advance(self) -> dict[int, PromptGroup]:
+    generating = busy
+
+    def advance(self) -> list[PromptGroup]:
         prompts, self._submitted = self._submitted, []
-        return {number: self._group(prompt) for number, prompt in enumerate(prompts)}
+        return [self._group(prompt) for prompt in prompts]
 
     def _group(self, prompt: Prompt) -> PromptGroup:
         completions = [self._completion(letter) for letter in self._script(self._state.step, prompt.token_ids[0])]
@@ -89,9 +91,6 @@ class WeightSyncWithoutEngines:
     def refill(self) -> None:
         pass
 
-    def wake_engines(self) -> None:
-        pass
-
 
 def fingerprint(habit: int, place: int) -> np.ndarray:
     centre = np.random.default_rng(habit).normal(size=LAYERS)
@@ -137,7 +136,7 @@ def train(memories, request):
                 state,
                 Prompts(train_prompts, [], 0),
                 policy,
-                SimpleNamespace(sleep=lambda: None, metrics=dict),
+                SimpleNamespace(sleep=lambda: None, wake=lambda part: None, asleep=False, metrics=dict),
                 WeightSyncWithoutEngines(),
                 ScriptedProducer(script, state, graders),
                 memories(config),

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 
 from meds_megatron.config import Config
 from meds_megatron.data.problems import Problem
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.reward.grading import Grade
+from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 from meds_megatron.trainer.error_memory import lookup_key
 from meds_megatron.trainer.rollout_batch import RolloutBatch
 from meds_megatron.trainer.scoring import training_batch
@@ -100,7 +100,7 @@ def test_the_floor_is_for_groups_without_a_right_answer():
     config = Config()
     config.advantage.std_floor = 0.4
     groups = [group("a", [True, False], [0, 0]), group("b", [False, False], [0, 0])]
-    batch, minibatches_B = training_batch(
+    batch, minibatches_B, _ = training_batch(
         with_scores(RolloutBatch.of_groups(groups, config), [1.0, 0.9, 0.0, -0.1]), config
     )
     # The deviation is 0.1 / sqrt(2) in both.
@@ -115,7 +115,7 @@ def test_loss_weights_are_those_of_the_whole_mini_batch(rollouts):
     rollouts.groups.append(group("c", [False, True], [0, 0]))
     rollouts = RolloutBatch.of_groups(rollouts.groups, config)
     rollouts.groups[0].kept = False
-    batch, minibatches_B = training_batch(with_scores(rollouts, [0.0] * 8), config)
+    batch, minibatches_B, _ = training_batch(with_scores(rollouts, [0.0] * 8), config)
     assert minibatches_B.tolist() == [0, 0, 0, 1, 1]
     assert batch.loss_weights_B == pytest.approx([1 / 9] * 3 + [1 / 5] * 2)
     assert batch.loss_weights_B.dtype == np.float32
@@ -124,5 +124,5 @@ def test_loss_weights_are_those_of_the_whole_mini_batch(rollouts):
 def test_a_step_may_keep_no_group_at_all(rollouts):
     for dropped in rollouts.groups:
         dropped.kept = False
-    batch, minibatches_B = training_batch(with_scores(rollouts, [np.nan] * 6), Config())
+    batch, minibatches_B, _ = training_batch(with_scores(rollouts, [np.nan] * 6), Config())
     assert len(batch) == len(minibatches_B) == len(batch.advantages_B) == 0

@@ -104,9 +104,8 @@ def plain_cluster_size(history_NL: np.ndarray, fingerprint_L: np.ndarray) -> int
 
 
 def test_fingerprints_of_the_first_step_are_those_of_transformers(run, small_model):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from meds_megatron.rollout.boxed import BoxedLocator
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(small_model)
     model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
@@ -150,11 +149,11 @@ def test_export_is_a_model_that_transformers_loads(run, small_model):
 
 def test_export_is_a_model_that_vllm_loads(run):
     import ray
+    from meds_megatron.rollout.group import EngineGroup
+    from meds_megatron.rollout.sampling import Sampling
 
     from meds_megatron.config import load_config
     from meds_megatron.launch.placement import Placement
-    from meds_megatron.rollout.group import EngineGroup
-    from meds_megatron.rollout.sampling import Sampling
 
     config = load_config("configs/quickstart.yaml", ["cluster.device=cpu"])
     ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)

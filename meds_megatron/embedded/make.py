@@ -1,0 +1,104 @@
+"""The directory of the model to train: the user's own, or a generated one that is kept in a cache."""
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+from meds_megatron.config import DataConfig, ModelConfig, ModelShape, RandomModelConfig
+from meds_megatron.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+REPORT_EVERY = 100
+"""Warm-up steps between two reports."""
+
+
+def ensure_model(
+    config: ModelConfig, data: DataConfig, cache_dir: str | Path, report: Callable[[str], None] = logger.info
+) -> Path:
+    """The Hugging Face directory of the model to train; generated in `cache_dir` when the config asks for it.
+
+    Generating the arithmetic model takes a minute or two, once; `report` is called with its progress. Raises UserError
+    when `model.path` is missing, has no config.json or an unsupported architecture.
+    """
+    cache = Path(cache_dir).expanduser()
+    if config.make == "arithmetic":
+        return _arithmetic_model(data.arithmetic_rules, cache, report)
+    if config.make == "random":
+        return _random_model(config.random, cache)
+    if not config.path:
+        raise UserError("model.path is not set: give it a Hugging Face directory, or set model.make")
+    ModelShape.from_hf(config.path)
+    return Path(config.path).expanduser()
+
+
+def _arithmetic_model(rules: str, cache: Path, report: Callable[[str], None]) -> Path:
+    from meds_megatron.embedded import arithmetic, arithmetic_model, random_model
+
+    warm_up = arithmetic_model.WarmUp()
+
+    def progress(step: int, loss: float) -> None:
+        if step % REPORT_EVERY == 0:
+            report(f"warming up the arithmetic model: step {step} of {warm_up.steps}, loss {loss:.3f}")
+
+    key = {"rules": rules, "warm_up": asdict(warm_up), "sources": _sources(arithmetic, arithmetic_model, random_model)}
+    return _cached(
+        cache,
+        f"arithmetic-{rules}",
+        key,
+        lambda directory: arithmetic_model.make_arithmetic_model(directory, rules, warm_up, progress),
+    )
+
+
+def _random_model(config: RandomModelConfig, cache: Path) -> Path:
+    from meds_megatron.embedded import random_model
+
+    tokenizer = Path(config.tokenizer).expanduser()
+    files = [tokenizer / name for name in random_model.TOKENIZER_FILES if (tokenizer / name).is_file()]
+    key = {
+        "config": asdict(config),
+        "files": {file.name: _digest(file.read_bytes()) for file in files},
+        "sources": _sources(random_model),
+    }
+    return _cached(
+        cache, f"random-{config.architecture}", key, lambda directory: random_model.make_random_model(config, directory)
+    )
+
+
+def _cached(cache: Path, name: str, key: dict, make: Callable[[Path], None]) -> Path:
+    """The directory for `key` in the cache, generated if it is not there.
+
+    It is written under a temporary name and renamed when complete: an interrupted run leaves no partial directory, and
+    of two concurrent runs the second uses the first one's result.
+    """
+    final = cache / f"{name}-{_digest(json.dumps(key, sort_keys=True).encode())[:16]}"
+    if final.is_dir():
+        return final
+    cache.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+    try:
+        make(draft)
+        draft.chmod(0o755)
+        try:
+            draft.rename(final)
+        except OSError:
+            if not final.is_dir():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return final
+
+
+def _sources(*modules: ModuleType) -> list[str]:
+    """The code that generates a model: a change of it invalidates the cache."""
+    return [Path(module.__file__).read_text() for module in modules]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
