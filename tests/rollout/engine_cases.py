@@ -74,7 +74,7 @@ def logprob_error(
         with torch.no_grad():
             logits_RV = model(torch.tensor([prompt + token_ids])).logits[0, len(prompt) - 1 : -1]
         expected_R = (logits_RV / temperature).log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0]
-        worst = max(worst, (expected_R - torch.from_numpy(completion.logprobs_R)).abs().max().item())
+        worst = max(worst, (expected_R - torch.tensor(completion.logprobs_R)).abs().max().item())
     return worst
 
 

@@ -1,89 +1,108 @@
-"""Engines that share GPUs with the trainer: who sleeps when, and when a new one may start. Calls are scripted."""
+"""Engines that share GPUs with the trainer: when they sleep, and when a restarted one starts. Calls are scripted."""
 
+from collections import deque
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
-from meds_megatron.rollout.fleet import Fleet
-from meds_megatron.rollout.group import EngineGroup
 
-from meds_megatron.rollout import group as group_module
+from meds_megatron.rollout import pool as pool_module
+from meds_megatron.rollout.health import EngineHealth, EngineState
+from meds_megatron.rollout.pool import Engine, EnginePool
+from meds_megatron.rollout.settings import Sampling
 
 
-class ScriptedGroup(EngineGroup):
-    """Two engines that have started; `said` holds what they were told, in order."""
+class ScriptedPool(EnginePool):
+    """Two engines that have started; `calls` holds the calls they got, in order."""
 
     def __init__(self):
-        self.said: list[tuple] = []
-        self.fleet = Fleet(2, max_failures=3)
-        self.engines = [self._make(0), self._make(1)]
-        self._starting, self._sleeps, self._asleep = {}, True, False
-        self.refill, self.on_failure = None, lambda text: None
-        self.before_waking = lambda: self.said.append(("room",))
-        for engine in range(2):
-            self.fleet.started(engine)
-            self.fleet.filled(engine)
+        self.calls: list[tuple] = []
+        self.deterministic, self.regenerated_prompts = True, 0
+        self._disk_version, self._queue = None, deque()
+        self._numbers = self._batches = iter(range(100))
+        self._sleeps, self.asleep = True, False
+        self.engines = [Engine(e, 0, {}, EngineHealth(e, 3, EngineState.FRESH)) for e in range(2)]
+        for engine in self.engines:
+            self._make(engine)
 
     def _make(self, engine):
-        close = SimpleNamespace(remote=lambda: None)
-        return SimpleNamespace(start=SimpleNamespace(remote=lambda: self.said.append(("start", engine))), close=close)
+        engine.actor = SimpleNamespace(close=SimpleNamespace(remote=lambda: None))
+
+    def _start(self, engine):
+        self.calls.append(("start", engine.number))
+        engine.starting = Future()
+        engine.starting.set_result(None)
 
     def call(self, engines, method, *arguments):
-        self.said += [(method, *arguments, engine) for engine in engines]
+        self.calls += [(method, *arguments, engine) for engine in engines]
         return {}
-
-    def outcomes(self, calls):
-        return {}
-
-    def _notice_started(self, timeout):
-        for engine in self._starting:
-            self.fleet.started(engine)
-        self._starting = {}
 
 
 @pytest.fixture
-def group(monkeypatch):
-    monkeypatch.setattr(group_module, "ray", SimpleNamespace(wait=lambda *_, **__: None, kill=lambda actor: None))
-    return ScriptedGroup()
+def pool(monkeypatch):
+    monkeypatch.setattr(pool_module.ray, "wait", lambda *_, **__: None)
+    monkeypatch.setattr(pool_module.ray, "kill", lambda actor: None)
+    return ScriptedPool()
 
 
-def test_weights_wake_before_the_cache_and_room_is_made_first(group):
-    group.sleep()
-    group.sleep()
-    group.wake("weights")
-    group.wake("kv_cache")
-    group.wake()
-    assert group.said == [
+def test_weights_wake_before_the_kv_cache_and_only_once(pool):
+    pool.sleep()
+    pool.sleep()
+    pool.wake("weights")
+    pool.wake("kv_cache")
+    pool.wake("weights")
+    pool.wake("kv_cache")
+    assert pool.calls == [
         *[("sleep", 0), ("sleep", 1)],
-        *[("room",), ("wake", "weights", 0), ("wake", "weights", 1)],
-        *[("room",), ("wake", "kv_cache", 0), ("wake", "kv_cache", 1)],
+        *[("wake", "weights", 0), ("wake", "weights", 1)],
+        *[("wake", "kv_cache", 0), ("wake", "kv_cache", 1)],
     ]
 
 
-def test_generation_wakes_everything(group):
-    group.sleep()
-    group.usable()
-    assert group.said[2:] == [("room",), *[("wake", part, e) for part in ("weights", "kv_cache") for e in range(2)]]
+def test_sleeping_engines_get_no_requests(pool):
+    pool.sleep()
+    pool.submit([[1, 2]], Sampling(1, 1), seed=0)
+    with pytest.raises(RuntimeError, match="no engine can generate: wake the engines"):
+        pool.wait()
+    assert len(pool._queue) == 1
 
 
-def test_an_engine_that_fails_while_others_sleep_starts_when_they_wake(group):
-    group.sleep()
-    group._replace(1, group.engines[1], RuntimeError("out of memory"))
-    assert ("start", 1) not in group.said
-    group.wake("weights")
-    assert ("start", 1) not in group.said
-    group.wake("kv_cache")
-    assert group.said[-1] == ("start", 1)
+def test_engines_with_unfinished_requests_do_not_sleep(pool):
+    pool.engines[1].running = {0: None}
+    with pytest.raises(RuntimeError, match="engines with unfinished requests cannot sleep"):
+        pool.sleep()
+    assert pool.calls == []
 
 
-def test_an_engine_that_is_still_starting_is_waited_for_and_sleeps_too(group):
-    group._replace(0, group.engines[0], RuntimeError("killed"))
-    assert group.said == [("start", 0)]
-    group.sleep()
-    assert group.said[1:] == [("sleep", 0), ("sleep", 1)]
+def test_an_engine_that_fails_while_others_sleep_starts_when_they_wake(pool):
+    pool.sleep()
+    pool._restart(pool.engines[1], RuntimeError("out of memory"))
+    pool.wake("weights")
+    assert ("start", 1) not in pool.calls
+    pool.wake("kv_cache")
+    assert pool.calls[-1] == ("start", 1)
 
 
-def test_engines_on_machines_of_their_own_never_sleep(group):
-    group._sleeps = False
-    group.sleep()
-    group.wake()
-    assert group.said == []
+def test_a_starting_engine_is_waited_for_and_sleeps_too(pool):
+    pool._restart(pool.engines[0], RuntimeError("killed"))
+    assert pool.calls == [("start", 0)]
+    pool.sleep()
+    assert pool.calls[1:] == [("sleep", 0), ("sleep", 1)]
+
+
+def test_a_restarted_engine_waits_for_the_weight_sync_unless_it_reads_weights_from_disk(pool):
+    for disk_version, state in ((None, EngineState.STALE), (0, EngineState.FRESH)):
+        pool._disk_version = disk_version
+        pool._restart(pool.engines[0], RuntimeError("killed"))
+        assert pool.engines[0].health.state is EngineState.STARTING
+        assert pool.ready() == [0, 1]
+        assert pool.engines[0].health.state is state
+        assert pool.stale() == ([0] if state is EngineState.STALE else [])
+
+
+def test_engines_on_nodes_of_their_own_never_sleep(pool):
+    pool._sleeps = False
+    pool.sleep()
+    pool.wake("weights")
+    pool.wake("kv_cache")
+    assert pool.calls == []

@@ -1,7 +1,7 @@
-"""`meds train` with engines that are killed on the way: python -m tests.trainer.deadly_run CONFIG [KEY=VALUE]...
+"""`meds train` with engines that are killed: python -m tests.trainer.killed_engines_run CONFIG [KEY=VALUE]...
 
-In step 2 the process that computes for the last engine is killed while it generates, in step 3 the first engine's while
-it is given weights.
+In step 2 the process that computes for the last engine is killed while it generates, in step 3 the first engine's during
+the weight update.
 """
 
 import os
@@ -10,19 +10,19 @@ import sys
 import time
 
 import ray
-from meds_megatron.rollout.group import EngineGroup
-from meds_megatron.trainer.sync import WeightSync
 
 from meds_megatron.config import load_config
+from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.trainer.main import train
+from meds_megatron.trainer.weight_sync import WeightSync
 
 GENERATION_TO_KILL = 2
 UPDATE_TO_KILL = 3
-GROUP_TO_KILL = 3
-"""Of the update, counted from 1: some weights have come, some have not."""
+BUCKET_TO_KILL = 3
+"""Of the update, counted from 1: some weights have been loaded, some have not."""
 
 
-def processes_of(engine) -> list[int]:
+def processes_of(actor) -> list[int]:
     """The engine's own process, then those of its tensor-parallel ranks if it has several."""
 
     def look(_) -> list[int]:
@@ -32,7 +32,7 @@ def processes_of(engine) -> list[int]:
         workers = [child.pid for child in children if "VLLM::Worker" in " ".join(child.cmdline())]
         return [os.getpid(), *workers]
 
-    return ray.get(engine.__ray_call__.remote(look))
+    return ray.get(actor.__ray_call__.remote(look))
 
 
 def kill(process: int) -> None:
@@ -41,31 +41,31 @@ def kill(process: int) -> None:
 
 
 def main() -> None:
-    submit, begin = EngineGroup.submit, WeightSync._begin
-    generations, groups, next_victim = 0, 0, None
+    submit, begin = EnginePool.submit, WeightSync._begin
+    generations, buckets, next_victim = 0, 0, None
 
     def submit_and_kill(self, *arguments):
         nonlocal generations
         generations += 1
         if generations != GENERATION_TO_KILL:
             return submit(self, *arguments)
-        victim = processes_of(self.engines[-1])[-1]
-        pending = submit(self, *arguments)
+        victim = processes_of(self.engines[-1].actor)[-1]
+        numbers = submit(self, *arguments)
         time.sleep(0.02)
         kill(victim)
-        return pending
+        return numbers
 
     def begin_and_kill(self, *arguments):
-        nonlocal groups, next_victim
-        groups = groups + 1 if self._version == UPDATE_TO_KILL else 0
-        if groups == 1:
-            next_victim = processes_of(self._engines.engines[0])[0]
+        nonlocal buckets, next_victim
+        buckets = buckets + 1 if self.version == UPDATE_TO_KILL else 0
+        if buckets == 1:
+            next_victim = processes_of(self._pool.engines[0].actor)[0]
         transfer = begin(self, *arguments)
-        if groups == GROUP_TO_KILL:
+        if buckets == BUCKET_TO_KILL:
             kill(next_victim)
         return transfer
 
-    EngineGroup.submit, WeightSync._begin = submit_and_kill, begin_and_kill
+    EnginePool.submit, WeightSync._begin = submit_and_kill, begin_and_kill
     train(load_config(sys.argv[1], sys.argv[2:]))
 
 

@@ -1,4 +1,4 @@
-"""Engines that are killed while they generate and while they are given weights: the run goes on."""
+"""Engines that are killed while they generate and during a weight update: the run goes on."""
 
 import json
 import subprocess
@@ -18,9 +18,9 @@ SETTINGS = {
 
 @pytest.fixture(scope="module", params=SETTINGS.values(), ids=SETTINGS)
 def run(request, small_model, tmp_path_factory, cpu_engines):
-    """A finished run's metrics, a dict a step, and what it said."""
-    directory = tmp_path_factory.mktemp("run") / "deadly"
-    command = [sys.executable, "-m", "tests.trainer.deadly_run", "configs/quickstart.yaml", *request.param]
+    """A finished run's metrics, a dict a step, and its output."""
+    directory = tmp_path_factory.mktemp("run") / "run"
+    command = [sys.executable, "-m", "tests.trainer.killed_engines_run", "configs/quickstart.yaml", *request.param]
     command += [
         f"run_dir={directory}",
         "model.make=no",
@@ -42,9 +42,9 @@ def run(request, small_model, tmp_path_factory, cpu_engines):
         "wandb.enabled=false",
     ]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    said = finished.stdout + finished.stderr
-    assert finished.returncode == 0, said[-6000:]
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()], said
+    output = finished.stdout + finished.stderr
+    assert finished.returncode == 0, output[-6000:]
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()], output
 
 
 def test_every_step_is_made_with_all_its_responses(run):
@@ -53,13 +53,13 @@ def test_every_step_is_made_with_all_its_responses(run):
     assert all(line["response/count"] == PROMPTS * RESPONSES for line in metrics)
 
 
-def test_deaths_are_counted_and_told(run):
-    metrics, said = run
+def test_failures_are_counted_and_logged(run):
+    metrics, output = run
     assert [line["rollout/engine_restarts"] for line in metrics] == [0, 1, 2, 2, 2]
     regenerated = [line["rollout/regenerated_prompts"] for line in metrics]
     assert regenerated[0] == 0 and regenerated[1] > 0 and len(set(regenerated[1:])) == 1
-    assert said.count("killing process") == 2
-    assert said.count("failed and is started anew") == 2
+    assert output.count("killing process") == 2
+    assert output.count("failed and is restarted") == 2
 
 
 def test_engines_have_the_trainers_weights_in_the_next_steps(run):
