@@ -4,7 +4,7 @@ import numpy as np
 
 from meds_megatron.actor.messages import ForwardReply
 from meds_megatron.config import PenaltyConfig
-from meds_megatron.reward.shaping import penalties, shape_scores
+from meds_megatron.reward.scores import penalties, shape_scores
 from meds_megatron.trainer.batch import Batch
 from meds_megatron.trainer.groups import PromptGroup, Sample
 from meds_megatron.trainer.memory_keys import key_to_ask

@@ -15,7 +15,7 @@ from meds_megatron.algorithm.advantages import entropy_shaped, group_advantages
 from meds_megatron.algorithm.group_filter import keep_groups
 from meds_megatron.algorithm.losses import policy_loss, token_weights
 from meds_megatron.config import Config, load_config
-from meds_megatron.reward.shaping import penalties, shape_scores
+from meds_megatron.reward.scores import penalties, shape_scores
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PUBLISHED = CONFIGS / "meds_qwen2.5_math_7b.yaml"

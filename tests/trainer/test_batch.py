@@ -22,7 +22,7 @@ def group(name: str, correct: list[bool], boxed: list[int], prompt: int = 3, out
         Sample(
             asked,
             Response(0, list(range(i + 2)), [-1.0] * (i + 2), "", "stop", 0, boxed[i]),
-            Grade(correct[i], boxed[i] >= 0, outcome),
+            Grade(correct[i], outcome),
             float(correct[i]),
         )
         for i in range(len(correct))
