@@ -9,8 +9,7 @@ import ray
 from meds_megatron.config import Config
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.launch.placement import Place, Placement, rank_places
-from meds_megatron.memory.routing import shard_of
-from meds_megatron.memory.statistics import step_metrics
+from meds_megatron.memory import shard_of, step_metrics
 from meds_megatron.trainer.memory_row import MemoryRow
 from meds_megatron.trainer.step_memory import StepMemory
 
