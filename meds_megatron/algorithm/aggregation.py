@@ -1,8 +1,8 @@
 """Weights that turn token losses into the loss of a mini-batch.
 
-A mini-batch is cut into micro-batches over ranks and time. The whole normalisation is in the weights, from the totals of
-the mini-batch, so that in every layout the plain SUM of the micro-batches' losses over all ranks is the mini-batch's
-loss. It must not be averaged again.
+A mini-batch is cut into micro-batches over ranks and time. The whole normalisation is in the weights and uses totals of
+the mini-batch. So in every layout the plain SUM of the micro-batches' losses over all ranks is the mini-batch's loss;
+it must not be averaged again.
 """
 
 from typing import Literal
