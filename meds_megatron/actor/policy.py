@@ -1,5 +1,7 @@
 """One rank's share of the policy: the forward pass of a step, and its updates."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,9 +11,9 @@ from meds_megatron.actor.fingerprint import FingerprintCollector
 from meds_megatron.actor.messages import ForwardResult, UpdateResult
 from meds_megatron.actor.process_group import speaks_for_model_replica
 from meds_megatron.actor.step_data import StepData, scatter_ragged, take_ragged
-from meds_megatron.algorithm.advantages import entropy_shaped
-from meds_megatron.algorithm.corrections import importance_weights
-from meds_megatron.algorithm.losses import policy_loss, token_weights
+from meds_megatron.algorithm.advantages import shape_token_advantages
+from meds_megatron.algorithm.aggregation import aggregation_weights
+from meds_megatron.algorithm.losses import LossInputs, policy_loss
 from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.model.gpt import build_chunks, transformer_config
@@ -57,7 +59,7 @@ class Policy:
         """Makes the optimizer steps of training step `step`, one a mini-batch; off the last stage sums are empty."""
         rate = optimizer.learning_rate(step, self._config.optimizer)
         optimizer.set_learning_rate(self._optimizer, rate)
-        loss = _TokenLoss(data, self._config, self.device)
+        loss = _MicroBatchLoss(data, self._config, self.device)
         results = []
         for plan in self._plan(data):
             for chunk in self._wrapped:
@@ -90,60 +92,45 @@ class Policy:
         )
 
 
-class _TokenLoss:
+class _MicroBatchLoss:
     """The policy loss of a micro-batch, as its share of the whole mini-batch's."""
 
     def __init__(self, data: StepData, config: Config, device: str):
         self._offsets_B1 = data.response_offsets_B1
-        self._config = config.policy
+        self._config = config
         self._device = device
-        self._old_R = torch.tensor(data.logprobs_R)
-        self._advantages_R = _token_advantages(data, config)
-        lengths_B = torch.tensor(data.response_lengths_B)
+        lengths_B = self._lengths_B = torch.tensor(data.response_lengths_B)
         weights_B = torch.zeros(len(data), dtype=torch.float32)
         for minibatch, (tokens, responses) in enumerate(
             zip(data.minibatch_tokens_M, data.minibatch_responses_M, strict=True)
         ):
             rows = torch.from_numpy(np.flatnonzero(data.minibatches_B == minibatch))
-            weights_B[rows] = token_weights(
+            weights_B[rows] = aggregation_weights(
                 lengths_B[rows],
                 config.policy.aggregation,
                 total_tokens=int(tokens),
                 total_responses=int(responses),
                 max_response_tokens=config.rollout.max_response_tokens,
             )
-        self._weights_R = weights_B.repeat_interleave(lengths_B)
-        self._importance_R = None
-        if config.policy.importance_cap is not None:
-            rollout_R = torch.tensor(data.rollout_logprobs_R)
-            self._importance_R = importance_weights(self._old_R, rollout_R, config.policy.importance_cap)
+        self._values_R = {
+            "old_logprobs_T": data.logprobs_R,
+            "rollout_logprobs_T": data.rollout_logprobs_R,
+            "entropy_T": data.entropy_R,
+            "advantages_T": np.repeat(data.advantages_B, data.response_lengths_B).astype(np.float32),
+            "weights_T": weights_B.repeat_interleave(lengths_B).numpy(),
+        }
 
     def __call__(self, micro_batch, logprobs_R: Tensor, _entropy_R: Tensor) -> tuple[Tensor, dict]:
-        def of(values_R: Tensor | None) -> Tensor | None:
-            if values_R is None:
-                return None
-            return torch.from_numpy(take_ragged(values_R.numpy(), self._offsets_B1, micro_batch.rows)).to(self._device)
-
-        output = policy_loss(
-            logprobs_R,
-            of(self._old_R),
-            of(self._advantages_R),
-            of(self._weights_R),
-            self._config,
-            importance_T=of(self._importance_R),
-        )
-        sums = {"loss": output.loss.detach(), **output.sums}
+        rows = micro_batch.rows
+        values = {
+            name: torch.from_numpy(take_ragged(values_R, self._offsets_B1, rows)).to(self._device)
+            for name, values_R in self._values_R.items()
+        }
+        inputs = LossInputs(logprobs_T=logprobs_R, lengths_B=self._lengths_B[rows].to(self._device), **values)
+        shaped = shape_token_advantages(inputs, self._config.advantage)
+        output = policy_loss(replace(inputs, advantages_T=shaped.advantages_T), self._config.policy)
+        sums = {"loss": output.loss.detach(), **shaped.token_sums, **output.token_sums}
         return output.loss, {name: float(value) for name, value in sums.items()}
-
-
-def _token_advantages(data: StepData, config: Config) -> Tensor:
-    """Every response token's advantage: its response's, shaped by the entropy where the config says so."""
-    advantages_R = torch.from_numpy(np.repeat(data.advantages_B, data.response_lengths_B).astype(np.float32))
-    settings = config.advantage
-    if settings.entropy_coefficient == 0.0:
-        return advantages_R
-    entropy_R = torch.tensor(data.entropy_R)
-    return entropy_shaped(advantages_R, entropy_R, settings.entropy_coefficient, settings.entropy_bound)
 
 
 def _keep_logprobs(_micro_batch, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict]:

@@ -8,7 +8,7 @@ import torch
 
 from meds_megatron.actor.messages import ForwardReply
 from meds_megatron.actor.step_data import StepData
-from meds_megatron.algorithm.advantages import group_advantages, std_floor
+from meds_megatron.algorithm.advantages import AdvantageInputs, compute_advantages
 from meds_megatron.config import AdvantageConfig
 from meds_megatron.trainer.groups import PromptGroup, Sample
 from meds_megatron.trainer.memory_row import StoredFingerprint
@@ -81,14 +81,9 @@ class Batch:
 
     def take_advantages(self, config: AdvantageConfig) -> None:
         """One advantage a sample, from the shaped scores of its group."""
-        groups_B = torch.from_numpy(self.data.groups_B)
-        self.data.advantages_B = group_advantages(
-            torch.from_numpy(self.shaped_scores_B),
-            groups_B,
-            normalize_std=config.normalize_std,
-            epsilon=config.epsilon,
-            least_std_B=std_floor(torch.from_numpy(self.correct_B), groups_B, config.std_floor),
-        ).numpy()
+        arrays = (self.shaped_scores_B, self.correct_B, self.data.groups_B)
+        inputs = AdvantageInputs(*(torch.from_numpy(array_B) for array_B in arrays))
+        self.data.advantages_B = compute_advantages(inputs, config).advantages_B.numpy()
         for sample, advantage in zip(self.samples, self.data.advantages_B, strict=True):
             sample.advantage = float(advantage)
 

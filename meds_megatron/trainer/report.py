@@ -104,18 +104,12 @@ def update_metrics(updates: list[list[UpdateResult]]) -> dict[str, float]:
 
 
 def _whole_update(parts: tuple[UpdateResult, ...]) -> dict[str, float]:
-    """One optimizer step from its data-parallel parts."""
-
-    def total(name: str) -> float:
-        return sum(part.sums[name] for part in parts)
-
-    tokens = max(total("tokens"), 1.0)
+    """One optimizer step from its data-parallel parts: the loss, and the mean over its tokens of every other sum."""
+    totals = {name: sum(part.sums[name] for part in parts) for name in parts[0].sums}
+    loss, tokens = totals.pop("loss"), max(totals.pop("tokens"), 1.0)
     return {
-        "loss": total("loss"),
-        "kl": total("kl") / tokens,
-        "ratio": total("ratio") / tokens,
-        "clip_fraction": total("clipped") / tokens,
-        "dual_clip_fraction": total("dual_clipped") / tokens,
+        "loss": loss,
+        **{name: total / tokens for name, total in totals.items()},
         "grad_norm": parts[0].grad_norm,
         "learning_rate": parts[0].learning_rate,
     }
