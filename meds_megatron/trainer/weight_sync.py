@@ -14,10 +14,7 @@ from meds_megatron.errors import UserError
 from meds_megatron.launch.placement import engine_places, rank_places
 from meds_megatron.rollout.engine import engine_dtype
 from meds_megatron.rollout.pool import EnginePool
-<<<<<<< HEAD
-=======
 from meds_megatron.trainer.policy_group import PolicyGroup
->>>>>>> a3a4d2a
 from meds_megatron.weights.resharding.plan import Route, find_routes, interleaved
 from meds_megatron.weights.resharding.types import Checksums, StagedBucket, SyncSpec
 
