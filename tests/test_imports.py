@@ -28,7 +28,7 @@ ALLOWED = {
     "weights": {"config"},
     "launch": {"config"},
     "model": {"config", "weights"},
-    "rollout": {"config", "weights", "reward", "data"},
+    "rollout": {"config", "weights", "reward", "data", "launch"},
     "actor": {"config", "model", "weights", "algorithm"},
     "embedded": {"config", "data", "model"},
     "trainer": PACKAGES - {"bench"},
