@@ -13,13 +13,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING
 
 from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-
-if TYPE_CHECKING:
-    from meds_megatron.config.model_shape import ModelShape
 
 HfShape = tuple[int, ...]
 
@@ -213,7 +210,7 @@ def canonical_name(megatron_name: str, global_layer: int | None = None) -> str:
     return f"decoder.layers.{layer}.{TRANSFORMER_ENGINE_NAMES.get(match[2], match[2])}"
 
 
-def build_table(shape: "ModelShape", vocab_rows: int | None = None) -> Table:
+def build_table(shape: ModelShape, vocab_rows: int | None = None) -> Table:
     """The table of a model whose Megatron embedding has `vocab_rows` rows, padding included (default: no padding).
 
     A table of a 72B model (80 layers) has a thousand parameters and is built in milliseconds.
@@ -265,7 +262,7 @@ def _single(
     return MegatronParameter(name, bucket, (Block((Rows(hf_name, 0, rows),), padding),), columns, split, copy)
 
 
-def _layer(shape: "ModelShape", layer: int) -> list[MegatronParameter]:
+def _layer(shape: ModelShape, layer: int) -> list[MegatronParameter]:
     mcore, hf, bucket = f"decoder.layers.{layer}.", f"model.layers.{layer}.", layer + 1
     hidden, ffn = shape.hidden_size, shape.ffn_size
 
@@ -295,7 +292,7 @@ def _layer(shape: "ModelShape", layer: int) -> list[MegatronParameter]:
     return parameters
 
 
-def _qkv_block(shape: "ModelShape", hf: str, kind: str) -> Block:
+def _qkv_block(shape: ModelShape, hf: str, kind: str) -> Block:
     """Rows of q, k and v in Megatron's order: for each kv head the query heads that share it, its key, its value."""
     query_rows = shape.num_heads // shape.num_kv_heads * shape.head_dim
     rows = []

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.weights.table import (
     HfShape,
     MegatronParameter,
@@ -28,9 +28,6 @@ from meds_megatron.weights.table import (
     chunk_buckets,
     padded_vocab,
 )
-
-if TYPE_CHECKING:
-    from meds_megatron.config.model_shape import ModelShape
 
 ENGINE_VOCAB_MULTIPLE = 64
 """vLLM rounds the vocabulary up to a multiple of this before it splits it."""
@@ -57,7 +54,7 @@ class Transfer:
 class ReshardPlan:
     """Transfers from a trainer of one layout to engines of one tensor-parallel size."""
 
-    def __init__(self, shape: "ModelShape", layout: ParallelLayout, engine_tensor: int):
+    def __init__(self, shape: ModelShape, layout: ParallelLayout, engine_tensor: int):
         self.shape = shape
         self.layout = layout
         self.engine_tensor = engine_tensor
@@ -121,7 +118,7 @@ class ReshardPlan:
                 yield common
 
 
-def engine_slices(shape: "ModelShape", hf_name: str, hf_shape: HfShape, rank: int, size: int) -> tuple[slice, ...]:
+def engine_slices(shape: ModelShape, hf_name: str, hf_shape: HfShape, rank: int, size: int) -> tuple[slice, ...]:
     """Index of the part of a Hugging Face tensor that vLLM's tensor-parallel rank `rank` of `size` holds.
 
     Source: the weight loaders of vLLM 0.32's `QKVParallelLinear`, `MergedColumnParallelLinear`, `RowParallelLinear` and

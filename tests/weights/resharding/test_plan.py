@@ -1,5 +1,7 @@
 """The resharding plan at full size, against an independent account of what vLLM's ranks hold."""
 
+import subprocess
+import sys
 from math import prod
 
 import numpy as np
@@ -126,3 +128,10 @@ def test_a_rank_that_has_padding_alone_gets_nothing_of_the_vocabulary():
     shape = ModelShape("qwen3", 8, 1, 4, 4, 2, 8, 65, True, 1e6, 1e-6, 64)
     parts = [engine_slices(shape, "lm_head.weight", (65, 8), rank, 4) for rank in range(4)]
     assert parts == [(slice(*rows), slice(0, 8)) for rows in ((0, 32), (32, 64), (64, 65), (65, 65))]
+
+
+@pytest.mark.parametrize("module", ["plan", "types"])
+def test_plan_and_types_load_nothing_heavy(module):
+    code = f"import sys, meds_megatron.weights.resharding.{module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "ray", "megatron", "vllm"} & set(done.stdout.split())
