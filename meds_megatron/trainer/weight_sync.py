@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import ray
 
@@ -14,15 +13,9 @@ from meds_megatron.errors import UserError
 from meds_megatron.launch.placement import engine_places, rank_places
 from meds_megatron.rollout.engine import engine_dtype
 from meds_megatron.rollout.pool import EnginePool
-<<<<<<< HEAD
-=======
 from meds_megatron.trainer.policy_group import PolicyGroup
->>>>>>> a3a4d2a
 from meds_megatron.weights.resharding.plan import Route, find_routes, interleaved
 from meds_megatron.weights.resharding.types import Checksums, StagedBucket, SyncSpec
-
-if TYPE_CHECKING:
-    from meds_megatron.trainer.policy_group import PolicyGroup
 
 
 class WeightSync:
@@ -37,7 +30,7 @@ class WeightSync:
     """
 
     def __init__(
-        self, config: Config, shape: ModelShape, policy: "PolicyGroup", pool: EnginePool, shared_directory: str
+        self, config: Config, shape: ModelShape, policy: PolicyGroup, pool: EnginePool, shared_directory: str
     ) -> None:
         """`shared_directory` is a directory in the shared memory of every node; the caller removes it at the end."""
         self.version = -1

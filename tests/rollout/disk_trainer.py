@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""A trainer of one rank whose weights are those of a model directory."""
-=======
 """A trainer of one rank with the weights of a model directory."""
->>>>>>> a3a4d2a
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,11 +10,7 @@ from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.weights.load import HfWeights
 from meds_megatron.weights.resharding.transfer import WeightSender
-<<<<<<< HEAD
-from meds_megatron.weights.resharding.types import SyncSpec
-=======
 from meds_megatron.weights.resharding.types import StagedBucket, SyncSpec
->>>>>>> a3a4d2a
 
 
 class DiskTrainer:
@@ -29,27 +21,15 @@ class DiskTrainer:
         self.spec = SyncSpec(shape, ParallelLayout(), engine_tensor, "float32", str(shared))
         self.plan = self.spec.plan()
         weights, parameters = HfWeights(directory), {}
-<<<<<<< HEAD
-        for bucket in self.plan.buckets:
-            for row in self.plan.table.buckets[bucket]:
-                if not row.copy:
-                    parameters[row.name] = torch.empty(row.local_shape(1))
-                    weights.fill(parameters[row.name], row, 0, 1)
-=======
         for parameter in self.plan.table.stored:
             parameters[parameter.name] = torch.empty(parameter.local_shape(1))
             weights.fill(parameters[parameter.name], parameter, 0, 1)
->>>>>>> a3a4d2a
         self._sender = WeightSender(self.spec, 0, parameters, "cpu", "127.0.0.1")
 
     def connect(self, pool: EnginePool) -> None:
         assert len(pool.outcomes(pool.call(pool.ready(), "connect", self.spec, None, {}))) == len(pool.engines)
 
-<<<<<<< HEAD
-    def stage(self, bucket: int):
-=======
     def stage(self, bucket: int) -> StagedBucket:
->>>>>>> a3a4d2a
         return self._sender.stage(bucket, checksums=True)
 
     def load(self, pool: EnginePool, buckets: Iterable[int]) -> None:
