@@ -1,4 +1,4 @@
-"""The `meds` command: one thin function a sub-command. What it runs is imported only when it is asked for."""
+"""The `meds` command: one thin function a sub-command, which imports what it runs when it is called."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ EXIT_INTERRUPTED = 130
 
 
 class Command(click.Command):
-    """Keeps the line breaks of the examples in its help."""
+    """A command whose help ends with an example."""
 
     def __init__(self, *args, example: str, **kwargs):
         super().__init__(*args, epilog=f"\b\nExample:\n  {example}", **kwargs)
@@ -33,7 +33,7 @@ def cli() -> None:
 
 
 def with_config(command):
-    """The arguments CONFIG [KEY=VALUE]..., handed on as one checked Config."""
+    """Adds the arguments CONFIG [KEY=VALUE]... and passes the command one validated Config."""
 
     @functools.wraps(command)
     def run(config: str, overrides: Sequence[str], **options):
@@ -48,9 +48,9 @@ def with_config(command):
 
 
 def with_json(command):
-    """Shows the dict that the command returns: as tables, or with --json as one JSON object on the last line.
+    """Prints the dict that the command returns: as tables, or with --json as one JSON object on the last line.
 
-    The exit status is 1 where the dict says that what was compared is not `equal`.
+    The exit status is 1 if the dict has the key `equal` and it is false.
     """
 
     @functools.wraps(command)
@@ -71,8 +71,8 @@ def with_json(command):
 def train(config) -> None:
     """Train a model.
 
-    Everything the run leaves is in its run directory (run_dir, by default runs/NAME): config.yaml with all settings,
-    metrics.jsonl with a line a step, rollouts/ with every response, hf/ with the trained model.
+    The run directory (run_dir, by default runs/NAME) gets config.yaml with all settings, metrics.jsonl with a line a
+    step, rollouts/ with every response, hf/ with the trained model.
     """
     from meds_megatron.trainer.main import train
 
@@ -81,8 +81,8 @@ def train(config) -> None:
 
 @cli.group()
 def convert() -> None:
-    """Turn models into checkpoints of megatron-core and back, and compare them."""
-    # megatron-core tells at every import which optional packages it does without.
+    """Convert models to megatron-core checkpoints and back, and compare models."""
+    # megatron-core warns at every import about each optional package that is not installed.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
 
@@ -90,10 +90,10 @@ def convert() -> None:
 @click.argument("hf")
 @click.argument("out")
 def to_mcore(hf: str, out: str) -> None:
-    """Make the checkpoint OUT from the Hugging Face directory HF.
+    """Convert the Hugging Face directory HF to the checkpoint OUT.
 
-    OUT holds the weights in megatron-core's distributed format, in the dtypes of HF, for any layout to load, and
-    HF's configuration and tokenizer. It needs no GPU, and memory for one layer or the embedding at a time.
+    OUT contains the weights in megatron-core's distributed format, which any parallel layout can load, in the dtypes
+    of HF, and HF's configuration and tokenizer. Needs no GPU, and memory for one layer or the embedding.
     """
     from meds_megatron.weights.conversion.convert import to_mcore
 
@@ -105,11 +105,10 @@ def to_mcore(hf: str, out: str) -> None:
 @click.argument("out")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="Of all weights.  [default: as saved]")
 def to_hf(checkpoint: str, out: str, dtype: str | None) -> None:
-    """Make the Hugging Face directory OUT from CHECKPOINT.
+    """Convert CHECKPOINT to the Hugging Face directory OUT.
 
-    CHECKPOINT may have been saved at any layout; its configuration and tokenizer go along, so that transformers and
-    vLLM load OUT as they load the original model. It needs no GPU, and memory for about one layer or the embedding at
-    a time.
+    CHECKPOINT may have any parallel layout. Its configuration and tokenizer are copied, so that transformers and vLLM
+    load OUT like the original model. Needs no GPU, and memory for about one layer or the embedding.
     """
     import torch
 
@@ -124,20 +123,24 @@ def to_hf(checkpoint: str, out: str, dtype: str | None) -> None:
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
-    help="Largest difference of a weight, in whatever dtype.  [default: the same bits]",
+    help="Largest difference of a weight, of any dtype.  [default: the same bits]",
 )
 @click.option("--text", type=click.File(encoding="utf-8"), help="Text for the log-probs.  [default: a built-in one]")
 @click.option(
-    "--logprob-limit", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="Largest difference of one."
+    "--logprob-limit",
+    type=click.FloatRange(min=0),
+    default=1e-4,
+    show_default=True,
+    help="Largest difference of a log-prob.",
 )
-@click.option("--weights-only", is_flag=True, help="Leave the log-probs out.")
+@click.option("--weights-only", is_flag=True, help="Do not compare log-probs.")
 @with_json
 def verify(a: str, b: str, tolerance: float | None, text, logprob_limit: float, weights_only: bool) -> dict:
     """Compare the models A and B.
 
-    Each is a Hugging Face directory or a checkpoint. First all weights are compared, one tensor at a time, then the
-    log-probs that transformers gives to a text with one model after the other in memory, in float32 (a checkpoint is
-    converted to a temporary directory for it, under TMPDIR). The exit status is 1 if they differ.
+    Each is a Hugging Face directory or a checkpoint. All weights are compared, one tensor at a time, then the log-probs
+    of a text, computed in float32 by transformers with one model in memory at a time (a checkpoint is converted to a
+    temporary directory under TMPDIR first). The exit status is 1 if they differ.
     """
     from meds_megatron.weights.conversion.verify import SAMPLE_TEXT, verify
 
@@ -148,7 +151,7 @@ def verify(a: str, b: str, tolerance: float | None, text, logprob_limit: float, 
 
 @cli.group()
 def bench() -> None:
-    """Measure a part of a run on this machine."""
+    """Benchmark one part of a run on this machine."""
 
 
 @bench.command(cls=Command, example="meds bench rollout configs/quickstart.yaml --json")
@@ -157,14 +160,14 @@ def bench() -> None:
     type=click.IntRange(min=1),
     default=5,
     show_default=True,
-    help="Generations of each engine after the warm-up.",
+    help="Measured generations of each engine, after one warm-up.",
 )
 @with_json
 @with_config
 def rollout(config, rounds: int) -> dict:
-    """Tokens a second of a run's engine against plain vLLM.
+    """Tokens per second of a run's engine and of plain vLLM.
 
-    Both generate the responses of one step's prompts, in turn, with the same model and sampling.
+    Both generate the responses to one step's prompts, alternately, with the same model and sampling.
     """
     from meds_megatron.bench.step import rollout
 
@@ -173,14 +176,14 @@ def rollout(config, rounds: int) -> dict:
 
 @bench.command(cls=Command, example="meds bench step configs/quickstart.yaml --steps 5 --json")
 @click.option(
-    "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps measured after one of warm-up."
+    "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Measured steps, after one warm-up step."
 )
 @with_json
 @with_config
 def step(config, steps: int) -> dict:
-    """Seconds of a training step, by phase.
+    """Seconds of each phase of a training step.
 
-    Trains as `meds train` would, and keeps neither the model nor the run.
+    Runs `meds train` in a temporary run directory without validation and export.
     """
     from meds_megatron.bench.step import step
 
@@ -188,15 +191,19 @@ def step(config, steps: int) -> dict:
 
 
 @bench.command(cls=Command, example="meds bench fingerprint --responses 8 --tokens 64 --json")
-@click.option("--responses", type=click.IntRange(min=1), default=8, show_default=True, help="Answers with one.")
+@click.option(
+    "--responses", type=click.IntRange(min=1), default=8, show_default=True, help="Responses with a fingerprint."
+)
 @click.option("--tokens", type=click.IntRange(min=4), default=64, show_default=True, help="Length of each sequence.")
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Forward passes of each kind.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Measured forward passes of each kind."
+)
 @with_json
 def fingerprint(responses: int, tokens: int, rounds: int) -> dict:
-    """What fingerprints cost a forward pass.
+    """Time and memory that fingerprints add to a forward pass.
 
-    At the shape of Qwen2.5-0.5B with random weights, on two CPU pipeline stages: the pass without, with ours, and with
-    all hidden states kept and the full head run on every layer.
+    Shape of Qwen2.5-0.5B with random weights on two CPU pipeline stages: without fingerprints, with ours, and with the
+    published method, which keeps all hidden states and applies the full head to every layer.
     """
     from meds_megatron.bench.fingerprint import run
 
@@ -211,16 +218,15 @@ def fingerprint(responses: int, tokens: int, rounds: int) -> dict:
     multiple=True,
     default=(16, 64, 256, 1600),
     show_default=True,
-    help="Vectors already stored of a problem; can be given several times.",
+    help="Stored vectors of each problem; may be given several times.",
 )
 @click.option("--keys", type=click.IntRange(min=1), default=512, show_default=True, help="Problems in a step.")
-@click.option("--new", type=click.IntRange(min=1), default=12, show_default=True, help="Vectors a problem adds.")
+@click.option("--new", type=click.IntRange(min=1), default=12, show_default=True, help="New vectors of each problem.")
 @with_json
 def memory(histories: Sequence[int], keys: int, new: int) -> dict:
-    """What the memory of mistakes costs a step.
+    """CPU seconds of the error memory in a step.
 
-    Against a version that clusters from scratch, over several shards, and with a million problems; in processor seconds
-    of one thread.
+    Measured on one thread: against clustering from scratch, over several shards, and with a million problems.
     """
     from meds_megatron.bench.memory import run
 
@@ -228,15 +234,17 @@ def memory(histories: Sequence[int], keys: int, new: int) -> dict:
 
 
 @bench.command(cls=Command, example="meds bench reshard --json")
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Updates of each kind.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Measured updates of each method."
+)
 @click.option("--network-gbit", type=float, default=400.0, show_default=True, help="Gbit/s of a node, each way.")
 @click.option("--local-gbyte", type=float, default=100.0, show_default=True, help="GB/s between GPUs of a node.")
 @with_json
 def reshard(rounds: int, network_gbit: float, local_gbyte: float) -> dict:
-    """What new weights for the engines cost.
+    """Time and bytes of a weight update of the engines.
 
-    At the shape of Qwen2.5-0.5B on CPU, from TP2 x PP2 to an engine of TP2: our plan against gathering everything. And
-    what an update of 7B, 32B and 72B models moves, with the time that it takes at least.
+    Measured for the shape of Qwen2.5-0.5B on CPU, from TP2 x PP2 to an engine of TP2: resharding against gathering the
+    whole model. Computed for 7B, 32B and 72B models: the bytes of an update and a lower bound on its time.
     """
     from meds_megatron.bench.reshard import run
     from meds_megatron.bench.reshard_forecast import forecasts
@@ -245,7 +253,7 @@ def reshard(rounds: int, network_gbit: float, local_gbyte: float) -> dict:
 
 
 def show(result: dict, indent: str = "") -> None:
-    """A result on the terminal: a line a number, a table for a list of rows."""
+    """Print a result: a line for each value, a table for each list of rows."""
     for name, value in result.items():
         if isinstance(value, dict):
             click.echo(f"{indent}{name}")
@@ -266,20 +274,20 @@ def _cell(value: object) -> str:
 
 
 def _is_dead_actor(error: Exception) -> bool:
-    """Whether Ray lost an actor; Ray is only asked where it has been imported, which a quick command never does."""
+    """Whether a Ray actor died. Does not import Ray: without it no actor was started."""
     ray = sys.modules.get("ray")
     return ray is not None and isinstance(error, ray.exceptions.RayActorError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; a mistake of the user is one line, without a traceback."""
+    """Run the command line and return its exit status; a UserError is printed as one line, without a traceback."""
     try:
         return cli.main(arguments, prog_name="meds", standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
         return EXIT_USER_ERROR
     except UserError as error:
-        # Where an actor of Ray found the mistake, `cause` is its own error, without Ray's traceback in the text.
+        # An error raised in a Ray actor has Ray's traceback in its text; `cause` is the original.
         print(f"meds: {getattr(error, 'cause', error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except (KeyboardInterrupt, click.Abort):
@@ -288,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_dead_actor(error):
             raise
-        print(f"meds: a process of the run died; what it said is above, or in Ray's logs: {error}", file=sys.stderr)
+        print(f"meds: a process of the run died; its output is above, or in Ray's logs: {error}", file=sys.stderr)
         return EXIT_FAILURE
 
 

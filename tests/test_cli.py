@@ -19,7 +19,7 @@ def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> list[tuple
 
 
 @pytest.mark.parametrize("path", [(), *commands()], ids=" ".join)
-def test_every_command_explains_itself(path, capsys):
+def test_every_command_has_help_with_an_example(path, capsys):
     assert main([*path, "--help"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(" ".join(["Usage: meds", *path]))
@@ -41,7 +41,7 @@ def test_every_command_explains_itself(path, capsys):
         (["bench", "rollout", QUICKSTART, "rollout.tensr=2"], "rollout.tensor"),
     ],
 )
-def test_a_mistake_is_told_without_a_traceback(arguments, said, capsys):
+def test_a_mistake_is_reported_without_a_traceback(arguments, said, capsys):
     assert main(arguments) == 2
     shown = capsys.readouterr()
     assert said in shown.err
@@ -49,7 +49,7 @@ def test_a_mistake_is_told_without_a_traceback(arguments, said, capsys):
     assert shown.out == ""
 
 
-def test_an_interruption_ends_with_the_shells_own_status(monkeypatch, capsys):
+def test_an_interruption_has_exit_status_130(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -58,7 +58,7 @@ def test_an_interruption_ends_with_the_shells_own_status(monkeypatch, capsys):
     assert capsys.readouterr().err.strip() == "meds: interrupted"
 
 
-def test_help_and_config_errors_come_without_torch():
+def test_help_and_config_errors_do_not_import_torch():
     program = f"""
 import sys
 from meds_megatron.cli import main
@@ -71,7 +71,7 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=60)
 
 
-def test_results_are_shown_as_lines_and_tables(capsys):
+def test_results_are_printed_as_lines_and_tables(capsys):
     show({"keys": 512, "rows": [{"history": 16, "ours_s": 0.25}, {"history": 1600, "ours_s": 12.0}], "by": {"a": 1.5}})
     assert capsys.readouterr().out.splitlines() == [
         "keys                         512",

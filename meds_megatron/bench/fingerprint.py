@@ -1,6 +1,6 @@
-"""What fingerprints cost: the forward pass without them, with ours, and with them taken the published way.
+"""Cost of fingerprints: a forward pass without them, with ours, and with the published method.
 
-The published way keeps the hidden states of all layers and tokens and runs the full head on each layer's.
+The published method keeps the hidden states of all layers and tokens and applies the full head to each layer.
 """
 
 import multiprocessing
@@ -31,13 +31,13 @@ def run(
     published_rounds: int = 1,
     shape: ModelShape = QWEN["Qwen2.5-0.5B"],
 ) -> dict:
-    """Measures forward passes on `pipeline` CPU ranks of one thread each, random float32 weights, kinds in turn.
+    """Measures forward passes of each kind alternately on `pipeline` CPU ranks of one thread, random float32 weights.
 
-    `responses` sequences of `tokens` tokens, half of them prompt, each with a fingerprint, two to a micro-batch. Keys:
+    `responses` sequences of `tokens` tokens, half of them prompt, each with a fingerprint, two in a micro-batch. Keys:
     `forward_s`, `ours_s`, `published_s` (medians), `overhead`, `published_overhead` (medians of the rounds' ratios to
-    the forward pass, minus 1); `extra_bytes` (peak memory with ours minus without, as torch's own allocator counts it,
-    of the rank where it is largest), `extra_bytes_bound` (2 N L H 4 + N H 4), `published_extra_bytes`; `sent_bytes`
-    between stages and `sent_bytes_expected` (the head's rows to the other stages, each stage's part of the result).
+    the forward pass, minus 1); `extra_bytes` (peak memory with ours minus without, by torch's profiler, of the
+    rank where it is largest), `extra_bytes_bound` (2 N L H 4 + N H 4), `published_extra_bytes`; `sent_bytes`
+    between stages and `sent_bytes_expected` (the head's rows to the other stages, each stage's layers of the result).
     """
     store = open_store("127.0.0.1", pipeline)
     context = multiprocessing.get_context("spawn")
@@ -92,7 +92,7 @@ def _rank(
         nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else nn.init.ones_(parameter)
     kinds = _Kinds(chunk, shape, _random_data(shape, responses, tokens), device)
     with torch.no_grad():
-        # The first pass of each kind is also its warm-up.
+        # Also the warm-up of each kind.
         peaks = {name: peak_bytes(kind) for name, kind in kinds.by_name().items()}
         seconds: dict[str, list[float]] = {name: [] for name in kinds.by_name()}
         for number in range(rounds):
@@ -103,7 +103,7 @@ def _rank(
 
 
 class _Kinds:
-    """The three ways to make a forward pass."""
+    """The three kinds of forward pass."""
 
     def __init__(self, chunk: PolicyModel, shape: ModelShape, data: TrainBatch, device: str):
         self._chunk, self._shape, self._data, self._device = chunk, shape, data, device
@@ -172,7 +172,7 @@ def _overhead(seconds: list[float], reference: list[float]) -> float:
 
 
 def peak_bytes(kind: Callable[[], None]) -> int:
-    """The most that torch had allocated above the start, by its own record of every allocation and release."""
+    """Peak of the bytes allocated by torch during `kind`, from its profiler's record of allocations and releases."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         kind()
     held = peak = 0

@@ -14,8 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
 from meds_megatron.config import MemoryConfig
-from meds_megatron.memory.routing import shard_of
-from meds_megatron.memory.shard import MemoryShard
+from meds_megatron.memory.shard import MemoryShard, shard_of
 
 LAYERS = 28
 HABITS = 6

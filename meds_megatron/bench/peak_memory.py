@@ -1,4 +1,4 @@
-"""How much memory several processes take together at the most, as the kernel counts it."""
+"""Peak memory of several processes together, as the kernel counts it."""
 
 import threading
 from pathlib import Path
@@ -7,7 +7,7 @@ SAMPLE_SECONDS = 0.02
 
 
 class PeakMemory:
-    """Memory of processes together, a shared page counted once, above what they have at the beginning."""
+    """Largest memory of the processes together, a shared page counted once, above that before the block."""
 
     def __init__(self, processes: list[int]):
         self._files = [Path(f"/proc/{process}/smaps_rollup") for process in processes]

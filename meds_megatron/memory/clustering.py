@@ -1,4 +1,4 @@
-"""Clusters of one key's vectors: grown where that is exact, fitted afresh where it is not."""
+"""Cluster labels of one key: of its stored vectors, by HDBSCAN, and of new ones, by a vote of their neighbours."""
 
 import warnings
 from dataclasses import dataclass
@@ -7,15 +7,17 @@ import hdbscan
 import numpy as np
 
 from meds_megatron.config import MemoryConfig
-from meds_megatron.memory.hierarchy import NOISE, flat_clusters
-from meds_megatron.memory.neighbours import vote
-from meds_megatron.memory.spanning_tree import grow_spanning_tree
+from meds_megatron.memory.condensed_tree import NOISE, flat_clusters
+from meds_megatron.memory.spanning_tree import compiled, grow_spanning_tree
+
+EQUAL_DISTANCES = 1e12
+"""Cosine distances that agree to one part in this many count as equal, so that rounding does not decide a vote."""
 
 
 @dataclass(frozen=True)
 class Clustering:
-    """Labels [N] int64 (-1 is noise, clusters are numbered by their oldest vector), the ends [N-1, 2] int32 of the
-    spanning tree to grow from (no rows where none is kept), and whether the package had to fit the key."""
+    """Clusters of N vectors: labels [N] int64 (-1 is noise, clusters are numbered by their oldest vector), the edges
+    [N-1, 2] int32 of their spanning tree (no rows where none is kept), and whether the hdbscan package fitted them."""
 
     labels_N: np.ndarray
     ends_M2: np.ndarray
@@ -23,11 +25,11 @@ class Clustering:
 
 
 def cluster(points_NF: np.ndarray, ends_M2: np.ndarray, config: MemoryConfig) -> Clustering:
-    """Cluster unit vectors [N, F] float64, oldest first, of whose first M + 1 the spanning tree `ends_M2` is known.
+    """Cluster unit vectors [N, F] float64, oldest first; `ends_M2` is the spanning tree of the first M + 1 of them.
 
     With min_samples = 1 the mutual reachability distance is the plain distance, so the tree of old and new points grows
     out of the old one. Every other setting, and every tie, is a fresh fit of these points by the hdbscan package.
-    Points without features (F = 0) cannot be told apart: they are one cluster.
+    Points without features (F = 0) are all alike: they are one cluster.
     """
     points = len(points_NF)
     no_tree_02 = np.empty((0, 2), np.int32)
@@ -42,13 +44,6 @@ def cluster(points_NF: np.ndarray, ends_M2: np.ndarray, config: MemoryConfig) ->
     if labels_N is None:
         return Clustering(fit_afresh(points_NF, config), ends_M2, fresh_fit=True)
     return Clustering(labels_N, ends_M2, fresh_fit=False)
-
-
-def warm_up() -> None:
-    """Compile the loops now (seconds, once per machine) rather than in the middle of a step."""
-    points_NF = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
-    cluster(points_NF, np.empty((0, 2), np.int32), MemoryConfig())
-    vote(points_NF, points_NF, np.zeros(3, np.int64), 3)
 
 
 def fit_afresh(points_NF: np.ndarray, config: MemoryConfig) -> np.ndarray:
@@ -66,10 +61,10 @@ def fit_afresh(points_NF: np.ndarray, config: MemoryConfig) -> np.ndarray:
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         # Duplicates have infinite density, which the package handles but warns about.
         warnings.simplefilter("ignore")
-        return number_by_age(model.fit(points_NF).labels_)
+        return _numbered_by_age(model.fit(points_NF).labels_)
 
 
-def number_by_age(labels_N: np.ndarray) -> np.ndarray:
+def _numbered_by_age(labels_N: np.ndarray) -> np.ndarray:
     """The same partition with clusters numbered 0, 1, ... by their first member; -1 stays -1."""
     labels_N = np.asarray(labels_N, dtype=np.int64)
     values, first, inverse = np.unique(labels_N, return_index=True, return_inverse=True)
@@ -77,3 +72,50 @@ def number_by_age(labels_N: np.ndarray) -> np.ndarray:
     numbers = np.full(len(values), NOISE, np.int64)
     numbers[clusters] = np.argsort(np.argsort(first[clusters]))
     return numbers[inverse]
+
+
+@compiled
+def vote(queries_QF: np.ndarray, points_NF: np.ndarray, labels_N: np.ndarray, neighbours: int) -> np.ndarray:
+    """Label [Q] int64 that most of each query's `neighbours` nearest points carry, by cosine distance.
+
+    All vectors are of unit length or zero. Of equally near points the older (smaller index) is taken; a tied vote goes
+    to the smallest label. With fewer points than `neighbours` all of them vote.
+    """
+    queries, features = queries_QF.shape
+    points = points_NF.shape[0]
+    voters = min(neighbours, points)
+    nearest = np.empty(voters, np.float64)
+    voter_labels = np.empty(voters, np.int64)
+    winners = np.empty(queries, np.int64)
+    for query in range(queries):
+        nearest[:] = np.inf
+        for point in range(points):
+            cosine = 0.0
+            for feature in range(features):
+                cosine += queries_QF[query, feature] * points_NF[point, feature]
+            distance = np.floor((1.0 - cosine) * EQUAL_DISTANCES + 0.5)
+            if distance >= nearest[voters - 1]:
+                continue
+            place = voters - 1
+            while place > 0 and nearest[place - 1] > distance:
+                nearest[place] = nearest[place - 1]
+                voter_labels[place] = voter_labels[place - 1]
+                place -= 1
+            nearest[place] = distance
+            voter_labels[place] = labels_N[point]
+        best_label, best_votes = voter_labels[0], 0
+        for voter in range(voters):
+            label, votes = voter_labels[voter], 0
+            for other in range(voters):
+                votes += voter_labels[other] == label
+            if votes > best_votes or (votes == best_votes and label < best_label):
+                best_label, best_votes = label, votes
+        winners[query] = best_label
+    return winners
+
+
+def warm_up() -> None:
+    """Compile the loops now (seconds, once per machine) rather than in the middle of a step."""
+    points_NF = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    cluster(points_NF, np.empty((0, 2), np.int32), MemoryConfig())
+    vote(points_NF, points_NF, np.zeros(3, np.int64), 3)

@@ -1,4 +1,6 @@
-"""From a fingerprint, one logit a layer, to the vector that the memory compares."""
+"""Feature vectors of the memory, made from fingerprints (one logit a layer)."""
+
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -9,8 +11,8 @@ from meds_megatron.errors import UserError
 def features_of(fingerprints_NL: np.ndarray, config: MemoryConfig) -> np.ndarray:
     """The last layers of each fingerprint, [N, L] -> [N, F] float32 with F <= last_n_layers.
 
-    With `layer_diff` the differences of neighbouring layers are taken first, so they number L - 1. An answer that has
-    no fingerprint comes as one of no layers (L = 0), and has no features.
+    With `layer_diff` the differences of neighbouring layers are taken first, so they number L - 1. A response without
+    an answer has a fingerprint of no layers (L = 0) and no features.
     Raises UserError for a value that is not finite, and when no layer is left.
     """
     fingerprints_NL = np.asarray(fingerprints_NL, dtype=np.float32)
@@ -43,22 +45,13 @@ def unit_vectors(features_NF: np.ndarray) -> np.ndarray:
 
 
 def check_settings(config: MemoryConfig) -> None:
-    """Raises UserError for a setting of the memory that means nothing."""
-    choices = {
-        "method": ("hdbscan", "single"),
-        "noise": ("cluster", "ignore"),
-        "no_answer": ("escape", "own_cluster"),
-    }
-    for name, known in choices.items():
-        value = getattr(config, name)
-        if value not in known:
-            raise UserError(f"memory.{name} is {value!r}: it must be one of {', '.join(known)}.")
-    least = {"min_cluster_size": 2, "min_samples": 1, "knn": 1, "last_n_layers": 1, "window": 1}
-    for name, lowest in least.items():
-        value = getattr(config, name)
-        if value is not None and value < lowest:
-            raise UserError(f"memory.{name} is {value}: it must be at least {lowest}.")
-    for name in ("half_life_steps", "budget_gib"):
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise UserError(f"memory.{name} is {value}: it must be positive, or null.")
+    """Raises UserError for a choice that the schema does not list and for a number out of range; the memory is also
+    used without the checks of a whole config."""
+    for name, kind in get_type_hints(MemoryConfig).items():
+        value, choices = getattr(config, name), get_args(kind)
+        if get_origin(kind) is Literal and value not in choices:
+            raise UserError(f"memory.{name} is {value!r}: it must be one of {', '.join(choices)}.")
+        if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+            raise UserError(f"memory.{name} is {value}: it must be positive.")
+    if config.min_cluster_size < 2:
+        raise UserError(f"memory.min_cluster_size is {config.min_cluster_size}: it must be at least 2.")

@@ -1,8 +1,9 @@
-"""One shard of the error memory: the keys that a data-parallel rank owns."""
+"""One shard of the error memory: the fingerprints of the keys that it owns, clustered key by key."""
 
 import dataclasses
+import hashlib
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,24 +12,25 @@ import numpy as np
 
 from meds_megatron.config import MemoryConfig
 from meds_megatron.errors import UserError
-from meds_megatron.memory import storage
-from meds_megatron.memory.archive import Archive
-from meds_megatron.memory.bounds import keys_that_fit, longest_history
-from meds_megatron.memory.clustering import warm_up
+from meds_megatron.memory import snapshot
+from meds_megatron.memory.clustering import vote, warm_up
 from meds_megatron.memory.features import check_settings, features_of, unit_vectors
-from meds_megatron.memory.history import KeyHistory, extend, new_records
-from meds_megatron.memory.neighbours import vote
-from meds_megatron.memory.routing import shard_of
-from meds_megatron.memory.segments import DamagedError
+from meds_megatron.memory.history import KeyHistory, extend, keys_that_fit, longest_history, new_records
 from meds_megatron.memory.statistics import Moments, StepCounts
 
 UNKNOWN = -2
 """Label of a fingerprint whose key was never clustered."""
 
 
+def shard_of(key: str, shards: int) -> int:
+    """Index in [0, shards) of the shard that owns `key`: the same in every process, on every machine, in every run."""
+    digest = hashlib.blake2b(key.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % shards
+
+
 @dataclass(frozen=True)
 class Match:
-    """What a lookup found: the label that won each fingerprint's vote and the size of that cluster, [N] int64 each."""
+    """Label that won each fingerprint's vote and size of that cluster, [N] int64 each."""
 
     labels_N: np.ndarray
     sizes_N: np.ndarray
@@ -37,29 +39,30 @@ class Match:
 class MemoryShard:
     """Fingerprints of past errors by key, clustered; keys are strings, and any shard can hold any key.
 
-    Answers that have no fingerprint can be remembered too, under keys of their own: they come as fingerprints of no
-    layers, [N, 0], and all that share a key are one cluster. Windows, half-lives and budgets apply to them as well.
+    Responses without an answer have no fingerprint. They are remembered under keys of their own, in calls of their own,
+    with fingerprints of no layers [N, 0]; all that share a key are one cluster. Windows, half-lives and budgets apply
+    to them as well.
 
-    A step is `lookup`, then `remember` and `recluster`. What is remembered counts from the next `recluster` on, which
-    also moves the shard's clock by one step. A key changes in one assignment, so a lookup from another thread sees it
-    either before or after, never in between; all other methods want one caller at a time.
+    A step is `lookup`, then `remember` and `recluster`. Remembered vectors count from the next `recluster` on, which
+    also advances the shard's clock by one step. A key changes in one assignment, so a lookup from another thread sees
+    it either before or after, never in between; all other methods are for one caller at a time.
     """
 
     def __init__(self, config: MemoryConfig, rank: int = 0, shards: int = 1):
-        """`rank` and `shards` only matter to `save`: this is shard `rank` of `shards` (see `shard_of`)."""
+        """Shard `rank` of `shards` (see `shard_of`), which matters to snapshots only. Raises UserError for a setting
+        out of range."""
         check_settings(config)
         self.config = config
         self.rank = rank
         self.shards = shards
         self.damages: list[str] = []
-        """What `load` had to leave out, a sentence each."""
+        """Sentences about the damaged files that `load` left out."""
         self._step = 0
         self._histories: dict[str, KeyHistory] = {}
         self._pending: dict[str, list[np.ndarray]] = defaultdict(list)
         self._moments: Moments | None = None
-        self._keys = self._vectors = self._clusters = self._noise = self._unboxed = self._bytes = 0
+        self._totals = Counter(keys=0, vectors=0, clusters=0, noise_vectors=0, no_answer=0, bytes=0)
         self._counts = StepCounts()
-        self._archive = Archive()
         warm_up()
 
     def lookup(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> np.ndarray:
@@ -68,7 +71,7 @@ class MemoryShard:
         return self.match(keys, fingerprints_NL).sizes_N
 
     def match(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> Match:
-        """`lookup` that also tells the labels; UNKNOWN (-2) for a key never clustered, -1 for noise."""
+        """Sizes as of `lookup`, and labels: UNKNOWN (-2) for a key never clustered, -1 for noise."""
         begin = time.perf_counter()
         features_NF = self._features_of(keys, fingerprints_NL)
         units_NF = unit_vectors(features_NF)
@@ -84,7 +87,7 @@ class MemoryShard:
                 labels_N[rows] = 0
             else:
                 labels_N[rows] = vote(units_NF[rows], history.units_NF(), stored_N, self.config.knn)
-            # Noise is -1, so the counting of labels starts there.
+            # Noise is -1, so the counts of labels start there.
             counts = np.rint(np.bincount(stored_N + 1, self._weights(history))).astype(np.int64)
             if self.config.noise == "ignore":
                 counts[0] = 0
@@ -94,7 +97,7 @@ class MemoryShard:
         return Match(labels_N, sizes_N)
 
     def remember(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> None:
-        """Take in fingerprints [N, L]; they count from the next `recluster` on."""
+        """Add fingerprints [N, L]; they count from the next `recluster` on."""
         records_N = new_records(self._features_of(keys, fingerprints_NL), self._step)
         for key, rows in _rows_by_key(keys).items():
             if key in self._histories:
@@ -102,7 +105,7 @@ class MemoryShard:
             self._pending[key].append(records_N[rows])
 
     def recluster(self) -> None:
-        """Cluster the keys that got vectors since the last call, keep to the bounds, and move on to the next step."""
+        """Cluster the keys that got vectors since the last call, apply the window and the budget, end the step."""
         begin = time.perf_counter()
         pending, self._pending = self._pending, defaultdict(list)
         for key, added in pending.items():
@@ -117,70 +120,92 @@ class MemoryShard:
         return np.empty(0, np.int64) if history is None else history.labels_N
 
     def stats(self) -> dict:
-        """What the shard holds, and what happened since this was last called; `step_metrics` makes metrics of all
-        shards' answers."""
-        moments = self._moments or Moments(0)
+        """Totals of the shard, and counts and times since the last call; `step_metrics` makes metrics of them."""
         counts, self._counts = self._counts, StepCounts()
-        return {
-            "keys": self._keys,
-            "vectors": self._vectors,
-            "clusters": self._clusters,
-            "noise_vectors": self._noise,
-            "unboxed": self._unboxed,
-            "bytes": self._bytes,
-            "moments": (moments.count, moments.sum_F, moments.outer_FF),
-            **counts.as_dict(),
-        }
+        return {**self._totals, "moments": self._moments or Moments.of_none(0), **dataclasses.asdict(counts)}
 
     @property
     def bytes_used(self) -> int:
         """Memory that the clustered vectors and their keys take."""
-        return self._bytes
+        return self._totals["bytes"]
 
     def save(self, directory: str | Path) -> None:
-        """Write what is new since the last save or load into `directory`, which then is whole by itself."""
-        manifest = storage.Manifest(self.rank, self.shards, self._step, dataclasses.asdict(self.config))
-        self._archive.save(Path(directory), self._histories, self._pending, manifest)
+        """Write the whole shard as one file into `directory`. Raises UserError when it cannot be written."""
+        clustered = {key: history.records_N for key, history in self._histories.items()}
+        pending = {key: np.concatenate(added) for key, added in self._pending.items()}
+        config = dataclasses.asdict(self.config)
+        saved = snapshot.Snapshot(self.rank, self.shards, self._step, config, self._moments, clustered, pending)
+        snapshot.write_snapshot(Path(directory), saved)
 
     @classmethod
     def load(
         cls, directory: str | Path, config: MemoryConfig | None = None, rank: int = 0, shards: int = 1
     ) -> "MemoryShard":
-        """Shard `rank` of `shards` from a directory that any number of shards was saved in.
-
-        `config` defaults to the saved one; what vectors are made of (layers, differences) must agree with it. Damage
-        raises DamagedError (a UserError) naming the file; with `config.skip_damaged` it is left out and told in
-        `damages`.
-        """
-        directory = Path(directory)
-        skip_damaged = config is not None and config.skip_damaged
-        manifests, damages = storage.read_manifests(directory, rank, shards, skip_damaged)
-        shard = cls(config or MemoryConfig(**manifests[0].config), rank, shards)
-        shard.damages = damages
-        for manifest in manifests:
-            shard._check_same_vectors(directory, manifest)
-            shard._step = max(shard._step, manifest.step)
-        shard._restore(directory, manifests, skip_damaged)
-        shard._counts = StepCounts()
-        if len(manifests) == 1 and manifests[0].shards == shards and not shard.damages:
-            shard._archive.resume_from(directory, manifests[0])
+        """Shard `rank` of `shards` from a directory that any number of shards was saved in; see `restore`. `config`
+        defaults to the saved one."""
+        if config is None:
+            first = snapshot.snapshot_files(Path(directory), rank, shards)[0]
+            config = MemoryConfig(**snapshot.read_snapshot(first).config)
+        shard = cls(config, rank, shards)
+        shard.damages = shard.restore(directory)
         return shard
+
+    def restore(self, directory: str | Path) -> list[str]:
+        """Fill an empty shard with its keys from a directory that any number of shards was saved in.
+
+        From as many shards as were saved, it is bit for bit the shard that was saved. Raises UserError when its vectors
+        are made in another way than those of `config` (layers, differences, norm), and DamagedError, which names the
+        file, for damage; with `config.skip_damaged`, damaged files are left out and returned, a sentence each.
+        """
+        damages = []
+        for path in snapshot.snapshot_files(Path(directory), self.rank, self.shards):
+            try:
+                saved = snapshot.read_snapshot(path)
+            except snapshot.DamagedError as damage:
+                if not self.config.skip_damaged:
+                    raise
+                damages.append(str(damage))
+                continue
+            self._check_same_vectors(path, saved.config)
+            self._step = max(self._step, saved.step)
+            same_shards = saved.shards == self.shards
+            for is_pending, table in enumerate((saved.clustered, saved.pending)):
+                for key, records_N in table.items():
+                    if not same_shards and shard_of(key, self.shards) != self.rank:
+                        continue
+                    self._expect_features(records_N["vector"].shape[1])
+                    if is_pending:
+                        self._pending[key].append(records_N)
+                    else:
+                        self._extend(key, records_N, keep=None)
+            if same_shards:
+                # Summed key by key, the moments would differ from the saved ones in their last bits.
+                self._moments = saved.moments
+        self._counts = StepCounts()
+        return damages
+
+    def _check_same_vectors(self, path: Path, saved_config: dict) -> None:
+        for name in ("last_n_layers", "layer_diff", "norm"):
+            saved, wanted = saved_config[name], getattr(self.config, name)
+            if saved != wanted:
+                raise UserError(
+                    f"{path} was saved with memory.{name}={saved}, this run has {wanted}: "
+                    "set it back, or start without the saved memory."
+                )
 
     def _features_of(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> np.ndarray:
         if len(keys) != len(fingerprints_NL):
             raise UserError(f"{len(keys)} keys came with {len(fingerprints_NL)} fingerprints: give one key a row.")
         if len(keys) == 0:
-            return np.empty((0, self._moments.features if self._moments else 1), np.float32)
+            return np.empty((0, 1), np.float32)
         features_NF = features_of(fingerprints_NL, self.config)
         self._expect_features(features_NF.shape[1])
         return features_NF
 
     def _expect_features(self, features: int) -> None:
-        if features == 0:
-            return
-        if self._moments is None:
-            self._moments = Moments(features)
-        _expect_same(features, self._moments.features)
+        if features:
+            self._moments = self._moments or Moments.of_none(features)
+            _expect_same(features, len(self._moments.sum_F))
 
     def _weights(self, history: KeyHistory) -> np.ndarray | None:
         if self.config.half_life_steps is None:
@@ -189,87 +214,45 @@ class MemoryShard:
 
     def _extend(self, key: str, added_N: np.ndarray, keep: int | None) -> None:
         before = self._histories.get(key)
-        after, fresh_fit = extend(before, added_N, keep, self.config)
-        evicted = after.dropped - (0 if before is None else before.dropped)
+        known_N = added_N[:0] if before is None else before.records_N
+        after, fresh_fit = extend(known_N, added_N, keep, self.config)
+        evicted = len(known_N) + len(added_N) - len(after)
         if after.features:
-            self._moments.add(added_N["vector"])
+            self._moments = self._moments.plus(added_N["vector"])
             if evicted:
-                known_N = added_N if before is None else np.concatenate([before.records_N, added_N])
-                self._moments.remove(known_N["vector"][:evicted])
-        self._archive.note(key, 0 if before is None else before.dropped + len(before))
+                vectors_NF = np.concatenate([known_N["vector"], added_N["vector"]])
+                self._moments = self._moments.plus(vectors_NF[:evicted], sign=-1)
         self._replace(key, before, after)
         self._counts.reclustered_keys += 1
         self._counts.fresh_fits += fresh_fit
         self._counts.evicted_vectors += evicted
 
     def _replace(self, key: str, before: KeyHistory | None, after: KeyHistory | None) -> None:
-        for history, sign in ((before, -1), (after, 1)):
-            if history is None:
-                continue
-            self._bytes += sign * history.bytes
-            if history.features == 0:
-                self._unboxed += sign * len(history)
-                continue
-            self._keys += sign
-            self._vectors += sign * len(history)
-            self._clusters += sign * history.clusters
-            self._noise += sign * history.noise
+        if before is not None:
+            self._totals.subtract(before.totals())
         if after is None:
             del self._histories[key]
         else:
+            self._totals.update(after.totals())
             self._histories[key] = after
 
     def _keep_to_budget(self) -> None:
         budget = (self.config.budget_gib or np.inf) * 2**30
-        if self._bytes <= budget:
+        if self.bytes_used <= budget:
             return
         record_bytes = max(history.records_N.itemsize for history in self._histories.values())
         by_age = sorted(self._histories, key=lambda key: self._histories[key].records_N["step"][-1])
         for key in by_age[: -max(keys_that_fit(budget, record_bytes), 1)]:
             history = self._histories[key]
             if history.features:
-                self._moments.remove(history.records_N["vector"])
+                self._moments = self._moments.plus(history.records_N["vector"], sign=-1)
             self._counts.evicted_vectors += len(history)
             self._replace(key, history, None)
-            # A key that comes back numbers its vectors from 0 again, so no older segment may speak of it.
-            self._archive.start_anew()
         lengths_K = np.array([len(history) for history in self._histories.values()])
         longest = longest_history(lengths_K, budget, record_bytes)
         for key, history in list(self._histories.items()):
             if len(history) > longest:
                 self._extend(key, history.records_N[:0], longest)
-
-    def _check_same_vectors(self, directory: Path, manifest: storage.Manifest) -> None:
-        for name in ("last_n_layers", "layer_diff", "norm"):
-            saved, wanted = manifest.config[name], getattr(self.config, name)
-            if saved != wanted:
-                raise UserError(
-                    f"The memory in {directory} was saved with memory.{name}={saved}, this run has {wanted}: "
-                    "set it back, or start without the saved memory."
-                )
-
-    def _restore(self, directory: Path, manifests: list[storage.Manifest], skip_damaged: bool) -> None:
-        parts: dict[str, list[storage.Part]] = defaultdict(list)
-        for manifest in manifests:
-            for segment in filter(None, [*manifest.segments, manifest.pending]):
-                try:
-                    for part in storage.read_parts(directory, segment):
-                        if manifest.shards != self.shards and shard_of(part.key, self.shards) != self.rank:
-                            continue
-                        self._expect_features(part.vectors_NF.shape[1])
-                        if segment is manifest.pending:
-                            self._pending[part.key].append(new_records(part.vectors_NF, part.steps_N))
-                        else:
-                            parts[part.key].append(part)
-                except DamagedError as damage:
-                    if not skip_damaged:
-                        raise
-                    self.damages.append(str(damage))
-        for key, parts_of_key in parts.items():
-            dropped, records_N = storage.join_parts(parts_of_key)
-            if len(records_N):
-                self._replace(key, None, KeyHistory(records_N[:0], dropped, 0, 0))
-                self._extend(key, records_N, keep=None)
 
 
 def _expect_same(features: int, known: int) -> None:

@@ -1,22 +1,34 @@
 """The minimum spanning tree of a growing set of points, exact at every size."""
 
+import numba
 import numpy as np
 
-from meds_megatron.memory.compiled import compiled
+
+def compiled(function):
+    """Compile a loop over plain arrays with numba, once per machine.
+
+    Division follows numpy (1 / 0 is infinite) and sums keep their order, so results are the same in every process.
+    The interpreter lock is released, so a lookup and a recluster can run side by side.
+    """
+    try:
+        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    except RuntimeError:
+        # Neither the package's folder nor the user's cache can be written: compile in every process.
+        return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 @compiled
 def grow_spanning_tree(points_NF: np.ndarray, ends_M2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Minimum spanning tree of all N points from that of the first M + 1, given by its M edges.
+    """Minimum spanning tree of all N >= 1 points [N, F], from that of the first M + 1, given by its M edges.
 
     Returns the ends [N-1, 2] int32 and the lengths [N-1] float64 (euclidean) of its edges, in no particular order.
-    Edges that leave a tree can never come back when points are added, so each new point only competes with the edges
-    of the tree so far: O(N) a point besides its N distances. N >= 1.
+    An edge that is not in the tree of some points is in no tree of more points either, so each new point is compared
+    with the edges of the tree so far only: O(N) a point besides its N distances.
     """
     points = points_NF.shape[0]
     columns_FN = points_NF.T.copy()
     if ends_M2.shape[0] == 0:
-        return _plant(columns_FN)
+        return _prim(columns_FN)
     ends = np.empty((points - 1, 2), np.int32)
     lengths = np.empty(points - 1, np.float64)
     for edge in range(ends_M2.shape[0]):
@@ -41,7 +53,7 @@ def _distance(points_NF, one, other):
 
 @compiled
 def _distances(columns_FN, point, distances_N):
-    """Distances of all points to one, bit for bit those of `_distance`, but several at once: columns lie together."""
+    """Distances of all points to one, bit for bit those of `_distance`, but vectorised (a row is one feature)."""
     features, points = columns_FN.shape
     for other in range(points):
         distances_N[other] = 0.0
@@ -55,8 +67,8 @@ def _distances(columns_FN, point, distances_N):
 
 
 @compiled
-def _plant(columns_FN):
-    """The tree of points that have none yet: always the nearest point outside joins."""
+def _prim(columns_FN):
+    """Minimum spanning tree by Prim's algorithm: the point nearest to the tree joins it, until none is left."""
     points = columns_FN.shape[1]
     ends = np.empty((points - 1, 2), np.int32)
     lengths = np.empty(points - 1, np.float64)
@@ -83,47 +95,47 @@ def _plant(columns_FN):
 
 @compiled
 def _add_point(ends, lengths, to_new, new):
-    """Turn the tree over points 0..new-1 into the one over 0..new; `to_new` holds the new point's distances.
+    """Update the tree over points 0..new-1 in place to the one over 0..new; `to_new` holds the new point's distances.
 
-    From the leaves up, every vertex passes on the edge by which its subtree reaches the new point most cheaply (as
-    measured by the longest edge on the way). Where that edge meets the one to the parent, the longer of the two goes
-    on upwards as a candidate and the shorter stays for good.
+    From the leaves up, every vertex has one candidate: the edge that connects its subtree to the new point, at first
+    the direct one. Of the candidate and the edge to the parent the shorter stays in the tree; the longer becomes a
+    candidate of the parent, which keeps its shortest one.
     """
-    order, parents, parent_edges = _walk(ends, new)
-    reach_length = to_new[:new].copy()
-    reach_end = np.arange(new).astype(np.int32)
-    reach_other = np.full(new, new, np.int32)
+    order, parents, parent_edges = _breadth_first(ends, new)
+    candidate_length = to_new[:new].copy()
+    candidate_end = np.arange(new).astype(np.int32)
+    candidate_other = np.full(new, new, np.int32)
     for place in range(new - 1, 0, -1):
         vertex = order[place]
         parent, edge = parents[vertex], parent_edges[vertex]
-        length, end, other = reach_length[vertex], reach_end[vertex], reach_other[vertex]
+        length, end, other = candidate_length[vertex], candidate_end[vertex], candidate_other[vertex]
         if length <= lengths[edge]:
             length, lengths[edge] = lengths[edge], length
             end, ends[edge, 0] = ends[edge, 0], end
             other, ends[edge, 1] = ends[edge, 1], other
-        if length < reach_length[parent]:
-            reach_length[parent], reach_end[parent], reach_other[parent] = length, end, other
-    lengths[new - 1] = reach_length[0]
-    ends[new - 1, 0] = reach_end[0]
-    ends[new - 1, 1] = reach_other[0]
+        if length < candidate_length[parent]:
+            candidate_length[parent], candidate_end[parent], candidate_other[parent] = length, end, other
+    lengths[new - 1] = candidate_length[0]
+    ends[new - 1, 0] = candidate_end[0]
+    ends[new - 1, 1] = candidate_other[0]
 
 
 @compiled
-def _walk(ends, vertices):
-    """Vertices of a tree from vertex 0, each after its parent; each one's parent and the edge that leads to it."""
+def _breadth_first(ends, vertices):
+    """Vertices of a tree from vertex 0, each after its parent; each one's parent and the edge to that parent."""
     first = np.zeros(vertices + 1, np.int32)
     for edge in range(vertices - 1):
         first[ends[edge, 0] + 1] += 1
         first[ends[edge, 1] + 1] += 1
     for vertex in range(vertices):
         first[vertex + 1] += first[vertex]
-    filled = first[:vertices].copy()
+    end_of = first[:vertices].copy()
     incident = np.empty(max(2 * (vertices - 1), 0), np.int32)
     for edge in range(vertices - 1):
         for side in range(2):
             end = ends[edge, side]
-            incident[filled[end]] = edge
-            filled[end] += 1
+            incident[end_of[end]] = edge
+            end_of[end] += 1
     order = np.zeros(vertices, np.int32)
     parents = np.full(vertices, -1, np.int32)
     parent_edges = np.full(vertices, -1, np.int32)

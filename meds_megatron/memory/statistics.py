@@ -1,6 +1,8 @@
-"""What a shard tells about itself, and how the shards' numbers become the metrics of a step."""
+"""Statistics of a shard, and the metrics of a step that those of all shards add up to."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,30 +10,29 @@ SATURATED_SIZE = 7
 """From ln(7 + 1) > 2 on, a penalty no longer grows."""
 
 
-class Moments:
+class Moments(NamedTuple):
     """Count, sum and outer-product sum of the stored vectors: enough for their covariance, and shards add up."""
 
-    def __init__(self, features: int):
-        self.features = features
-        self.count = 0
-        self.sum_F = np.zeros(features)
-        self.outer_FF = np.zeros((features, features))
+    count: int
+    sum_F: np.ndarray
+    outer_FF: np.ndarray
 
-    def add(self, vectors_NF: np.ndarray) -> None:
-        self._shift(vectors_NF, 1)
+    @classmethod
+    def of_none(cls, features: int) -> "Moments":
+        return cls(0, np.zeros(features), np.zeros((features, features)))
 
-    def remove(self, vectors_NF: np.ndarray) -> None:
-        self._shift(vectors_NF, -1)
-
-    def _shift(self, vectors_NF: np.ndarray, sign: int) -> None:
+    def plus(self, vectors_NF: np.ndarray, sign: int = 1) -> "Moments":
+        """The moments with these vectors added, or removed where `sign` is -1."""
         vectors_NF = vectors_NF.astype(np.float64)
-        self.count += sign * len(vectors_NF)
-        self.sum_F += sign * vectors_NF.sum(axis=0)
-        self.outer_FF += sign * (vectors_NF.T @ vectors_NF)
+        return Moments(
+            self.count + sign * len(vectors_NF),
+            self.sum_F + sign * vectors_NF.sum(axis=0),
+            self.outer_FF + sign * (vectors_NF.T @ vectors_NF),
+        )
 
 
 def top_eigenvalue_share(count: int, sum_F: np.ndarray, outer_FF: np.ndarray) -> float:
-    """Largest eigenvalue of the covariance over the sum of all: 1 when all vectors lie on a line; 0 of nothing."""
+    """Largest eigenvalue of the covariance over the sum of all: 1 when all vectors lie on a line; 0 of no vectors."""
     if count < 2:
         return 0.0
     mean_F = sum_F / count
@@ -42,7 +43,7 @@ def top_eigenvalue_share(count: int, sum_F: np.ndarray, outer_FF: np.ndarray) ->
 
 @dataclass
 class StepCounts:
-    """What happened in a shard since it was last asked."""
+    """Counts and times of a shard since its last `stats()`."""
 
     lookups: int = 0
     hits: int = 0
@@ -62,16 +63,13 @@ class StepCounts:
         self.size_sum += int(sizes_N.sum())
         self.saturated += int(np.count_nonzero(sizes_N >= SATURATED_SIZE))
 
-    def as_dict(self) -> dict:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
+def step_metrics(shards: Sequence[dict]) -> dict[str, float]:
+    """Metrics `memory/...` of a step from every shard's `stats()`: sums and shares over all shards, and the times of
+    each shard and of the slowest, which the others wait for.
 
-def step_metrics(shards: list[dict]) -> dict[str, float]:
-    """Metrics `memory/...` of a step from what every shard's `stats()` gave: sums and shares over all shards, and the
-    times of each shard and of the slowest, which is what the others wait for.
-
-    Keys, vectors, clusters and noise are of fingerprints; `memory/no_answer` counts the remembered answers without one.
-    Lookups are of both, since both are punished.
+    Keys, vectors, clusters and noise are of fingerprints; `memory/no_answer` counts the remembered responses without
+    one. Lookups are of both, since both are penalised.
     """
 
     def total(name: str) -> float:
@@ -80,12 +78,9 @@ def step_metrics(shards: list[dict]) -> dict[str, float]:
     def share(part: str, whole: str) -> float:
         return total(part) / total(whole) if total(whole) else 0.0
 
-    filled = [shard for shard in shards if shard["vectors"]]
-    top_eigenvalue = 0.0
-    if filled:
-        moments = [shard["moments"] for shard in filled]
-        top_eigenvalue = top_eigenvalue_share(*(sum(part[1:], part[0]) for part in zip(*moments, strict=True)))
-    return {
+    moments = [shard["moments"] for shard in shards if shard["vectors"]]
+    sums = [sum(part[1:], part[0]) for part in zip(*moments, strict=True)]
+    metrics = {
         "memory/keys": total("keys"),
         "memory/vectors": total("vectors"),
         "memory/clusters": total("clusters"),
@@ -93,16 +88,13 @@ def step_metrics(shards: list[dict]) -> dict[str, float]:
         "memory/hit_share": share("hits", "lookups"),
         "memory/lookup_size_mean": share("size_sum", "lookups"),
         "memory/saturated_share": share("saturated", "lookups"),
-        "memory/top_eigenvalue_share": top_eigenvalue,
-        "memory/no_answer": total("unboxed"),
+        "memory/top_eigenvalue_share": top_eigenvalue_share(*sums) if sums else 0.0,
+        "memory/no_answer": total("no_answer"),
         "memory/fresh_fits": total("fresh_fits"),
         "memory/evicted_vectors": total("evicted_vectors"),
         "memory/bytes": total("bytes"),
-        **_times(shards, "lookup_seconds"),
-        **_times(shards, "recluster_seconds"),
     }
-
-
-def _times(shards: list[dict], name: str) -> dict[str, float]:
-    each = {f"memory/{name}_shard_{number}": shard[name] for number, shard in enumerate(shards)}
-    return {f"memory/{name}_max": max(each.values(), default=0.0), **each}
+    for name in ("lookup_seconds", "recluster_seconds"):
+        metrics[f"memory/{name}_max"] = max((shard[name] for shard in shards), default=0.0)
+        metrics |= {f"memory/{name}_shard_{number}": shard[name] for number, shard in enumerate(shards)}
+    return metrics

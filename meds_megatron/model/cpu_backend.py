@@ -1,7 +1,7 @@
-"""Lets megatron-core run where there is no CUDA.
+"""megatron-core on machines without CUDA.
 
-megatron-core names the device "cuda" in some places and asks `torch.cuda` for streams and random states. `install()`
-answers those calls for the CPU, once per process and only where CUDA is absent; on a GPU nothing here runs.
+megatron-core hard-codes the device "cuda" in some places and calls `torch.cuda` for streams and random states.
+`install()` redirects those calls to the CPU, once per process and only if CUDA is not available.
 """
 
 import torch
@@ -15,7 +15,7 @@ _TYPE_NAMES = {
 
 
 class _CudaNamesMeanCpu(TorchFunctionMode):
-    """Turns the device "cuda" into "cpu" in every torch call."""
+    """Replaces the device "cuda" by "cpu" in every torch call."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -41,7 +41,7 @@ _mode: _CudaNamesMeanCpu | None = None
 
 
 def install() -> None:
-    """Makes this process's main thread ready for megatron-core on a CPU; does nothing where CUDA is available."""
+    """Redirect CUDA calls of this process's main thread to the CPU; does nothing if CUDA is available."""
     global _mode
     if _mode is not None or torch.cuda.is_available():
         return

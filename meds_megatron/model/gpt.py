@@ -1,4 +1,4 @@
-"""Qwen2.5 / Qwen3 as megatron-core GPTModels: this rank's chunk, or chunks, of the policy."""
+"""Qwen2.5 and Qwen3 as megatron-core GPTModels: the model chunks of this rank."""
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class PolicyModel(GPTModel):
     """A GPTModel whose last stage returns the final-norm hidden states instead of logits.
 
-    The log-probs are computed from them for response tokens only and in chunks (`actor.logprobs`), so the logits of a
-    whole micro-batch never exist. With sequence parallelism the last stage gathers the sequence first.
+    `actor.logprobs` computes log-probs from them for response tokens only and block by block, so that the logits of a
+    whole micro-batch are never in memory. With sequence parallelism the last stage gathers the sequence first.
     """
 
     def _postprocess(self, hidden_states: Tensor, *_args, **_kwargs) -> Tensor:
@@ -43,19 +43,19 @@ class PolicyModel(GPTModel):
         return copy_to_tensor_model_parallel_region(hidden_states)
 
     def head_weight(self) -> Tensor:
-        """This rank's rows of the LM head, [V / TP, H]; the embedding when the two are tied."""
+        """This rank's rows [V / TP, H] of the LM head; those of the embedding if the two are tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
 
 def use_transformer_engine() -> bool:
-    """Whether layers come from Transformer Engine (installed, and a GPU to run it) or from the local spec."""
+    """Whether layers are Transformer Engine's (it is installed and there is a GPU) or those of the local spec."""
     return HAVE_TE and torch.cuda.is_available()
 
 
 def transformer_config(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """megatron-core's own description of the model and its layout."""
+    """megatron-core's config of the model and its layout."""
     dtype = DTYPES[model.dtype]
     interleaved = parallel.virtual_pipeline > 1
     return TransformerConfig(
@@ -84,11 +84,11 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         variable_seq_lengths=parallel.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # asked for by variable_seq_lengths, though no layer has experts
-        # Between two stages that send both ways, only separate sends and receives keep their order.
+        moe_token_dispatcher_type="alltoall",  # required by variable_seq_lengths, though no layer has experts
+        # With the interleaved schedule two stages send to each other: only unbatched sends and receives keep the order.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        # Losses arrive already divided by the mini-batch's global token count: gradients are summed, never averaged.
+        # Losses are already divided by the mini-batch's global token count: gradients are summed, not averaged.
         calculate_per_token_loss=True,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
@@ -103,7 +103,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
 
 
 def layer_specs(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
-    """The modules of `num_layers` layers: Transformer Engine's on a GPU that has it, torch's otherwise."""
+    """The modules of `num_layers` layers: Transformer Engine's if it is used, torch's otherwise."""
     if use_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -126,9 +126,9 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
 
 
 def build_chunks(shape: ModelShape, config: TransformerConfig, max_sequence_length: int) -> list[PolicyModel]:
-    """This rank's model chunks (one, or `virtual_pipeline` of them) with memory for the weights but no values in it.
+    """This rank's model chunks (`virtual_pipeline` of them) with uninitialised weights, which `weights.load` fills.
 
-    `megatron.core.parallel_state` must be initialised; `weights.load` fills the values.
+    `megatron.core.parallel_state` must be initialised.
     """
     virtual = config.virtual_pipeline_model_parallel_size
     chunks = []
@@ -154,10 +154,10 @@ def build_chunks(shape: ModelShape, config: TransformerConfig, max_sequence_leng
 
 
 def _mark_tensor_parallel(chunks: list[PolicyModel], shape: ModelShape, tp_size: int) -> None:
-    """Says of every parameter whether the tensor-parallel ranks share it out.
+    """Set the tensor-parallel attributes of every sharded parameter.
 
-    megatron-core does so only while it initialises values; without the marks it would take shards for copies and count
-    them once in the gradient norm.
+    megatron-core sets them only when it initialises values. Without them the gradient norm would treat the shards as
+    replicas and count only one rank's.
     """
     for entry, parameter in local_parameters(chunks, local_table(shape, tp_size), tp_size):
         if entry.split is not None and not hasattr(parameter, "tensor_model_parallel"):
@@ -165,5 +165,5 @@ def _mark_tensor_parallel(chunks: list[PolicyModel], shape: ModelShape, tp_size:
 
 
 def chunk_layers(chunk: PolicyModel) -> list[tuple[int, nn.Module]]:
-    """The chunk's transformer layers with their place in the whole model, counted from 0."""
+    """The chunk's transformer layers with their index in the whole model, counted from 0."""
     return [(layer.layer_number - 1, layer) for layer in chunk.decoder.layers]

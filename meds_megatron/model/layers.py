@@ -1,5 +1,5 @@
-"""The parts of a transformer layer that megatron-core's local spec lacks: an RMSNorm that knows sequence parallelism,
-and attention through torch's fused kernels."""
+"""Modules missing in megatron-core's local layer spec: an RMSNorm for sequence parallelism, and attention with torch's
+fused kernels."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm whose gradient is summed over the tensor-parallel ranks when each sees only its part of the sequence."""
+    """RMSNorm whose gradient is summed over the tensor-parallel ranks if each has only a slice of the sequence."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
@@ -20,9 +20,9 @@ class RMSNorm(nn.RMSNorm):
 class CausalAttention(nn.Module):
     """Causal grouped-query attention by `torch.nn.functional.scaled_dot_product_attention`.
 
-    Stands in the place of megatron-core's `core_attention`: query, key and value are [S, B, heads, head_dim] with this
-    rank's heads, the result is [S, B, heads * head_dim]. Sequences are padded on the right, so the causal mask alone
-    keeps padding out of every real position.
+    Replaces megatron-core's `core_attention`: query, key and value are [S, B, heads, head_dim] of this rank's heads,
+    the result is [S, B, heads * head_dim]. Sequences are padded on the right, so the causal mask alone excludes padding
+    from the context of real tokens.
     """
 
     def __init__(

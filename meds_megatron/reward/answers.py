@@ -1,4 +1,4 @@
-r"""Answers compared at a glance: as normalised texts and as numbers, before anything is parsed as mathematics."""
+r"""Plain comparison of answers, as normalised texts and as numbers, before math-verify is needed."""
 
 import re
 from fractions import Fraction
@@ -18,9 +18,9 @@ _RATIO = re.compile(r"([+-]?[0-9]+)/([0-9]+)|([+-]?)\\frac\{([+-]?[0-9]+)\}\{([0
 
 
 def compare_plainly(answer: str, truth: str) -> bool | None:
-    """True when both read the same or are the same number, False when both are whole numbers and differ, else None.
+    """True when the texts are equal or are the same number, False when they are different whole numbers, else None.
 
-    None leaves the verdict to somebody who understands mathematics. Whatever is True or False here takes microseconds.
+    Texts are compared as `normalised`. None leaves the verdict to math-verify. The comparison takes microseconds.
     """
     answer, truth = normalised(answer), normalised(truth)
     if answer == truth:
@@ -34,7 +34,7 @@ def compare_plainly(answer: str, truth: str) -> bool | None:
 
 
 def normalised(text: str) -> str:
-    """The text without what only changes its looks: LaTeX spacing and font commands, dollars, a final full stop."""
+    """Text without LaTeX spacing and font commands, dollar signs and a final full stop."""
     text = _REMOVED.sub("", text.translate(_MINUS_SIGNS))
     text = _WRAPPED_TEXT.sub(r"\1", text)
     text = _FRACTION_VARIANT.sub(r"\\frac", text)
@@ -44,7 +44,7 @@ def normalised(text: str) -> str:
 
 
 def number(text: str) -> Fraction | None:
-    """The exact value of a normalised text that is one decimal number or one ratio of whole numbers, else None."""
+    """Exact value of a normalised text that is one decimal number or one ratio of whole numbers, else None."""
     if len(text) > MAX_NUMBER_CHARACTERS:
         return None
     if _THOUSANDS.fullmatch(text):

@@ -1,56 +1,73 @@
-r"""Grading: is the answer in a response's last `\boxed{}` the ground truth?
+r"""Grading: whether the answer in a response's last `\boxed{}` equals the ground truth.
 
-Most answers are told by looking at them (`reward.answers`). The others go to grader processes, which run math-verify
-and which the pool kills when they take too long. Nothing that goes wrong is taken for a wrong answer without saying so.
+Most answers are decided by `reward.answers`. The others are compared by math-verify in grader processes
+(`reward.worker`), which are killed when an answer takes too long. A comparison that fails is counted as a failure, not
+as a wrong answer.
+
+The processes are not a pebble ProcessPool (5.2.3) because a worker killed while it is idle, or while it holds the lock
+of the pipe that all workers share, stops the whole pool, the workers import the driver's main module again, and those
+of a fork server outlive a killed driver.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import wait
-from time import monotonic
+from multiprocessing import Pipe
 from typing import Literal
 
 from meds_megatron.latex import last_boxed
+from meds_megatron.reward import worker
 from meds_megatron.reward.answers import compare_plainly, normalised
-from meds_megatron.reward.process import GraderProcess, Task
 
 MAX_ANSWER_CHARACTERS = 2000
-"""A longer box, or ground truth, is no answer to a problem; parsing it would only waste the time limit."""
-MAX_BATCH_TASKS = 32
-MAX_BATCH_CHARACTERS = 8000
-"""At no more than 6 bytes each they fit into a pipe, so that handing out a batch never blocks."""
+"""A longer answer or ground truth is not the answer to a problem; parsing it would only use up the time limit."""
 MAX_FAILED_STARTS = 3
+START_SECONDS = 180.0
+"""Wall-clock time a process may take for its imports on a crowded machine."""
+PATIENCE = 4.0
+"""Wall-clock bound of one answer, in multiples of its limit of processor time."""
+MAX_REMEMBERED = 100_000
+"""Verdicts kept so that equal pairs are judged once."""
 
 
 @dataclass(frozen=True)
 class Grade:
-    """The verdict on one response. `correct` is False whenever `outcome` is not "graded"; `detail` says why."""
+    """Verdict on one response. `correct` is False whenever `outcome` is not "graded"; `detail` gives the reason."""
 
     correct: bool
-    boxed: bool
-    """An answer was found in a box."""
     outcome: Literal["graded", "no_answer", "timeout", "error"]
     detail: str = ""
 
 
 class GraderPool:
-    """Grades responses in up to `workers` processes, started when they are first needed and replaced when they die.
+    """Grades responses in up to `workers` processes, which start when first needed and are replaced when they end.
 
-    An answer that takes `timeout_seconds` of processor time (or PATIENCE times that where the machine is too crowded to
-    give it) costs its process and is a "timeout"; one whose process dies is an "error"; the answers behind it in that
-    process's hands go to another. For use by one thread at a time.
+    An answer may take `timeout_seconds` of processor time, so that a crowded machine does not turn answers into
+    timeouts, and PATIENCE times that by the wall clock; then its process is killed and its outcome is "timeout". An
+    answer whose process ends for another reason is an "error".
+
+    Any thread may call the methods. Each process has a thread that waits for its verdicts; callbacks of a future run in
+    that thread. Use the pool as a context manager: an interpreter with an open pool exits after the last verdict only.
     """
 
     def __init__(self, workers: int, timeout_seconds: float) -> None:
         if workers < 1 or timeout_seconds <= 0:
             raise ValueError(
-                f"A pool needs a worker and some time, not {workers} workers and {timeout_seconds} seconds"
+                f"GraderPool needs workers >= 1 and timeout_seconds > 0, not {workers} and {timeout_seconds}"
             )
         self.workers = workers
         self.timeout_seconds = timeout_seconds
-        self._processes: list[GraderProcess] = []
-        self._failed_starts = 0
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="grader")
+        self._processes: dict[int, GraderProcess] = {}
+        self._closed = False
+        self._lock = threading.Lock()
+        self._futures: dict[tuple[str, str], Future[Grade]] = {}
 
     def __enter__(self) -> "GraderPool":
         return self
@@ -58,115 +75,146 @@ class GraderPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[Grade]:
-        """The verdict on each response, given each one's ground truth in `answers`.
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the running graders."""
+        return [process.pid for process in list(self._processes.values()) if not process.ended]
 
-        A pair of box and ground truth that occurs many times is judged once.
+    def submit(self, response_text: str, answer: str) -> "Future[Grade]":
+        """Verdict on a response whose ground truth is `answer`; plain comparisons resolve at once.
+
+        Equal pairs of boxed answer and ground truth are judged once and share their future. The future raises
+        RuntimeError when grader processes do not start, CancelledError when the pool is closed first.
         """
-        boxes = [last_boxed(response) for response in responses]
-        tasks = [None if not box else (truth, box) for truth, box in zip(answers, boxes, strict=True)]
-        no_answer = Grade(False, False, "no_answer", "no closed \\boxed{} with something in it")
-        verdicts: dict[Task | None, Grade] = {None: no_answer}
-        undecided: list[Task] = []
-        for task in tasks:
-            if task in verdicts:
-                continue
-            verdict = self._at_a_glance(*task)
-            if verdict is None:
-                undecided.append(task)
-            verdicts[task] = verdict
-        verdicts.update(self._judge(undecided))
-        return [verdicts[task] for task in tasks]
+        pair = (last_boxed(response_text), answer)
+        plain = _plain_verdict(*pair)
+        if plain is not None:
+            future: Future[Grade] = Future()
+            future.set_result(plain)
+            return future
+        with self._lock:
+            future = self._futures.get(pair)
+            if future is None or future.cancelled():
+                if len(self._futures) >= MAX_REMEMBERED:
+                    del self._futures[next(iter(self._futures))]
+                future = self._futures[pair] = self._executor.submit(self._judge, *pair)
+            return future
+
+    def grade(self, texts: Sequence[str], answers: Sequence[str]) -> list[Grade]:
+        """Verdicts on responses, each with its ground truth in `answers`; closes the pool when it fails."""
+        pairs = list(zip(texts, answers, strict=True))
+        try:
+            futures = [self.submit(text, answer) for text, answer in pairs]
+            return [future.result() for future in futures]
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Ends the processes. The pool can be used again: it would start new ones."""
-        for process in self._processes:
-            process.finish()
-        self._processes.clear()
-
-    def _at_a_glance(self, truth: str, box: str) -> Grade | None:
-        """The verdict where it takes no mathematics, else None."""
-        if not normalised(truth):
-            return Grade(False, True, "error", f"the ground truth {truth!r} holds nothing to compare with")
-        if len(box) > MAX_ANSWER_CHARACTERS:
-            return Grade(False, True, "graded", f"a box of {len(box)} characters is taken for no answer")
-        if len(truth) > MAX_ANSWER_CHARACTERS:
-            return Grade(False, True, "error", f"a ground truth of {len(truth)} characters is taken for no answer")
-        same = compare_plainly(box, truth)
-        return None if same is None else Grade(same, True, "graded")
-
-    def _judge(self, tasks: list[Task]) -> dict[Task, Grade]:
-        pending = deque(tasks)
-        verdicts: dict[Task, Grade] = {}
-        try:
-            while len(verdicts) < len(tasks):
-                self._hand_out(pending)
-                verdicts.update(self._collect(pending))
-        except BaseException:
-            # An interrupted pool holds answers that nobody waits for any more.
-            for process in self._processes:
-                process.kill()
-            self._processes.clear()
-            raise
-        return verdicts
-
-    def _hand_out(self, pending: deque[Task]) -> None:
-        """Gives every idle process a batch, and starts processes while there are fewer than could be busy."""
-        for process in self._processes:
-            if pending and process.idle:
-                batch = self._batch(pending)
-                process.send(batch)
-                if process.ended:
-                    pending.extendleft(reversed(batch))
-        waiting = sum(not process.ready for process in self._processes)
-        for _ in range(min(self.workers - len(self._processes), len(pending) - waiting)):
-            self._processes.append(GraderProcess(self.timeout_seconds))
-
-    def _batch(self, pending: deque[Task]) -> list[Task]:
-        """Takes the next tasks, at least one: few enough that the processes finish together, and a pipe holds them."""
-        count = min(MAX_BATCH_TASKS, max(1, len(pending) // (2 * self.workers)))
-        batch = [pending.popleft()]
-        characters = sum(map(len, batch[0]))
-        while pending and len(batch) < count:
-            characters += sum(map(len, pending[0]))
-            if characters > MAX_BATCH_CHARACTERS:
-                break
-            batch.append(pending.popleft())
-        return batch
-
-    def _collect(self, pending: deque[Task]) -> Iterator[tuple[Task, Grade]]:
-        """Waits until a process has something to tell or is overdue, and settles what came of it."""
-        deadlines = [process.deadline for process in self._processes if process.tasks or not process.ready]
-        wait(self._processes, max(0.0, min(deadlines) - monotonic()) if deadlines else 0.0)
-        for process in list(self._processes):
-            was_ready = process.ready
-            for task, verdict in process.receive():
-                yield task, Grade(boxed=True, **verdict)
-            if process.ready and not was_ready:
-                self._failed_starts = 0
-            if process.ended or process.overdue():
-                yield from self._bury(process, pending)
-
-    def _bury(self, process: GraderProcess, pending: deque[Task]) -> Iterator[tuple[Task, Grade]]:
-        """Takes out a dead or overdue process; its answer in progress is settled, those behind it wait again."""
-        overdue = not process.ended
-        if overdue:
+        """Kills the processes and cancels the unfinished futures. The pool cannot be used again."""
+        self._closed = True
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        for process in list(self._processes.values()):
             process.kill()
-        self._processes.remove(process)
-        code = process.exit_code()
-        process.kill()
-        if not process.ready:
-            self._failed_starts += 1
-            if self._failed_starts >= MAX_FAILED_STARTS:
-                raise RuntimeError(
-                    f"Grader processes do not start (exit code {code}, {MAX_FAILED_STARTS} times in a row): "
-                    "see their messages above, or run `python -m meds_megatron.reward.worker 10`"
-                )
-        elif process.tasks and code != 0:
-            task = process.tasks.popleft()
-            if overdue or process.stopped_itself:
-                detail = f"no verdict on {task[1]!r} in {self.timeout_seconds} seconds"
-                yield task, Grade(False, True, "timeout", detail)
-            else:
-                yield task, Grade(False, True, "error", f"the grader died (exit code {code}) on {task[1]!r}")
-        pending.extendleft(reversed(process.tasks))
+        self._executor.shutdown()
+        for process in self._processes.values():
+            process.kill()
+
+    def _judge(self, answer: str, truth: str) -> Grade:
+        """math-verify's verdict, from the process of the calling thread."""
+        process = self._processes.get(threading.get_ident())
+        if process is None or process.ended:
+            process = self._start()
+        grade = process.grade(answer, truth)
+        if self._closed:
+            raise CancelledError("The grader pool was closed")
+        return grade
+
+    def _start(self) -> "GraderProcess":
+        """New process for the calling thread, ready to grade."""
+        for _ in range(MAX_FAILED_STARTS):
+            process = self._processes[threading.get_ident()] = GraderProcess(self.timeout_seconds)
+            if self._closed:
+                process.kill()
+            if process.wait_until_ready():
+                return process
+            code = process.kill()
+            if self._closed:
+                raise CancelledError("The grader pool was closed")
+        raise RuntimeError(
+            f"A grader process ended with exit code {code} before it was ready, {MAX_FAILED_STARTS} times in a row: "
+            f"see its messages on standard error; `{sys.executable} -c 'import math_verify'` must work"
+        )
+
+
+class GraderProcess:
+    """One process of `reward.worker`, in a session of its own so that Ctrl-C in the terminal does not reach it.
+
+    It is started as a new interpreter that runs worker.py and nothing else. It ends with the thread that created this
+    object.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        self._pipe, theirs = Pipe()
+        descriptor = theirs.fileno()
+        arguments = [str(descriptor), str(timeout_seconds), str(os.getpid())]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", worker.__file__, *arguments],
+                pass_fds=[descriptor],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def wait_until_ready(self) -> bool:
+        """Whether the imports are done, within START_SECONDS and without the process ending."""
+        try:
+            return self._pipe.poll(START_SECONDS) and self._pipe.recv_bytes() == worker.READY
+        except (EOFError, OSError):
+            return False
+
+    def grade(self, answer: str, truth: str) -> Grade:
+        """Verdict on one answer; unless it comes from math-verify, the process has ended afterwards."""
+        in_time = True
+        try:
+            self._pipe.send_bytes(json.dumps([answer, truth], ensure_ascii=False).encode("utf-8", "replace"))
+            in_time = self._pipe.poll(PATIENCE * self.timeout_seconds)
+            if in_time:
+                return Grade(*json.loads(self._pipe.recv_bytes()))
+        except (EOFError, OSError):
+            pass  # The process has ended; its exit code has the reason.
+        code = self.kill()
+        if not in_time or code == -signal.SIGPROF:
+            return Grade(False, "timeout", f"no verdict on {answer!r} in {self.timeout_seconds} seconds")
+        if code == worker.OUT_OF_MEMORY:
+            return Grade(False, "error", f"MemoryError: more than {worker.MEMORY_LIMIT_BYTES >> 30} GiB for {answer!r}")
+        return Grade(False, "error", f"the grader process ended with exit code {code} on {answer!r}")
+
+    def kill(self) -> int:
+        """Exit code of the process, which is killed if it has not ended: negative for a signal, as in subprocess."""
+        self._process.kill()
+        return self._process.wait()
+
+
+def _plain_verdict(answer: str | None, truth: str) -> Grade | None:
+    """Verdict where it takes no mathematics, else None."""
+    if not answer:
+        return Grade(False, "no_answer", "no closed \\boxed{} with something in it")
+    if not normalised(truth):
+        return Grade(False, "error", f"the ground truth {truth!r} holds nothing to compare with")
+    if len(answer) > MAX_ANSWER_CHARACTERS:
+        return Grade(False, "graded", f"an answer of {len(answer)} characters counts as wrong")
+    if len(truth) > MAX_ANSWER_CHARACTERS:
+        return Grade(False, "error", f"a ground truth of {len(truth)} characters is too long to compare with")
+    same = compare_plainly(answer, truth)
+    return None if same is None else Grade(same, "graded")

@@ -1,24 +1,33 @@
-"""A grader process: reads pairs of ground truth and answer from standard input, writes a verdict on each.
+"""Program of a grader process: compares answers with math-verify, one at a time, within limits set in the kernel.
 
-One line in is a JSON list of [truth, answer] pairs; one line out is the verdict on the next pair, in order, after a
-first line that says that the imports are done. The process ends with its standard input. Run by `reward.process`.
+`reward.grading` starts this file with the arguments of `main`. It imports nothing of the package, so that a grader
+starts fast and is the same program whatever the driver's main module is.
 """
 
+import ctypes
 import json
 import logging
 import os
 import resource
 import signal
 import sys
+from multiprocessing.connection import Connection
 
-READY = "ready"
+READY = b"ready"
+OUT_OF_MEMORY = 3
+"""Exit status after a MemoryError."""
 MEMORY_LIMIT_BYTES = 4 << 30
-"""Address space of a grader: an answer like 9^9^9^9 must not take the machine's memory while its time runs."""
+"""Address space of a grader: an answer like 9^9^9^9 must not take the machine's memory within its time limit."""
 MAX_DETAIL_CHARACTERS = 200
+_PR_SET_PDEATHSIG = 1
 
 
-def judge(truth: str, answer: str) -> dict[str, object]:
-    """math-verify's verdict: {"correct", "outcome", "detail"}. It has no time limit: whoever waits has one."""
+def judge(answer: str, truth: str) -> tuple[bool, str]:
+    """math-verify's verdict, (correct, detail), without a time limit.
+
+    math-verify's own limits stay off: they use SIGALRM and count an answer that exceeds them as wrong. Its exceptions
+    are raised instead of being counted as wrong.
+    """
     from math_verify import LatexExtractionConfig, parse, verify
 
     config = [LatexExtractionConfig(boxed_match_priority=0)]
@@ -28,46 +37,51 @@ def judge(truth: str, answer: str) -> dict[str, object]:
 
     expected = parsed(truth)
     if all(isinstance(part, str) for part in expected):
-        return _verdict(False, "graded", "the ground truth is no mathematical expression: compared as text only")
-    return _verdict(verify(expected, parsed(answer), timeout_seconds=None, raise_on_error=True), "graded", "")
+        return False, "the ground truth is not a mathematical expression: compared as text only"
+    return bool(verify(expected, parsed(answer), timeout_seconds=None, raise_on_error=True)), ""
 
 
-def _verdict(correct: bool, outcome: str, detail: str) -> dict[str, object]:
-    return {"correct": bool(correct), "outcome": outcome, "detail": detail[:MAX_DETAIL_CHARACTERS]}
+def set_limits(parent: int) -> None:
+    """Bounds the process's memory and ends it with its parent, also in the middle of a C call.
 
-
-def main(alarm_seconds: float) -> None:
-    """Serves until standard input ends.
-
-    The parent kills a grader that is slow. Should the parent itself be gone, the kernel's alarm ends this process after
-    `alarm_seconds` of processor time on one answer, even in the middle of a C call.
+    The kernel sends SIGKILL when the parent's thread that started this process ends. If the parent (process id
+    `parent`) has ended before that is set up, the process ends here.
     """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
-    logging.disable(logging.CRITICAL)
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What a library prints must not mix with the replies.
 
-    judge("x + 1", "1 + x")  # What the first answer costs beyond its own, in imports above all, is not its fault.
+
+def main(descriptor: int, timeout_seconds: float, parent: int) -> None:
+    """Sends READY, then a verdict [correct, outcome, detail] for each [answer, truth] received, until the pipe closes.
+
+    `descriptor` is this end of a multiprocessing pipe that carries JSON. An answer that takes `timeout_seconds` of
+    processor time ends the process by SIGPROF; one that exceeds the memory limit ends it with status OUT_OF_MEMORY.
+    """
+    set_limits(parent)
+    logging.disable(logging.CRITICAL)
+    judge("x + 1", "1 + x")  # Imports and first-use set-up do not count as an answer's time.
+    connection = Connection(descriptor)
     try:
-        print(READY, file=replies, flush=True)
-        for line in sys.stdin:
-            for truth, answer in json.loads(line):
-                signal.setitimer(signal.ITIMER_PROF, alarm_seconds)
-                out_of_memory = False
-                try:
-                    verdict = judge(truth, answer)
-                except Exception as error:
-                    out_of_memory = isinstance(error, MemoryError)
-                    verdict = _verdict(False, "error", f"{type(error).__name__}: {error}")
-                signal.setitimer(signal.ITIMER_PROF, 0)
-                print(json.dumps(verdict), file=replies, flush=True)
-                if out_of_memory:
-                    return  # What filled it may still do; the parent starts a fresh one for the rest.
-    except BrokenPipeError:
-        os._exit(0)  # The parent is gone; flushing at exit would fail again.
+        connection.send_bytes(READY)
+        while True:
+            answer, truth = json.loads(connection.recv_bytes())
+            signal.setitimer(signal.ITIMER_PROF, timeout_seconds)
+            try:
+                correct, detail = judge(answer, truth)
+                verdict = (correct, "graded", detail)
+            except MemoryError:
+                os._exit(OUT_OF_MEMORY)  # The memory may still be held: the next answer needs a new process.
+            except Exception as error:
+                verdict = (False, "error", f"{type(error).__name__}: {error}"[:MAX_DETAIL_CHARACTERS])
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            connection.send_bytes(json.dumps(verdict).encode())
+    except (EOFError, ConnectionError):  # The pool closed the pipe.
+        pass
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]))
+    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))

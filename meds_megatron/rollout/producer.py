@@ -11,7 +11,7 @@ import numpy as np
 from meds_megatron.config import Config
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.reward.grading import Grade, GraderPool
-from meds_megatron.reward.overlong import overlong_penalties
+from meds_megatron.reward.scores import overlong_penalties
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 from meds_megatron.rollout.settings import Sampling

@@ -18,8 +18,8 @@ def iterate_hf(
 
     A collective of the tensor-parallel group: all its ranks iterate to the end; rank 0 gets the tensors, the others
     empty dicts. Vocabulary padding is cut off and a tied head is left out. Tensors are in the model's dtype, on its
-    device, and may be the parameters themselves: copy what must outlive an update. Beside the model, memory holds one
-    bucket and the shards of the parameter being gathered.
+    device, and may be the parameters themselves: copy a tensor that must outlive an update. Beside the model, memory
+    holds one bucket and the shards of the parameter being gathered.
     """
     held = rank_parameters(model_chunks, shape, tp_group.size())
     for bucket in local_table(shape, tp_group.size()).buckets:

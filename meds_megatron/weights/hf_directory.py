@@ -57,11 +57,8 @@ def write_tensors(
     for number, contents in enumerate(_split_into_files(shapes, dtype, max_file_bytes)):
         with open(writing / f"stage-{stage:04d}-{number:04d}.safetensors", "wb") as file:
             file.write(_header(contents, dtype))
-            for announced, (name, tensor) in zip(contents.items(), tensors, strict=False):
-                if announced != (name, tuple(tensor.shape)):
-                    raise ValueError(f"{name}, {list(tensor.shape)}, is written in the place of {announced}")
-                data = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-                file.write(data.view(torch.uint8).numpy())
+            for announced in contents.items():
+                file.write(_data(*next(tensors), announced, dtype))
             file.flush()
             os.fsync(file.fileno())
 
@@ -69,8 +66,8 @@ def write_tensors(
 def finish_hf(shape: ModelShape, directory: str | Path, writing: Path, source: str | Path, dtype: torch.dtype) -> None:
     """Checks that every tensor was written once, names the files and adds index, configuration and tokenizer.
 
-    `writing` holds what becomes `directory`, `source` the configuration and tokenizer. Raises UserError when tensors
-    are missing or files damaged.
+    `writing` is to be renamed to `directory`, `source` holds the configuration and tokenizer. Raises UserError when
+    tensors are missing or files damaged.
     """
     paths = sorted(writing.glob("stage-*.safetensors"))
     expected = build_table(shape).hf_shapes
@@ -101,7 +98,7 @@ def finish_hf(shape: ModelShape, directory: str | Path, writing: Path, source: s
 
 
 def copy_model_files(source: Path, target: Path) -> None:
-    """Copies what a model directory holds beside its weights, byte for byte."""
+    """Copies the files of a model directory other than its weights, byte for byte."""
     for name in MODEL_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -111,6 +108,12 @@ def _one_by_one(buckets: Iterable[dict[str, Tensor]]) -> Iterator[tuple[str, Ten
     for tensors in buckets:
         for name in list(tensors):
             yield name, tensors.pop(name)
+
+
+def _data(name: str, tensor: Tensor, announced: tuple[str, HfShape], dtype: torch.dtype) -> memoryview:
+    if announced != (name, tuple(tensor.shape)):
+        raise ValueError(f"{name}, {list(tensor.shape)}, is written in the place of {announced}")
+    return tensor.detach().to(device="cpu", dtype=dtype).contiguous().view(torch.uint8).numpy().data
 
 
 def _split_into_files(shapes: dict[str, HfShape], dtype: torch.dtype, max_bytes: int) -> list[dict[str, HfShape]]:
@@ -145,7 +148,7 @@ def _header(tensors: dict[str, HfShape], dtype: torch.dtype) -> bytes:
 
 
 def _set_dtype(path: Path, dtype: str) -> None:
-    """Leaves config.json untouched unless the weights have another dtype than it says."""
+    """Sets the dtype in config.json; leaves the file untouched where it is right already."""
     config = json.loads(path.read_text())
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     if any(config.get(key) != dtype for key in keys):

@@ -223,11 +223,12 @@ def build_table(shape: "ModelShape", vocab_rows: int | None = None) -> Table:
         raise ValueError(f"{vocab_rows} rows cannot hold a vocabulary of {shape.vocab_size}")
     last = shape.num_layers + 1
     head = EMBED_TOKENS if shape.tie_embeddings else LM_HEAD
+    vocabulary = dict(columns=shape.hidden_size, split=0, padding=padding)
     rows = [
-        _vocabulary("embedding.word_embeddings.weight", EMBED_TOKENS, 0, shape, padding),
+        _single("embedding.word_embeddings.weight", EMBED_TOKENS, 0, shape.vocab_size, **vocabulary),
         *(parameter for layer in range(shape.num_layers) for parameter in _layer(shape, layer)),
-        _plain("decoder.final_layernorm.weight", "model.norm.weight", last, shape.hidden_size),
-        _vocabulary(OUTPUT_LAYER, head, last, shape, padding, copy=shape.tie_embeddings),
+        _single("decoder.final_layernorm.weight", "model.norm.weight", last, shape.hidden_size),
+        _single(OUTPUT_LAYER, head, last, shape.vocab_size, **vocabulary, copy=shape.tie_embeddings),
     ]
     hf_shapes = {name: s for parameter in rows for name, s in parameter.hf_shapes().items()}
     buckets: list[list[MegatronParameter]] = [[] for _ in range(last + 1)]
@@ -250,17 +251,18 @@ def bucket_sizes(table: Table) -> list[int]:
     return [sum(prod(s) for parameter in bucket for s in parameter.hf_shapes().values()) for bucket in table.buckets]
 
 
-def _vocabulary(
-    name: str, hf_name: str, bucket: int, shape: "ModelShape", padding: int, copy: bool = False
+def _single(
+    name: str,
+    hf_name: str,
+    bucket: int,
+    rows: int,
+    columns: int | None = None,
+    split: int | None = None,
+    padding: int = 0,
+    copy: bool = False,
 ) -> MegatronParameter:
-    block = Block((Rows(hf_name, 0, shape.vocab_size),), padding)
-    return MegatronParameter(name, bucket, (block,), shape.hidden_size, split=0, copy=copy)
-
-
-def _plain(
-    name: str, hf_name: str, bucket: int, rows: int, columns: int | None = None, split: int | None = None
-) -> MegatronParameter:
-    return MegatronParameter(name, bucket, (Block((Rows(hf_name, 0, rows),)),), columns, split)
+    """A parameter of one Hugging Face tensor."""
+    return MegatronParameter(name, bucket, (Block((Rows(hf_name, 0, rows),), padding),), columns, split, copy)
 
 
 def _layer(shape: "ModelShape", layer: int) -> list[MegatronParameter]:
@@ -268,7 +270,7 @@ def _layer(shape: "ModelShape", layer: int) -> list[MegatronParameter]:
     hidden, ffn = shape.hidden_size, shape.ffn_size
 
     def plain(name: str, hf_name: str, *sizes: int, split: int | None = None) -> MegatronParameter:
-        return _plain(mcore + name, hf + hf_name, bucket, *sizes, split=split)
+        return _single(mcore + name, hf + hf_name, bucket, *sizes, split=split)
 
     def qkv(kind: str, columns: int | None) -> MegatronParameter:
         block = _qkv_block(shape, hf, kind)

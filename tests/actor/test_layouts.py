@@ -1,4 +1,4 @@
-"""The layout is none of the algorithm's business: the same batch gives the same update wherever it is computed."""
+"""The same batch gives the same update at every layout."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ LAYOUTS = {
     "TP2xPP2+SP": (dict(tensor=2, pipeline=2, sequence=True), 2),
     "TP2xDP2": (dict(tensor=2, data=2), 1),
 }
-LOSSES = ["token_mean", "sequence_mean", "sequence_sum"]
+AGGREGATIONS = ["token_mean", "sequence_mean", "sequence_sum"]
 
 
 @pytest.mark.parametrize("model", ["qwen2 untied", "qwen3 tied"])
@@ -34,11 +34,14 @@ def test_same_loss_and_gradient_norm_as_on_one_rank(ranks, tmp_path_factory, mod
     assert np.abs(np.subtract(found[0]["kl"], 0.0)) < 1e-7
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_every_normalisation_is_global(ranks, tmp_path_factory, loss):
+@pytest.mark.parametrize(
+    ("aggregation", "loss"),
+    [*((name, "ppo") for name in AGGREGATIONS), ("sequence_mean", "gspo"), ("token_mean", "cispo")],
+)
+def test_every_aggregation_and_loss_is_global(ranks, tmp_path_factory, aggregation, loss):
     directory = cases.cached_model(tmp_path_factory, "qwen3 tied")
-    expected = update(ranks, directory, dict(), 1, loss)
-    found = update(ranks, directory, dict(data=2, pipeline=2), 2, loss)
+    expected = update(ranks, directory, dict(), 1, aggregation, loss)
+    found = update(ranks, directory, dict(data=2, pipeline=2), 2, aggregation, loss)
     assert found[1]["loss"] == pytest.approx(expected[1]["loss"], abs=1e-5)
     assert found[1]["grad_norm"] == pytest.approx(expected[1]["grad_norm"], rel=1e-5)
 
@@ -46,11 +49,14 @@ def test_every_normalisation_is_global(ranks, tmp_path_factory, loss):
 _known: dict[tuple, list[dict]] = {}
 
 
-def update(ranks, directory, parallel: dict, micro_batch: int, loss: str = "token_mean") -> list[dict]:
+def update(
+    ranks, directory, parallel: dict, micro_batch: int, aggregation: str = "token_mean", loss: str = "ppo"
+) -> list[dict]:
     """Loss, gradient norm and KL of both updates of the training step, added up over the data-parallel ranks."""
-    key = (str(directory), tuple(parallel.items()), micro_batch, loss)
+    key = (str(directory), tuple(parallel.items()), micro_batch, aggregation, loss)
     if key not in _known:
         sizes = [parallel.get(axis, 1) for axis in ("tensor", "pipeline", "data")]
-        results = ranks.run(int(np.prod(sizes)), cases.forward_and_update, str(directory), parallel, micro_batch, loss)
+        arguments = (str(directory), parallel, micro_batch, aggregation, loss)
+        results = ranks.run(int(np.prod(sizes)), cases.forward_and_update, *arguments)
         _known[key] = cases.add_up(results)
     return _known[key]

@@ -17,7 +17,7 @@ from meds_megatron.algorithm.aggregation import aggregation_weights
 from meds_megatron.algorithm.group_filter import keep_groups
 from meds_megatron.algorithm.losses import policy_loss
 from meds_megatron.config import Config, load_config
-from meds_megatron.reward.shaping import penalties, shape_scores
+from meds_megatron.reward.scores import penalties, shape_scores
 from tests.algorithm.micro_batches import micro_batch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

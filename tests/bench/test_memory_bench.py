@@ -1,6 +1,6 @@
 import json
 
-from meds_megatron.memory import bench
+from meds_megatron.bench import memory as bench
 
 
 def test_the_bench_compares_spreads_and_scales():

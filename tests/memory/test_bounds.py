@@ -2,7 +2,7 @@ import numpy as np
 
 from meds_megatron.config import MemoryConfig
 from meds_megatron.memory import MemoryShard
-from meds_megatron.memory.bounds import longest_history
+from meds_megatron.memory.history import longest_history
 from tests.memory.reference import fresh_labels, partition
 
 

@@ -95,7 +95,7 @@ def test_they_are_saved_with_the_rest_and_loaded_on_any_number_of_shards(tmp_pat
     for one in (shard, *loaded):
         one.recluster()
     assert sizes(loaded[shard_of(KEY, loaded_on)]) == sizes(shard)
-    assert sum(one.stats()["unboxed"] for one in loaded) == shard.stats()["unboxed"] == 13
+    assert sum(one.stats()["no_answer"] for one in loaded) == shard.stats()["no_answer"] == 13
 
 
 def test_a_key_is_of_answers_with_fingerprints_or_without():

@@ -105,10 +105,12 @@ def on_one_rank(ranks, directory: Path) -> ForwardOutput:
     return _one_rank[directory]
 
 
-def forward_and_update(rank: int, directory: str, parallel: dict, micro_batch: int, aggregation: str) -> list[dict]:
+def forward_and_update(
+    rank: int, directory: str, parallel: dict, micro_batch: int, aggregation: str, loss: str
+) -> list[dict]:
     """One training step with made-up advantages on one rank: a dict of sums and the gradient norm for each update."""
     layout = {name: size for name, size in parallel.items() if name != "data"}
-    policy = make_policy(directory, layout, micro_batch, aggregation)
+    policy = make_policy(directory, layout, micro_batch, aggregation, loss=loss)
     whole = train_batch()
     whole.advantages_B = np.random.default_rng(1).standard_normal(RESPONSES).astype(np.float32)
     whole.loss_weights_B = loss_weights(whole, aggregation)
@@ -164,6 +166,7 @@ def make_policy(
     aggregation: str = "token_mean",
     norm: str = "last",
     dtype: str = "float32",
+    loss: str = "ppo",
 ):
     from meds_megatron.actor.policy import Policy
     from meds_megatron.actor.process_group import form_groups
@@ -173,7 +176,7 @@ def make_policy(
     config.model.dtype, config.memory.norm = dtype, norm
     config.rollout.max_prompt_tokens = config.rollout.max_response_tokens = 16
     config.train.micro_batch_responses = micro_batch
-    config.policy.aggregation = aggregation
+    config.policy.aggregation, config.policy.loss = aggregation, loss
     # Large enough that the second update of a step depends on what the first one did.
     config.optimizer.lr, config.optimizer.warmup_steps = 1e-3, 1
     form_groups(config.parallel, seed=0)

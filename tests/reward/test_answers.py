@@ -27,13 +27,13 @@ from meds_megatron.reward.answers import compare_plainly
         ("x  +\n1", "x+1"),
     ],
 )
-def test_the_same_at_a_glance(answer, truth):
+def test_equal_texts_and_numbers_are_decided_plainly(answer, truth):
     assert compare_plainly(answer, truth) is True
     assert compare_plainly(truth, answer) is True
 
 
 @pytest.mark.parametrize(("answer", "truth"), [("41", "42"), ("42.0", "43"), ("1,234", "1,235"), ("6/3", "3")])
-def test_different_whole_numbers_are_told_at_a_glance(answer, truth):
+def test_different_whole_numbers_are_decided_plainly(answer, truth):
     assert compare_plainly(answer, truth) is False
 
 
@@ -50,11 +50,11 @@ def test_different_whole_numbers_are_told_at_a_glance(answer, truth):
         ("", "1"),
     ],
 )
-def test_what_needs_mathematics_is_left_open(answer, truth):
+def test_comparisons_that_need_math_verify_are_undecided(answer, truth):
     assert compare_plainly(answer, truth) is None
 
 
-def test_nothing_equals_nothing():
+def test_empty_answers_are_not_equal():
     assert compare_plainly("$ $", "") is False
 
 
@@ -79,5 +79,5 @@ def test_nothing_equals_nothing():
         ("boxed{5}", None),
     ],
 )
-def test_the_last_box(text, box):
+def test_last_boxed(text, box):
     assert last_boxed(text) == box

@@ -1,4 +1,4 @@
-"""Small Hugging Face directories as transformers makes them, and what is in one."""
+"""Small Hugging Face directories as transformers makes them, and a reader of their tensors."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the ranks of the round-trip tests do: load a Hugging Face directory, write another."""
+"""Functions that the ranks of the round-trip tests run: load a Hugging Face directory, write another."""
 
 import resource
 from dataclasses import dataclass, field

@@ -68,7 +68,7 @@ _KNOWN = {
 def stored_name(name: str) -> tuple[str, int | None]:
     """The key of the table's parameter `name`, and its place along the axis of layers (None: there is no such axis).
 
-    Keys have Transformer Engine's names also where the layers are local ones: megatron-core's local spec says so.
+    Keys have Transformer Engine's names also where the layers are local ones: megatron-core's local spec renames them.
     """
     match = _LAYER.fullmatch(name)
     if match is None:
@@ -199,12 +199,12 @@ def _check_complete(directory: Path) -> None:
     for path in (marker, directory / METADATA_FILE):
         if not path.is_file():
             raise UserError(
-                f"{path} does not exist: the checkpoint was not written to its end or not copied whole, use another one"
+                f"{path} does not exist: the checkpoint was not written or not copied completely, use another one"
             )
     try:
         backend = json.loads(marker.read_text())["sharded_backend"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{marker} is not the one of a checkpoint ({error}): use another checkpoint") from error
+        raise UserError(f"{marker} is not that of a checkpoint ({error}): use another checkpoint") from error
     if backend != BACKEND:
         raise UserError(f"{marker} says the format is {backend}, expected {BACKEND}: save the checkpoint as that")
     if not (directory / "config.json").is_file():
@@ -223,7 +223,7 @@ def _read_metadata(path: Path) -> Metadata:
         with open(path, "rb") as file:
             metadata = _SafeUnpickler(file).load()
     except ImportError as error:
-        raise UserError(f"{path} {error}: it is not the description of a checkpoint, do not trust it") from error
+        raise UserError(f"{path} {error}: it is not the description of a checkpoint, use another one") from error
     except Exception as error:
         # A damaged pickle can raise any exception.
         raise UserError(f"{path} cannot be read ({error}): the checkpoint is damaged, use another one") from error
@@ -237,12 +237,12 @@ class _SafeUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if name not in _KNOWN.get(module, ()):
-            raise ImportError(f"asks for {module}.{name}")
+            raise ImportError(f"needs {module}.{name}")
         return super().find_class(module, name)
 
 
 def _check_files(directory: Path, metadata: Metadata, keys: set[str]) -> None:
-    """Every byte of the tensors `keys` must be there. Raises UserError, naming the tensor or the file."""
+    """Checks that every byte of the tensors `keys` is there. Raises UserError, naming the tensor or the file."""
     placed = {(index.fqn, index.offset) for index in metadata.storage_data}
     for key in sorted(keys):
         tensor = metadata.state_dict_metadata[key]

@@ -4,7 +4,6 @@ that plain transformers gives to a text with each."""
 import math
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from meds_megatron.weights.table import Table, build_table
 LOGPROB_LIMIT = 1e-4
 MOST_SHOWN = 20
 WINDOW = 256
-"""Tokens of one forward pass. The text is read in windows, each without what came before it."""
+"""Tokens of one forward pass. The text is split into windows, each computed without those before it."""
 
 SAMPLE_TEXT = r"""A train leaves the station at 9:40 and travels 84 kilometres in an hour and ten minutes. What is its
 average speed? Please reason step by step, and put your final answer within \boxed{}.
@@ -59,7 +58,7 @@ def verify(
     temporary directory for its log-probabilities.
 
     Returns a JSON-able dict: `equal`, `first_difference` (a tensor's name or None), `weights`, `logprobs` and the first
-    MOST_SHOWN `differing_tensors`. A difference is None where there is no number for it: another shape, not a number.
+    MOST_SHOWN `differing_tensors`. A difference is None where it has no value: for another shape, or a NaN.
     Raises UserError when a model cannot be read.
     """
     sides = _open(a), _open(b)
@@ -67,26 +66,20 @@ def verify(
     rows = list(_rows(*sides))
     differing = [row for row in rows if _differs(row, tolerance)]
     numbers = [row["max_abs_difference"] for row in rows]
-    result = {
-        "a": str(a),
-        "b": str(b),
-        "weights": {
-            "tensors": len(rows),
-            "differing": len(differing),
-            "max_abs_difference": None if None in numbers else max(numbers),
-            "dtypes_a": _dtypes(rows, "a"),
-            "dtypes_b": _dtypes(rows, "b"),
-        },
+    weights = {
+        "tensors": len(rows),
+        "differing": len(differing),
+        "max_abs_difference": None if None in numbers else max(numbers),
+        "dtypes_a": _dtypes(rows, "a"),
+        "dtypes_b": _dtypes(rows, "b"),
     }
-    equal = not differing
+    result = {"a": str(a), "b": str(b), "weights": weights}
     if text is not None:
         result["logprobs"] = _compare_logprobs((a, b), tokens, logprob_limit)
-        equal = equal and result["logprobs"]["equal"]
-    shown = [{key: value for key, value in row.items() if key != "identical"} for row in differing[:MOST_SHOWN]]
     return result | {
         "first_difference": differing[0]["tensor"] if differing else None,
-        "differing_tensors": shown,
-        "equal": equal,
+        "differing_tensors": [{key: row[key] for key in row if key != "identical"} for row in differing[:MOST_SHOWN]],
+        "equal": not differing and (text is None or result["logprobs"]["equal"]),
     }
 
 
@@ -103,43 +96,24 @@ def _open(directory: str | Path) -> tuple[Table, CheckpointWeights | HfWeights]:
 
 def _rows(*sides: tuple[Table, CheckpointWeights | HfWeights]) -> Iterator[dict]:
     """A row for every tensor of either model: its name, type and shape on both sides, and their difference."""
-    parameters = [{parameter.name: parameter for parameter in table.stored} for table, _ in sides]
-    for name in parameters[0] | parameters[1]:
-        tensors_a, tensors_b = (
-            weights.read(of_side[name]) if name in of_side else {}
-            for of_side, (_, weights) in zip(parameters, sides, strict=True)
-        )
-        for hf_name in tensors_a | tensors_b:
-            yield _row(hf_name, tensors_a.get(hf_name), tensors_b.get(hf_name))
+    (table_a, weights_a), (table_b, weights_b) = sides
+    stored_a, stored_b = ({parameter.name: parameter for parameter in t.stored} for t in (table_a, table_b))
+    for name in stored_a | stored_b:
+        tensors_a = weights_a.read(stored_a[name]) if name in stored_a else {}
+        tensors_b = weights_b.read(stored_b[name]) if name in stored_b else {}
+        for hf_name in list(tensors_a | tensors_b):
+            yield _row(hf_name, tensors_a.pop(hf_name, None), tensors_b.pop(hf_name, None))
 
 
 def _row(name: str, a: Tensor | None, b: Tensor | None) -> dict:
-    comparable = a is not None and b is not None and a.shape == b.shape
-    identical = comparable and a.dtype == b.dtype and _bits(a).equal(_bits(b))
-    difference = 0.0 if identical else _max_abs_difference(a, b) if comparable else None
-    return {
-        "tensor": name,
-        "a": _kind(a),
-        "b": _kind(b),
-        "max_abs_difference": difference,
-        "identical": identical,
-    }
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers: equal only where every bit is, in zeros with a sign and in NaN too."""
-    return tensor.view(_BITS[tensor.dtype.itemsize])
-
-
-def _max_abs_difference(a: Tensor, b: Tensor) -> float | None:
-    most = 0.0
-    pairs = (tensor.reshape(-1).split(_CHUNK_ELEMENTS) for tensor in (a, b))
-    for chunk_a, chunk_b in zip(*pairs, strict=True):
-        difference = (chunk_a.double() - chunk_b.double()).abs().max().item()
-        if not math.isfinite(difference):
-            return None
-        most = max(most, difference)
-    return most
+    row = {"tensor": name, "a": _kind(a), "b": _kind(b), "max_abs_difference": None, "identical": False}
+    if a is None or b is None or a.shape != b.shape:
+        return row
+    # As integers: equal only where every bit is, in zeros with a sign and in NaN too.
+    if a.dtype == b.dtype and a.view(_BITS[a.itemsize]).equal(b.view(_BITS[b.itemsize])):
+        return row | {"max_abs_difference": 0.0, "identical": True}
+    pairs = zip(a.reshape(-1).split(_CHUNK_ELEMENTS), b.reshape(-1).split(_CHUNK_ELEMENTS), strict=True)
+    return row | {"max_abs_difference": _number(torch.stack([(x.double() - y.double()).abs().max() for x, y in pairs]))}
 
 
 def _differs(row: dict, tolerance: float | None) -> bool:
@@ -148,12 +122,14 @@ def _differs(row: dict, tolerance: float | None) -> bool:
     return row["max_abs_difference"] is None or row["max_abs_difference"] > tolerance
 
 
+def _number(differences: Tensor) -> float | None:
+    """The largest of the differences; None where one of them is no number."""
+    largest = differences.max().item()
+    return largest if math.isfinite(largest) else None
+
+
 def _kind(tensor: Tensor | None) -> str:
-    return "missing" if tensor is None else f"{_name(tensor.dtype)} {list(tensor.shape)}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _dtypes(rows: list[dict], side: str) -> str:
@@ -161,19 +137,19 @@ def _dtypes(rows: list[dict], side: str) -> str:
 
 
 def _compare_logprobs(sides: tuple[str | Path, str | Path], tokens: list[list[int]], limit: float) -> dict:
-    same_tokens = tokens[0] == tokens[1]
-    found = {"tokens": len(tokens[0]), "same_tokens": same_tokens, "abs_max": None, "abs_mean": None, "limit": limit}
-    if not same_tokens:
-        return found | {"equal": False}
-    logprobs = []
-    for side, ids in zip(sides, tokens, strict=True):
-        with _as_hf(side) as directory:
-            logprobs.append(token_logprobs(directory, ids))
-    difference_T = (logprobs[0] - logprobs[1]).abs()
-    most, mean = difference_T.max().item(), difference_T.mean().item()
-    if not math.isfinite(most):
-        return found | {"equal": False}
-    return found | {"abs_max": most, "abs_mean": mean, "equal": most <= limit}
+    same_tokens, most, mean = tokens[0] == tokens[1], None, None
+    if same_tokens:
+        logprobs_a_T, logprobs_b_T = (_model_logprobs(side, tokens[0]) for side in sides)
+        difference_T = (logprobs_a_T - logprobs_b_T).abs()
+        most, mean = _number(difference_T), _number(difference_T.mean())
+    return {
+        "tokens": len(tokens[0]),
+        "same_tokens": same_tokens,
+        "abs_max": most,
+        "abs_mean": mean,
+        "limit": limit,
+        "equal": most is not None and most <= limit,
+    }
 
 
 def text_tokens(directory: str | Path, text: str) -> list[int]:
@@ -188,22 +164,18 @@ def text_tokens(directory: str | Path, text: str) -> list[int]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if not tokens:
+            # transformers makes an empty tokenizer of a directory without one.
+            raise ValueError("the text has no tokens")
     except Exception as error:
         # The exception of a broken tokenizer depends on its kind, and may have many lines.
-        raise _no_tokenizer(directory) from error
-    if not tokens:
-        # transformers makes an empty tokenizer of a directory without one.
-        raise _no_tokenizer(directory)
+        raise UserError(
+            f"{directory} has no tokenizer that transformers can read: add the model's tokenizer files, or compare with"
+            " --weights-only"
+        ) from error
     if len(tokens) == 1:
         raise UserError(f"the text to compare log-probs on is a single token to {directory}: give a longer one")
     return tokens
-
-
-def _no_tokenizer(directory: str | Path) -> UserError:
-    return UserError(
-        f"{directory} has no tokenizer that transformers can read: add the model's tokenizer files, or compare with"
-        " --weights-only"
-    )
 
 
 @torch.no_grad()
@@ -220,12 +192,9 @@ def token_logprobs(directory: str | Path, tokens: list[int]) -> Tensor:
     return torch.cat(parts)
 
 
-@contextmanager
-def _as_hf(directory: str | Path) -> Iterator[Path]:
+def _model_logprobs(directory: str | Path, tokens: list[int]) -> Tensor:
     if not is_checkpoint(directory):
-        yield Path(directory)
-        return
+        return token_logprobs(directory, tokens)
     with tempfile.TemporaryDirectory(prefix="meds-verify-") as temporary:
-        converted = Path(temporary) / "hf"
-        to_hf(directory, converted, torch.float32)
-        yield converted
+        to_hf(directory, Path(temporary) / "hf", torch.float32)
+        return token_logprobs(Path(temporary) / "hf", tokens)

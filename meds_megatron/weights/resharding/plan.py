@@ -97,26 +97,28 @@ class ReshardPlan:
         return {name: s for parameter in self.table.buckets[bucket] for name, s in parameter.hf_shapes().items()}
 
     def _make_transfers(self, bucket: int) -> list[Transfer]:
-        return [
-            Transfer(bucket, trainer_rank, engine_rank, slices)
-            for trainer_rank in range(self.layout.tensor)
-            for engine_rank in range(self.engine_tensor)
-            if (slices := tuple(self._slices(bucket, trainer_rank, engine_rank)))
-        ]
+        transfers = []
+        for trainer_rank in range(self.layout.tensor):
+            for engine_rank in range(self.engine_tensor):
+                # A parameter that all trainer ranks hold is sent to an engine rank by only one of them.
+                replica = engine_rank * self.layout.tensor // self.engine_tensor
+                slices = tuple(
+                    needed
+                    for parameter in self.table.buckets[bucket]
+                    if parameter.split is not None or trainer_rank == replica
+                    for needed in self._slices(parameter, trainer_rank, engine_rank)
+                )
+                if slices:
+                    transfers.append(Transfer(bucket, trainer_rank, engine_rank, slices))
+        return transfers
 
-    def _slices(self, bucket: int, trainer_rank: int, engine_rank: int) -> Iterator[TensorSlice]:
-        for parameter in self.table.buckets[bucket]:
-            if self._sends(parameter, trainer_rank, engine_rank):
-                shapes = parameter.hf_shapes()
-                for held in parameter.slices(trainer_rank, self.layout.tensor):
-                    shape = shapes[held.hf_name]
-                    needed = engine_slices(self.shape, held.hf_name, shape, engine_rank, self.engine_tensor)
-                    if common := held.intersect(needed):
-                        yield common
-
-    def _sends(self, parameter: MegatronParameter, trainer_rank: int, engine_rank: int) -> bool:
-        """Whether the trainer rank may send: a parameter that all ranks hold is sent to an engine rank by only one."""
-        return parameter.split is not None or trainer_rank == engine_rank * self.layout.tensor // self.engine_tensor
+    def _slices(self, parameter: MegatronParameter, trainer_rank: int, engine_rank: int) -> Iterator[TensorSlice]:
+        """The slices that the trainer rank holds and the engine rank needs."""
+        shapes = parameter.hf_shapes()
+        for held in parameter.slices(trainer_rank, self.layout.tensor):
+            needed = engine_slices(self.shape, held.hf_name, shapes[held.hf_name], engine_rank, self.engine_tensor)
+            if common := held.intersect(needed):
+                yield common
 
 
 def engine_slices(shape: "ModelShape", hf_name: str, hf_shape: HfShape, rank: int, size: int) -> tuple[slice, ...]:

@@ -80,9 +80,9 @@ class WeightSender:
             self._local.drop(handle)
 
     def send(self, bucket: int, engine: int, checksums: bool) -> Checksums:
-        """Sends the rank's transfers of the bucket to an engine over the network; returns their checksums where asked.
+        """Sends the rank's transfers of the bucket to an engine over the network and returns their checksums.
 
-        Returns no checksums when the engine is gone, from then on until it has joined a new group.
+        Returns none without `checksums`, and none when the engine is gone, until it has joined a new group.
         """
         group, sums = self.groups.get(engine), {}
         if group is None:
@@ -128,19 +128,19 @@ class WeightReceiver:
         group: TransferGroup | None = None,
         senders: dict[tuple[int, int], int] | None = None,
     ):
-        """`senders` are the members of `group` that send what is not staged on this node, by pipeline stage and
+        """`senders` are the members of `group` that send the weights not staged on this node, by pipeline stage and
         tensor-parallel rank."""
         self._plan, self._dtype = spec.plan(), getattr(torch, spec.dtype)
         self._engine_rank, self._device = engine_rank, device
         self._local = local_transport(device, spec.directory)
         self._group, self._senders = group, senders or {}
         self.checksums: Checksums = {}
-        """Checksums of the last bucket, where they were asked for, computed from the tensors that vLLM loads."""
+        """Checksums of the last bucket, where requested, computed from the tensors that vLLM loads."""
 
     def receive(
         self, bucket: int, handles: dict[tuple[int, int], Any], checksums: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of a bucket; each tensor is dropped as the next one is asked for.
+        """Names and tensors of a bucket; each tensor is dropped when the next one is requested.
 
         A vLLM loader narrows a tensor of full shape to its rank's part, so only that part is filled: on a CPU the rest
         is address space that is never touched, on a GPU scratch memory of at most one bucket. `handles` are the

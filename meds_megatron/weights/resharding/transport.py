@@ -1,4 +1,4 @@
-"""Transports of weights from a trainer rank to an engine rank. The plan decides what goes where; a transport moves it.
+"""Transports of weights from a trainer rank to an engine rank. The plan decides which slice goes where.
 
 Within a node: files in shared memory between processes on the CPU (`SharedMemory`), CUDA IPC handles of a trainer
 rank's GPU memory between GPUs (`CudaIpc`). Between nodes: a process group (`TransferGroup`), gloo on the CPU, NCCL on

@@ -102,7 +102,7 @@ class ReshardTransfer(WeightTransferEngine[Connection, BucketUpdate]):
 
     @property
     def checksums(self) -> Checksums:
-        """Checksums of the last bucket, where its update asked for them."""
+        """Checksums of the last bucket, where its update requested them."""
         return self._receiver.checksums
 
     def _checked(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

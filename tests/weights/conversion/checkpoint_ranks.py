@@ -1,4 +1,4 @@
-"""What the ranks of the conversion tests do: load a checkpoint into a model, or save one."""
+"""Functions that the ranks of the conversion tests run: load a checkpoint into a model, or save one."""
 
 import multiprocessing
 import shutil

@@ -57,7 +57,7 @@ def fused(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def write(directory: Path, source: Path, state: dict) -> Path:
-    """A checkpoint of the given keys, with what a run would add to it, such as an optimizer's state."""
+    """A checkpoint of the given keys, with the additions of a run, such as an optimizer's state."""
     state = state | {"optimizer.state.exp_avg.output_layer.weight": torch.zeros(3)}
     torch_checkpoint.save(state, checkpoint_id=directory, no_dist=True)
     copy_files(source, directory)
@@ -90,7 +90,7 @@ def test_vocabulary_padding_of_any_size_is_cut_off(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda s: s.pop("decoder.layers.mlp.linear_fc2.weight"), "no tensor decoder.layers.mlp.linear_fc2.weight"),
         (lambda s: s.update({"decoder.layers.mlp.gate.weight": torch.ones(8, 2)}), "decoder.layers.mlp.gate.weight"),
@@ -113,11 +113,11 @@ def test_vocabulary_padding_of_any_size_is_cut_off(source, tmp_path):
     ],
     ids=["missing", "unknown", "shape", "vocabulary", "layers", "twice"],
 )
-def test_another_model_than_config_json_says(source, tmp_path, change, said):
+def test_another_model_than_that_of_config_json(source, tmp_path, change, message):
     state = stacked(parameters(source))
     change(state)
     checkpoint = write(tmp_path / "checkpoint", source, state)
     with pytest.raises(UserError) as refused:
         to_hf(checkpoint, tmp_path / "back")
-    assert said in str(refused.value) and str(checkpoint) in str(refused.value)
+    assert message in str(refused.value) and str(checkpoint) in str(refused.value)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -35,7 +35,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoints(sources, tmp_path_factory):
-    """Made from the sources, with parameters cut into chunks of a few rows."""
+    """Made from the sources, with parameters split into chunks of a few rows."""
     out = tmp_path_factory.mktemp("checkpoints")
     for source in sources.values():
         to_mcore(source, out / source.name, chunk_bytes=3000)

@@ -1,4 +1,4 @@
-"""Conversions that cannot be made: one sentence, and nothing left that could be taken for whole."""
+"""Conversions that fail: one sentence, and no incomplete directory is left."""
 
 import json
 import os
@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 
 from meds_megatron.errors import UserError
-from meds_megatron.weights.conversion import checkpoint_writer
 from meds_megatron.weights.conversion.checkpoint import is_checkpoint
 from meds_megatron.weights.conversion.convert import to_hf, to_mcore
 from meds_megatron.weights.directory import new_directory, writing_directory
@@ -49,15 +48,15 @@ def refused(convert, directory, out):
 
 def test_no_checkpoint(tmp_path, source):
     assert "nowhere does not exist" in refused(to_hf, tmp_path / "nowhere", tmp_path / "out")
-    said = refused(to_hf, source, tmp_path / "out")
-    assert said.startswith(f"{source} is not a checkpoint: it has no metadata.json and no .metadata")
+    message = refused(to_hf, source, tmp_path / "out")
+    assert message.startswith(f"{source} is not a checkpoint: it has no metadata.json and no .metadata")
 
 
 @pytest.mark.parametrize("name", ["metadata.json", ".metadata", "config.json", "__0_4_0.distcp"])
 def test_a_missing_file_is_named(checkpoint, tmp_path, name):
     (checkpoint / name).unlink()
-    said = refused(to_hf, checkpoint, tmp_path / "out")
-    assert str(checkpoint) in said and name in said
+    message = refused(to_hf, checkpoint, tmp_path / "out")
+    assert str(checkpoint) in message and name in message
 
 
 @pytest.mark.parametrize("name", ["metadata.json", ".metadata", "__0_4_0.distcp"])
@@ -70,8 +69,8 @@ def test_a_cut_file_is_named(checkpoint, tmp_path, name):
 def test_files_that_hold_no_tensors_are_noticed(checkpoint, tmp_path):
     path = checkpoint / "__0_4_0.distcp"
     path.write_bytes(bytes(path.stat().st_size))
-    said = refused(to_hf, checkpoint, tmp_path / "out")
-    assert said.startswith(f"{checkpoint}: decoder.layers.") and "in __0_4_0.distcp is damaged" in said
+    message = refused(to_hf, checkpoint, tmp_path / "out")
+    assert message.startswith(f"{checkpoint}: decoder.layers.") and "in __0_4_0.distcp is damaged" in message
 
 
 def test_a_description_that_would_run_something_is_not_read(checkpoint, tmp_path):
@@ -147,10 +146,10 @@ def test_a_full_disk_leaves_nothing(convert, source, checkpoint, tmp_path):
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
     try:
-        said = refused(convert, source if convert is to_mcore else checkpoint, tmp_path / "out")
+        message = refused(convert, source if convert is to_mcore else checkpoint, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert said.startswith(f"writing {tmp_path / 'out'} failed: ")
+    assert message.startswith(f"writing {tmp_path / 'out'} failed: ")
 
 
 @pytest.mark.parametrize("convert", [to_mcore, to_hf])
@@ -167,7 +166,7 @@ def test_an_interruption_leaves_nothing(convert, source, checkpoint, tmp_path, m
         original = HfWeights.fill
         monkeypatch.setattr(HfWeights, "fill", interrupt)
     else:
-        original = checkpoint_writer.torch.empty
+        original = torch.empty
         monkeypatch.setattr("torch.empty", interrupt)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(KeyboardInterrupt):
@@ -175,7 +174,7 @@ def test_an_interruption_leaves_nothing(convert, source, checkpoint, tmp_path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_tensors_whose_place_is_not_told(checkpoint, tmp_path):
+def test_tensors_without_a_place_are_named(checkpoint, tmp_path):
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     lost = next(index for index in metadata.storage_data if index.fqn == "decoder.layers.mlp.linear_fc2.weight")
     del metadata.storage_data[lost]
@@ -218,7 +217,7 @@ def test_the_current_directory_can_be_written_to(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("*")] == ["empty", "file"]
 
 
-def test_an_index_that_is_none_is_told(tmp_path):
+def test_a_damaged_index_is_named(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": []}')
     with pytest.raises(UserError, match="is not a safetensors index"):
         HfWeights(tmp_path)

@@ -1,4 +1,4 @@
-"""What training exports, and what a checkpoint converts to, is a model to vLLM and transformers alike."""
+"""An export of training, and a converted checkpoint, give the same log-probs in vLLM and transformers."""
 
 import json
 import subprocess

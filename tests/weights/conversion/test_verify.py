@@ -1,4 +1,4 @@
-"""`meds convert`, as a user calls it, and what verify finds."""
+"""`meds convert` on the command line, and the differences that verify finds."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def test_a_checkpoint_and_its_export_are_the_model(model, checkpoint, tmp_path, 
         assert result["logprobs"]["abs_max"] == 0 and result["logprobs"]["tokens"] > 100
 
 
-def test_one_element_is_told_by_the_name_of_its_tensor(changed, checkpoint, capsys):
+def test_one_differing_element_gives_the_name_of_its_tensor(changed, checkpoint, capsys):
     other = changed(nudge)
     assert main(["convert", "verify", str(checkpoint), str(other), "--weights-only"]) == 1
     shown = capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_another_model_is_another_model(model, tmp_path):
     assert result["weights"]["max_abs_difference"] is None and not result["equal"]
 
 
-def test_equal_weights_under_another_rope_are_told_apart_by_log_probs(changed, model):
+def test_equal_weights_under_another_rope_differ_in_log_probs(changed, model):
     config = json.loads((model / "config.json").read_text())
     other = changed(rope_parameters=config["rope_parameters"] | {"rope_theta": 77.0})
     result = verify(model, other)
@@ -134,7 +134,7 @@ def test_other_tokens_for_the_same_text(changed, model):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["to-mcore", "nowhere", "out"], "nowhere does not exist"),
         (["to-hf", "nowhere", "out"], "nowhere does not exist"),
@@ -145,7 +145,7 @@ def test_other_tokens_for_the_same_text(changed, model):
         (["verify", "BARE", "BARE"], "has no tokenizer that transformers can read"),
     ],
 )
-def test_a_mistake_is_one_sentence(model, checkpoint, tmp_path, monkeypatch, arguments, said, capsys):
+def test_a_mistake_is_one_sentence(model, checkpoint, tmp_path, monkeypatch, arguments, message, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "BARE").mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -153,5 +153,5 @@ def test_a_mistake_is_one_sentence(model, checkpoint, tmp_path, monkeypatch, arg
     named = {"MODEL": str(model), "CHECKPOINT": str(checkpoint)}
     assert main(["convert", *(named.get(argument, argument) for argument in arguments)]) == 2
     shown = capsys.readouterr().err.strip().splitlines()
-    assert said in shown[-1] and shown[-1].startswith("meds: ")
+    assert message in shown[-1] and shown[-1].startswith("meds: ")
     assert not (tmp_path / "out").exists()

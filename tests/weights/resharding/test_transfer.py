@@ -56,7 +56,7 @@ def sender_of(spec: SyncSpec, rank: int) -> WeightSender:
 
 
 def wrong_tensors(spec: SyncSpec, engine_rank: int, received: dict[str, Tensor]) -> list[str]:
-    """Names of tensors whose part for the engine rank is not bit for bit what the trainer has."""
+    """Names of tensors whose part for the engine rank differs in any bit from the trainer's."""
     wrong = []
     for name, whole in hf_tensors(spec).items():
         part = engine_slices(spec.shape, name, tuple(whole.shape), engine_rank, spec.engine_tensor)

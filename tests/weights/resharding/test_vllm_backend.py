@@ -1,4 +1,4 @@
-"""What can be said of the backend without an engine; tests/rollout/test_weight_update.py has it at work."""
+"""Registration of the backend; tests/rollout/test_weight_update.py tests it in an engine."""
 
 from importlib.metadata import entry_points
 

@@ -1,16 +1,18 @@
-"""HDBSCAN's flat clusters from a spanning tree, where nothing depends on the order of its edges.
+"""HDBSCAN's flat clusters from a spanning tree, where they do not depend on the order of its edges.
 
-The three passes are those of HDBSCAN: merge the edges from short to long, condense the tree of merges to the splits
-whose both sides are large enough, and keep the clusters with the most excess of mass. Density is lambda = 1 / length.
+The passes are those of HDBSCAN (Campello, Moulavi and Sander 2013; McInnes and Healy 2017): merge the points along the
+edges from short to long (single linkage), condense that tree to the splits whose both sides are large enough, and
+select the clusters with the most excess of mass. Density is lambda = 1 / length.
 """
 
 import numpy as np
 
-from meds_megatron.memory.compiled import compiled
+from meds_megatron.memory.spanning_tree import compiled
 
 NOISE = -1
+"""Label of a vector in no cluster."""
 EQUAL_LENGTHS = 1e-12
-"""Edges between unit vectors whose lengths differ by no more than this count as a tie."""
+"""Lengths of edges between unit vectors that differ by no more than this are a tie."""
 EQUAL_STABILITY = 1e-5
 """Relative difference up to which rounding (the package sums in single precision) could decide between clusters."""
 
@@ -20,28 +22,29 @@ def flat_clusters(
 ) -> np.ndarray | None:
     """Labels [M+1] int64 of the points (-1 is noise, clusters are numbered by their oldest point), M >= 1.
 
-    None where two edges tie or a choice between clusters hangs on rounding: the hdbscan package's answer then depends
-    on the order of its edges, and only a fit by the package itself tells it.
+    None where two edges tie or a choice between clusters depends on rounding: the result of the hdbscan package then
+    depends on the order of its edges, so only a fit by the package itself gives it.
     """
     order = np.argsort(lengths_M)
     lengths_M = lengths_M[order]
     if (lengths_M[1:] - lengths_M[:-1] <= EQUAL_LENGTHS).any():
         return None
-    labels_N, certain = _clusters_of(ends_M2[order], lengths_M, min_cluster_size, allow_single_cluster)
+    labels_N, certain = _select_clusters(ends_M2[order], lengths_M, min_cluster_size, allow_single_cluster)
     return labels_N if certain else None
 
 
 @compiled
-def _clusters_of(ends_M2, lengths_M, min_cluster_size, allow_single_cluster):
-    children, sizes = _merge(ends_M2)
+def _select_clusters(ends_M2, lengths_M, min_cluster_size, allow_single_cluster):
+    """Labels of the points from the edges in ascending order, and whether no choice between clusters was close."""
+    children, sizes = _single_linkage(ends_M2)
     parents, births, stability, cluster_of, left_at = _condense(lengths_M, children, sizes, min_cluster_size)
     chosen, certain = _most_stable(parents, stability, allow_single_cluster)
     return _label_points(parents, births, chosen, cluster_of, left_at), certain
 
 
 @compiled
-def _merge(ends_M2):
-    """Merge the points along the edges, shortest first: children [M, 2] of every merge and sizes [2M + 1] of all nodes.
+def _single_linkage(ends_M2):
+    """Merge the points along the edges, shortest first: children [M, 2] of the merges and sizes [2M + 1] of all nodes.
 
     Point p is node p, merge i is node M + 1 + i.
     """
@@ -65,10 +68,10 @@ def _merge(ends_M2):
 
 @compiled
 def _condense(lengths, children, sizes, min_cluster_size):
-    """Walk the merges from the last to the first and keep those that split a cluster in two.
+    """The condensed tree: of the merges, from the last to the first, those that split a cluster in two.
 
     Returns for every cluster (0 is all points, a child comes after its parent) its parent, the lambda of its birth and
-    its stability; and for every point the cluster it belonged to last and the lambda at which it left that.
+    its stability; and for every point the smallest cluster that holds it and the lambda at which it leaves that.
     """
     merges = len(lengths)
     points = merges + 1
@@ -105,8 +108,8 @@ def _condense(lengths, children, sizes, min_cluster_size):
 
 @compiled
 def _most_stable(parents, stability, allow_single_cluster):
-    """Choose, from the leaves up, each cluster whose stability its children together do not exceed; and whether no
-    choice was close. What is below a chosen cluster no longer counts."""
+    """Choose, from the leaves up, each cluster whose stability its children together do not exceed; also whether no
+    choice was close. A chosen cluster inside another chosen one is superseded by that."""
     clusters = len(parents)
     chosen = np.zeros(clusters, np.bool_)
     of_children = np.zeros(clusters, np.float32)
@@ -130,15 +133,15 @@ def _most_stable(parents, stability, allow_single_cluster):
 def _label_points(parents, births, chosen, cluster_of, left_at):
     """Label every point with the topmost chosen cluster it is in, numbered by first appearance; noise is in none.
 
-    When all points are the one cluster, only those that stay until its first split (or its end) count as members.
+    When the cluster of all points is chosen, its members are those that stay until its first split (or its end).
     """
     points = len(cluster_of)
-    home = np.full(len(parents), -1, np.int64)
+    topmost = np.full(len(parents), -1, np.int64)
     for cluster in range(len(parents)):
         if cluster > 0:
-            home[cluster] = home[parents[cluster]]
-        if home[cluster] < 0 and chosen[cluster]:
-            home[cluster] = cluster
+            topmost[cluster] = topmost[parents[cluster]]
+        if topmost[cluster] < 0 and chosen[cluster]:
+            topmost[cluster] = cluster
     least = 0.0
     if chosen[0]:
         for cluster in range(1, len(parents)):
@@ -151,7 +154,7 @@ def _label_points(parents, births, chosen, cluster_of, left_at):
     labels = np.full(points, NOISE, np.int64)
     found = 0
     for point in range(points):
-        cluster = home[cluster_of[point]]
+        cluster = topmost[cluster_of[point]]
         if cluster < 0 or (cluster == 0 and left_at[point] < least):
             continue
         if numbers[cluster] < 0:
