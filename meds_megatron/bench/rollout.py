@@ -1,75 +1,134 @@
-"""Tokens a second of our engine against plain `vllm.LLM.generate`, in one run on the same prompts."""
+"""Tokens a second of an engine pool: against plain vLLM, against a static split, and with a seed for each request."""
 
 import copy
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from statistics import median
 
+import numpy as np
 import ray
 
 from meds_megatron.config import Config
 from meds_megatron.launch.placement import Placement, engine_places
-from meds_megatron.rollout.environment import engine_environment
-from meds_megatron.rollout.group import EngineGroup
-from meds_megatron.rollout.sampling import Sampling
+from meds_megatron.rollout.pool import EnginePool
+from meds_megatron.rollout.samples import Completion
+from meds_megatron.rollout.settings import Sampling, engine_env_vars
 
 
 def run(config: Config, model_dir: str, prompts: Sequence[list[int]], use_gpu: bool, rounds: int = 5) -> dict:
-    """Generates responses to `prompts` (token ids) with an engine of each kind in turn, `rounds` times after a warm-up.
+    """Generates completions of `prompts` (token ids), `rounds` times after a warm-up, in alternation with the rivals.
 
-    Both have the same model, dtype, memory, threads and batch size, and give log-probabilities of the sampled tokens;
-    the plain one is otherwise as vLLM makes it. It is timed inside its process, ours where the driver has the
-    responses in hand, graded text and fingerprint positions included. Ray has been started by the caller.
+    One engine against plain vLLM: both have the same model, dtype, memory, threads and batch size, and return
+    log-probabilities of the sampled tokens; the plain one is otherwise vLLM's default. It is timed inside its process,
+    ours where the driver has the completions, text and answer positions included. Then two engines with completions of
+    very unequal lengths. The caller has started Ray.
 
-    Keys: `plain_tokens_per_s`, `ours_tokens_per_s` (medians over the rounds), `ratio` (median of the rounds' own),
-    `ours_start_s`, `prompts`, `responses`, `mean_tokens` and the `sampling`.
+    Keys: `plain_tokens_per_s`, `ours_tokens_per_s`, `seeded_tokens_per_s` (a seed for each request) and their ratios
+    `ratio` (ours to plain), `seeded_ratio` (seeded to unseeded); `two_engines`, see there (None without GPUs for two);
+    `ours_start_s`, `prompts`, `responses`, `mean_tokens`, `rounds` and the `sampling`. Rates and ratios are medians over
+    the rounds.
     """
     config = copy.deepcopy(config)
-    config.rollout.engines = 1
-    # Two engines share what a run gives to one.
+    config.rollout.engines, config.rollout.nodes = 1, None
+    # Two engines share the memory that a run gives to one.
     config.rollout.gpu_memory_utilization /= 2
     sampling = Sampling.training(config.rollout)
     placement = Placement(config.cluster, use_gpu)
     (place,) = engine_places(config.cluster, config.rollout)
-    options = placement.options(place, engine_environment(config, use_gpu))
+    options = placement.options(place, engine_env_vars(config, use_gpu))
     plain = ray.remote(PlainEngine).options(**options).remote(config, model_dir, use_gpu)
     ray.get(plain.ready.remote())
-    began = time.perf_counter()
-    ours = EngineGroup(config, model_dir, use_gpu, placement)
-    ours.start(disk_weights_version=0)
-    start_s = time.perf_counter() - began
-
-    plain_rates, our_rates, tokens = [], [], 0
+    pool, start_s = started_pool(config, model_dir, use_gpu, placement)
+    pool.deterministic = False
+    rates: dict[str, list[float]] = {"plain": [], "ours": [], "seeded": []}
+    tokens = 0
     for number in range(rounds + 1):
         plain_tokens, plain_s = ray.get(plain.generate.remote(prompts, sampling))
-        began = time.perf_counter()
-        responses = ours.generate(prompts, sampling, seed=number)
-        our_s = time.perf_counter() - began
-        our_tokens = sum(len(response.token_ids) for response in responses)
-        if number > 0:
-            plain_rates.append(plain_tokens / plain_s)
-            our_rates.append(our_tokens / our_s)
-            tokens += our_tokens
-    ours.close()
+        rates["plain"].append(plain_tokens / plain_s)
+        completions, our_s = timed(lambda: pool.generate(prompts, sampling, seed=0))
+        rates["ours"].append(count_tokens(completions) / our_s)
+        seeded = [replace(sampling, seed=number * len(prompts) + index) for index in range(len(prompts))]
+        seeded_completions, seeded_s = timed(lambda seeded=seeded: pool.generate(prompts, seeded, seed=0))
+        rates["seeded"].append(count_tokens(seeded_completions) / seeded_s)
+        tokens += count_tokens(completions) if number > 0 else 0
+    pool.close()
     ray.get(plain.close.remote())
     ray.kill(plain)
-    responses = len(prompts) * sampling.responses
+    enough_gpus = not use_gpu or 2 * config.rollout.tensor <= config.cluster.ranks_per_node
+    plain_rates, our_rates, seeded_rates = (values[1:] for values in rates.values())
     return {
         "plain_tokens_per_s": median(plain_rates),
         "ours_tokens_per_s": median(our_rates),
         "ratio": median(our / plain for our, plain in zip(our_rates, plain_rates, strict=True)),
+        "seeded_tokens_per_s": median(seeded_rates),
+        "seeded_ratio": median(seeded / our for seeded, our in zip(seeded_rates, our_rates, strict=True)),
         "ours_start_s": start_s,
         "prompts": len(prompts),
-        "responses": responses,
-        "mean_tokens": tokens / rounds / responses,
+        "responses": len(prompts) * sampling.responses,
+        "mean_tokens": tokens / rounds / (len(prompts) * sampling.responses),
         "rounds": rounds,
         "sampling": asdict(sampling),
+        "two_engines": two_engines(config, model_dir, prompts, use_gpu, placement, rounds) if enough_gpus else None,
     }
 
 
+def two_engines(
+    config: Config, model_dir: str, prompts: Sequence[list[int]], use_gpu: bool, placement: Placement, rounds: int
+) -> dict:
+    """Two engines with four times as many responses as run at once, of log-normal lengths from 1/50 of the limit to it.
+
+    The limit of a prompt is that of all its responses, and end-of-sequence tokens are ignored, so that both ways
+    generate the same numbers of tokens. Keys: `static_s` (prompts assigned to the engines in turn beforehand:
+    `rollout.deterministic`), `least_loaded_s` (each to the least loaded engine), medians; `speedup`, the median of the
+    rounds' own; `responses`, `mean_tokens`, `max_tokens`.
+    """
+    config = copy.deepcopy(config)
+    rollout = config.rollout
+    rollout.engines = 2
+    training = Sampling.training(rollout)
+    count = max(2, 8 * rollout.max_num_seqs // training.responses)
+    longest = training.max_tokens
+    lengths = np.random.default_rng(0).lognormal(np.log(longest / 8), 1.2, count).clip(max(1, longest // 50), longest)
+    many = [prompts[index % len(prompts)] for index in range(count)]
+    samplings = [replace(training, max_tokens=int(length), stop=False) for length in lengths]
+    pool, _ = started_pool(config, model_dir, use_gpu, placement)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(rounds + 1):
+        for pool.deterministic, times in seconds.items():
+            completions, elapsed = timed(lambda number=number: pool.generate(many, samplings, seed=number))
+            times.append(elapsed)
+    pool.close()
+    static, least_loaded = seconds[True][1:], seconds[False][1:]
+    return {
+        "static_s": median(static),
+        "least_loaded_s": median(least_loaded),
+        "speedup": median(old / new for old, new in zip(static, least_loaded, strict=True)),
+        "responses": count * training.responses,
+        "mean_tokens": count_tokens(completions) / (count * training.responses),
+        "max_tokens": int(lengths.max()),
+    }
+
+
+def started_pool(config: Config, model_dir: str, use_gpu: bool, placement: Placement) -> tuple[EnginePool, float]:
+    """A pool of engines with the weights in `model_dir`, and the seconds that its start took."""
+    began = time.perf_counter()
+    pool = EnginePool(config, model_dir, use_gpu, placement, disk_version=0)
+    pool.start()
+    return pool, time.perf_counter() - began
+
+
+def timed(generate: Callable[[], list[list[Completion]]]) -> tuple[list[list[Completion]], float]:
+    began = time.perf_counter()
+    return generate(), time.perf_counter() - began
+
+
+def count_tokens(completions: list[list[Completion]]) -> int:
+    return sum(len(completion.token_ids_R) for of_prompt in completions for completion in of_prompt)
+
+
 class PlainEngine:
-    """`vllm.LLM` with nothing of ours."""
+    """`vllm.LLM` with its defaults."""
 
     def __init__(self, config: Config, model_dir: str, use_gpu: bool):
         from vllm import LLM

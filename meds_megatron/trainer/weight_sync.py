@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import ray
 
@@ -18,9 +17,6 @@ from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.weights.resharding.plan import Route, find_routes, interleaved
 from meds_megatron.weights.resharding.types import Checksums, StagedBucket, SyncSpec
 
-if TYPE_CHECKING:
-    from meds_megatron.trainer.policy_group import PolicyGroup
-
 
 class WeightSync:
     """Copies the policy's weights into the engines, and numbers their versions.
@@ -34,7 +30,7 @@ class WeightSync:
     """
 
     def __init__(
-        self, config: Config, shape: ModelShape, policy: "PolicyGroup", pool: EnginePool, shared_directory: str
+        self, config: Config, shape: ModelShape, policy: PolicyGroup, pool: EnginePool, shared_directory: str
     ) -> None:
         """`shared_directory` is a directory in the shared memory of every node; the caller removes it at the end."""
         self.version = -1

@@ -1,7 +1,7 @@
 """`meds train` with engines that are killed: python -m tests.trainer.killed_engines_run CONFIG [KEY=VALUE]...
 
-In step 2 the process that computes for the last engine is killed while it generates, in step 3 the first engine's during
-the weight update.
+In step 2 the process that computes for the last engine is killed while it generates, in step 3 that of the first engine
+during the weight update.
 """
 
 import os
