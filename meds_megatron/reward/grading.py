@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from typing import Literal
@@ -28,8 +29,8 @@ from meds_megatron.reward.answers import compare_plainly, normalised
 MAX_ANSWER_CHARACTERS = 2000
 """A longer answer or ground truth is not the answer to a problem; parsing it would only use up the time limit."""
 MAX_FAILED_STARTS = 3
-START_SECONDS = 180.0
-"""Wall-clock time a process may take for its imports on a crowded machine."""
+START_SECONDS = 45.0
+"""Limit of processor time for a new process's first answer, which pays for the imports."""
 PATIENCE = 4.0
 """Wall-clock bound of one answer, in multiples of its limit of processor time."""
 MAX_REMEMBERED = 100_000
@@ -45,7 +46,7 @@ class Grade:
     detail: str = ""
 
 
-class GraderPool:
+class GraderPool(AbstractContextManager):
     """Grades responses in up to `workers` processes, which start when first needed and are replaced when they end.
 
     An answer may take `timeout_seconds` of processor time, so that a crowded machine does not turn answers into
@@ -69,16 +70,13 @@ class GraderPool:
         self._lock = threading.Lock()
         self._futures: dict[tuple[str, str], Future[Grade]] = {}
 
-    def __enter__(self) -> "GraderPool":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
     def pids(self) -> list[int]:
         """Process ids of the running graders."""
-        return [process.pid for process in list(self._processes.values()) if not process.ended]
+        return [process.pid for process in list(self._processes.values()) if process.poll() is None]
 
     def submit(self, response_text: str, answer: str) -> "Future[Grade]":
         """Verdict on a response whose ground truth is `answer`; plain comparisons resolve at once.
@@ -118,92 +116,74 @@ class GraderPool:
             process.kill()
         self._executor.shutdown()
         for process in self._processes.values():
-            process.kill()
+            process.end()  # Also those that started meanwhile.
 
     def _judge(self, answer: str, truth: str) -> Grade:
         """math-verify's verdict, from the process of the calling thread."""
         process = self._processes.get(threading.get_ident())
-        if process is None or process.ended:
+        if process is None or process.poll() is not None:
             process = self._start()
-        grade = process.grade(answer, truth)
+        grade = process.grade(answer, truth, self.timeout_seconds)
         if self._closed:
             raise CancelledError("The grader pool was closed")
         return grade
 
     def _start(self) -> "GraderProcess":
-        """New process for the calling thread, ready to grade."""
+        """New process for the calling thread, which has graded one answer to have its imports and set-up done."""
         for _ in range(MAX_FAILED_STARTS):
-            process = self._processes[threading.get_ident()] = GraderProcess(self.timeout_seconds)
-            if self._closed:
-                process.kill()
-            if process.wait_until_ready():
-                return process
-            code = process.kill()
+            process = self._processes[threading.get_ident()] = GraderProcess()
             if self._closed:
                 raise CancelledError("The grader pool was closed")
+            grade = process.grade("x + 1", "1 + x", START_SECONDS)
+            if grade.correct:
+                return process
+            process.end()
         raise RuntimeError(
-            f"A grader process ended with exit code {code} before it was ready, {MAX_FAILED_STARTS} times in a row: "
-            f"see its messages on standard error; `{sys.executable} -c 'import math_verify'` must work"
+            f"Grader processes do not start, {MAX_FAILED_STARTS} times in a row: {grade.detail}; see standard error, "
+            f"and make `{sys.executable} -c 'import math_verify'` work"
         )
 
 
-class GraderProcess:
-    """One process of `reward.worker`, in a session of its own so that Ctrl-C in the terminal does not reach it.
+class GraderProcess(subprocess.Popen):
+    """New interpreter that runs `reward.worker` and ends with the thread that started it.
 
-    It is started as a new interpreter that runs worker.py and nothing else. It ends with the thread that created this
-    object.
+    Its session is its own, so that Ctrl-C in the terminal does not reach it.
     """
 
-    def __init__(self, timeout_seconds: float) -> None:
-        self.timeout_seconds = timeout_seconds
+    def __init__(self) -> None:
         self._pipe, theirs = Pipe()
-        descriptor = theirs.fileno()
-        arguments = [str(descriptor), str(timeout_seconds), str(os.getpid())]
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", worker.__file__, *arguments],
+            descriptor = theirs.fileno()
+            super().__init__(
+                [sys.executable, "-P", worker.__file__, str(descriptor), str(os.getpid())],
                 pass_fds=[descriptor],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
             )
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def ended(self) -> bool:
-        return self._process.poll() is not None
-
-    def wait_until_ready(self) -> bool:
-        """Whether the imports are done, within START_SECONDS and without the process ending."""
-        try:
-            return self._pipe.poll(START_SECONDS) and self._pipe.recv_bytes() == worker.READY
-        except (EOFError, OSError):
-            return False
-
-    def grade(self, answer: str, truth: str) -> Grade:
-        """Verdict on one answer; unless it comes from math-verify, the process has ended afterwards."""
+    def grade(self, answer: str, truth: str, timeout_seconds: float) -> Grade:
+        """Verdict on one answer; unless math-verify returned or raised, the process has ended afterwards."""
         in_time = True
         try:
-            self._pipe.send_bytes(json.dumps([answer, truth], ensure_ascii=False).encode("utf-8", "replace"))
-            in_time = self._pipe.poll(PATIENCE * self.timeout_seconds)
+            job = json.dumps([answer, truth, timeout_seconds], ensure_ascii=False)
+            self._pipe.send_bytes(job.encode("utf-8", "replace"))
+            in_time = self._pipe.poll(PATIENCE * timeout_seconds)
             if in_time:
                 return Grade(*json.loads(self._pipe.recv_bytes()))
         except (EOFError, OSError):
-            pass  # The process has ended; its exit code has the reason.
-        code = self.kill()
+            pass  # The process has ended, and its exit code has the reason.
+        code = self.end()
         if not in_time or code == -signal.SIGPROF:
-            return Grade(False, "timeout", f"no verdict on {answer!r} in {self.timeout_seconds} seconds")
+            return Grade(False, "timeout", f"no verdict on {answer!r} in {timeout_seconds} seconds")
         if code == worker.OUT_OF_MEMORY:
             return Grade(False, "error", f"MemoryError: more than {worker.MEMORY_LIMIT_BYTES >> 30} GiB for {answer!r}")
         return Grade(False, "error", f"the grader process ended with exit code {code} on {answer!r}")
 
-    def kill(self) -> int:
-        """Exit code of the process, which is killed if it has not ended: negative for a signal, as in subprocess."""
-        self._process.kill()
-        return self._process.wait()
+    def end(self) -> int:
+        """Exit code of the process, negative for a signal; kills it if it has not ended."""
+        self.kill()
+        return self.wait()
 
 
 def _plain_verdict(answer: str | None, truth: str) -> Grade | None:

@@ -11,9 +11,9 @@ import os
 import resource
 import signal
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
-READY = b"ready"
 OUT_OF_MEMORY = 3
 """Exit status after a MemoryError."""
 MEMORY_LIMIT_BYTES = 4 << 30
@@ -41,35 +41,26 @@ def judge(answer: str, truth: str) -> tuple[bool, str]:
     return bool(verify(expected, parsed(answer), timeout_seconds=None, raise_on_error=True)), ""
 
 
-def set_limits(parent: int) -> None:
-    """Bounds the process's memory and ends it with its parent, also in the middle of a C call.
+def main(descriptor: int, parent: int) -> None:
+    """Answers each [answer, truth, seconds] with a verdict [correct, outcome, detail] until the pipe closes.
 
-    The kernel sends SIGKILL when the parent's thread that started this process ends. If the parent (process id
-    `parent`) has ended before that is set up, the process ends here.
+    `descriptor` is this end of a multiprocessing pipe that carries JSON; `parent` is the process id of the other end's
+    owner. An answer that takes `seconds` of processor time ends the process by SIGPROF, also in the middle of a C call;
+    one that exceeds the memory limit ends it with status OUT_OF_MEMORY. The kernel kills the process when the parent's
+    thread that started it ends.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        os._exit(0)
+        return  # The parent ended before its end could be signalled.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
-
-
-def main(descriptor: int, timeout_seconds: float, parent: int) -> None:
-    """Sends READY, then a verdict [correct, outcome, detail] for each [answer, truth] received, until the pipe closes.
-
-    `descriptor` is this end of a multiprocessing pipe that carries JSON. An answer that takes `timeout_seconds` of
-    processor time ends the process by SIGPROF; one that exceeds the memory limit ends it with status OUT_OF_MEMORY.
-    """
-    set_limits(parent)
     logging.disable(logging.CRITICAL)
-    judge("x + 1", "1 + x")  # Imports and first-use set-up do not count as an answer's time.
     connection = Connection(descriptor)
-    try:
-        connection.send_bytes(READY)
+    with suppress(EOFError, ConnectionError):  # The pool closed the pipe.
         while True:
-            answer, truth = json.loads(connection.recv_bytes())
-            signal.setitimer(signal.ITIMER_PROF, timeout_seconds)
+            answer, truth, seconds = json.loads(connection.recv_bytes())
+            signal.setitimer(signal.ITIMER_PROF, seconds)
             try:
                 correct, detail = judge(answer, truth)
                 verdict = (correct, "graded", detail)
@@ -79,9 +70,7 @@ def main(descriptor: int, timeout_seconds: float, parent: int) -> None:
                 verdict = (False, "error", f"{type(error).__name__}: {error}"[:MAX_DETAIL_CHARACTERS])
             signal.setitimer(signal.ITIMER_PROF, 0)
             connection.send_bytes(json.dumps(verdict).encode())
-    except (EOFError, ConnectionError):  # The pool closed the pipe.
-        pass
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]))

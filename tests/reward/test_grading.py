@@ -156,7 +156,7 @@ def test_plain_comparisons_resolve_at_once_and_start_no_process():
 
 def test_any_thread_may_submit(pool):
     with ThreadPoolExecutor(8) as threads:
-        grades = threads.map(lambda n: pool.submit(boxed(f"{n % 7} + t"), "t + 3").result(), range(56))
+        grades = threads.map(lambda n: pool.submit(boxed(f"{n % 7} + z"), "z + 3").result(), range(56))
     assert [grade.correct for grade in grades] == [n % 7 == 3 for n in range(56)]
 
 
@@ -171,7 +171,7 @@ def test_an_answer_that_takes_too_long_costs_only_itself():
 
 
 def test_time_limit_is_processor_time():
-    with GraderPool(workers=1, timeout_seconds=2) as pool:
+    with GraderPool(workers=1, timeout_seconds=3) as pool:
         pool.grade([boxed("1+x")], ["x+1"])
         (pid,) = pool.pids
         os.kill(pid, signal.SIGSTOP)
@@ -208,8 +208,9 @@ def test_a_grader_that_dies_is_replaced_and_its_answer_is_an_error(how):
     with GraderPool(workers=1, timeout_seconds=60) as pool:
         pool.grade([boxed("1+x")], ["x+1"])
         (pid,) = pool.pids
+        started = processor_seconds(pid)
         futures = [pool.submit(boxed(answer), truth) for answer, truth in [(SLOW, "5"), ("1+y", "y+1"), ("2+y", "y+1")]]
-        time.sleep(0.3)
+        assert wait_until(lambda: processor_seconds(pid) > started + 0.2)
         os.kill(pid, how)
         grades = [future.result() for future in futures]
         assert [(grade.outcome, grade.correct) for grade in grades] == [
@@ -231,19 +232,17 @@ def test_a_grader_that_died_while_idle_costs_no_answer():
 
 
 def test_graders_killed_at_any_moment_cost_one_answer_each():
-    answers = [f"x + {n}" for n in range(400)]
     with GraderPool(workers=2, timeout_seconds=60) as pool:
-        pool.grade([boxed("1+y"), boxed("2+y")], ["y+1", "y+1"])
-        futures = [pool.submit(boxed(answer), "y") for answer in answers]
+        futures = [pool.submit(boxed(f"x + {n}"), "y") for n in range(300)]
         kills = 0
-        while not futures[-1].done():
-            time.sleep(0.1)
-            for pid in pool.pids[:1]:
+        for n in range(10, 300, 29):
+            futures[n].result()
+            for pid in pool.pids[kills % 2 :][:1]:
                 os.kill(pid, signal.SIGKILL)
                 kills += 1
         outcomes = [future.result().outcome for future in futures]
     assert set(outcomes) <= {"graded", "error"}
-    assert kills and outcomes.count("error") <= kills
+    assert kills >= 5 and outcomes.count("error") <= kills
 
 
 @pytest.fixture
@@ -263,7 +262,7 @@ def verify(gold, answer, **settings):
         {source}
     return real(gold, answer, **settings)
 math_verify.verify = verify
-worker.main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))
+worker.main(int(sys.argv[1]), int(sys.argv[2]))
 """)
         monkeypatch.setattr(worker, "__file__", str(program))
 
@@ -383,7 +382,7 @@ def test_ctrl_c_in_the_terminal_prints_the_drivers_traceback_only():
 
 
 def test_a_grader_whose_parent_is_gone_before_it_starts_ends_at_once():
-    command = [sys.executable, "-P", worker.__file__, "0", "30", str(os.getppid())]
+    command = [sys.executable, "-P", worker.__file__, "0", str(os.getppid())]
     run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
@@ -429,12 +428,22 @@ def test_graders_that_do_not_start_are_one_clear_error(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with GraderPool(workers=2, timeout_seconds=1) as pool:
         future = pool.submit(boxed("3+x"), "x")
-        with pytest.raises(RuntimeError, match="exit code 1 before it was ready, 3 times in a row"):
+        with pytest.raises(RuntimeError, match="do not start, 3 times in a row: .* exit code 1 on"):
             future.result()
         monkeypatch.undo()
         assert pool.grade([boxed("1+x")], ["x+1"])[0].correct
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with GraderPool(workers=2, timeout_seconds=1) as pool:
-        with pytest.raises(RuntimeError, match="exit code 1 before it was ready, 3 times in a row"):
+        with pytest.raises(RuntimeError, match="do not start, 3 times in a row: .* exit code 1 on"):
             pool.grade([boxed(f"{n}+x") for n in range(1000)], ["x"] * 1000)
         assert pool.pids == []
+
+
+def test_missing_math_verify_is_named(tmp_path, monkeypatch):
+    program = tmp_path / "worker.py"
+    source = Path(worker.__file__).read_text()
+    program.write_text(source.replace("from math_verify import", "from math_verify_that_is_missing import"))
+    monkeypatch.setattr(worker, "__file__", str(program))
+    with GraderPool(workers=1, timeout_seconds=1) as pool:
+        with pytest.raises(RuntimeError, match="do not start.*No module named 'math_verify_that_is_missing'"):
+            pool.grade([boxed("1+x")], ["x+1"])
