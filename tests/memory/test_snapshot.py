@@ -1,4 +1,4 @@
-"""What is saved comes back, on any number of shards; what is damaged is named and harms nothing else."""
+"""Snapshots: saved on some shards and loaded on others; damaged files are named and affect no other."""
 
 import dataclasses
 import errno
@@ -186,7 +186,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("problem", DAMAGES)
-def test_a_damaged_file_is_named_and_the_rest_loads_if_told_to(tmp_path, problem):
+def test_a_damaged_file_is_named_and_left_out_with_skip_damaged(tmp_path, problem):
     shards = new_shards(2).save(tmp_path)
     damaged = tmp_path / "shard-00001-of-00002.memory"
     DAMAGES[problem](damaged)
@@ -311,7 +311,7 @@ def test_statistics_of_a_loaded_shard(tmp_path, loaded_on):
 
 
 @pytest.mark.parametrize("other", [{"norm": "all"}, {"layer_diff": True}, {"last_n_layers": 5}])
-def test_vectors_that_mean_something_else_are_refused(tmp_path, other):
+def test_vectors_made_in_another_way_are_refused(tmp_path, other):
     new_shards(1).save(tmp_path)
     ((name, value),) = other.items()
     with pytest.raises(UserError, match=f"was saved with memory.{name}=.*, this run has {value}: "):
