@@ -170,13 +170,13 @@ def change_byte(path: Path, place: int, bits: int = 1) -> None:
 
 DAMAGES = {
     "is missing": Path.unlink,
-    "is cut short or has grown": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "is cut short or altered": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "is cut short to 7 bytes": lambda path: path.write_bytes(path.read_bytes()[:7]),
     "is cut short to 0 bytes": lambda path: path.write_bytes(b""),
-    "is cut short or has grown, ": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+    "is cut short or altered .its checksum differs.": lambda path: path.write_bytes(path.read_bytes() + b"more"),
     "checksum differs": lambda path: change_byte(path, -1000),
     "checksum differs.*: resume from another": lambda path: change_byte(path, 30),
-    "is not a saved memory": lambda path: change_byte(path, 0),
+    "is no saved memory": lambda path: change_byte(path, 0),
     "has format version 11, this program reads version 2": lambda path: change_byte(path, 8, 9),
     "is a copy of shard-00000-of-00002.memory": lambda path: shutil.copy(
         path.with_name("shard-00000-of-00002.memory"), path
