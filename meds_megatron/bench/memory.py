@@ -1,4 +1,4 @@
-"""What the memory costs: against a straightforward version, over shards, and at a million prompts.
+"""Cost of the error memory: against a straightforward version, over shards, and at a million prompts.
 
 Times are processor seconds of one thread, so that other work on the machine does not count.
 """
@@ -17,8 +17,8 @@ from meds_megatron.config import MemoryConfig
 from meds_megatron.memory.shard import MemoryShard, shard_of
 
 LAYERS = 28
-HABITS = 6
-"""Distinct mistakes of a problem in the made-up data."""
+MISTAKES = 6
+"""Distinct mistakes of a problem in the synthetic data."""
 MILLION = 1_000_000
 VECTORS_PER_PROMPT = 64
 
@@ -38,8 +38,8 @@ def run(
     Returns `rows`, one a history: {history, ours_s, straightforward_s, speedup, lookup_s, same_partition}; the
     straightforward version runs on `straightforward_keys` of the keys and its time is scaled to all of them, and
     `same_partition` is the share of these keys in which both found the same clusters. `shards`, one a number of shards:
-    {shards, keys_mean, keys_max, imbalance, slowest_s, total_s} for `shard_keys` random keys. `million`: what
-    `sample_keys` prompts of 64 vectors take, scaled to a million: {prompts, vectors_per_prompt, raw_bytes_per_vector,
+    {shards, keys_mean, keys_max, imbalance, slowest_s, total_s} for `shard_keys` random keys. `million`: the cost of
+    `sample_keys` prompts of 64 vectors, scaled to a million: {prompts, vectors_per_prompt, raw_bytes_per_vector,
     bytes_per_vector, ratio, resident_bytes_per_vector, step_s, gib_per_shard}.
     """
     with threadpool_limits(1):
@@ -56,23 +56,23 @@ def run(
 
 
 class Problems:
-    """Made-up fingerprints: every key has its own few habits."""
+    """Synthetic fingerprints: every key has a few mistakes of its own."""
 
     def __init__(self, names: Sequence[str], seed: int):
         self.names = list(names)
         self._rng = np.random.default_rng(seed)
-        self._habits = 15 + 3 * self._rng.normal(size=(len(self.names), HABITS, LAYERS))
+        self._mistakes = 15 + 3 * self._rng.normal(size=(len(self.names), MISTAKES, LAYERS))
 
     def draw(self, count: int) -> tuple[list[str], np.ndarray]:
         """`count` fingerprints of each key: the keys and the array [keys * count, layers]."""
         keys = len(self.names)
-        habits = self._rng.integers(HABITS, size=(keys, count))
-        drawn = self._habits[np.arange(keys)[:, None], habits] + self._rng.normal(size=(keys, count, LAYERS))
+        mistakes = self._rng.integers(MISTAKES, size=(keys, count))
+        drawn = self._mistakes[np.arange(keys)[:, None], mistakes] + self._rng.normal(size=(keys, count, LAYERS))
         return [name for name in self.names for _ in range(count)], drawn.reshape(-1, LAYERS).astype(np.float32)
 
 
 class Straightforward:
-    """The method as one would first write it: a fit from scratch for every key, a neighbour search for every sample."""
+    """The simplest form of the method: a fit from scratch for every key, a neighbour search for every sample."""
 
     def __init__(self, config: MemoryConfig):
         self.config = config
@@ -123,7 +123,7 @@ def _compare(history: int, keys: int, new: int, straightforward_keys: int, seed:
 
     names, fingerprints = problems.draw(new)
     lookup = _seconds(lambda: shard.lookup(names, fingerprints))
-    learning = _seconds(lambda: (shard.remember(names, fingerprints), shard.recluster()))
+    remembering = _seconds(lambda: (shard.remember(names, fingerprints), shard.recluster()))
     few_rows = straightforward_keys * new
     names, fingerprints = names[:few_rows], fingerprints[:few_rows]
     straightforward = _seconds(lambda: (plain.lookup(names, fingerprints), plain.remember(names, fingerprints)))
@@ -131,9 +131,9 @@ def _compare(history: int, keys: int, new: int, straightforward_keys: int, seed:
     same = sum(_same_partition(shard.labels(name), plain.labels[name]) for name in few)
     return {
         "history": history,
-        "ours_s": lookup + learning,
+        "ours_s": lookup + remembering,
         "straightforward_s": straightforward,
-        "speedup": straightforward / (lookup + learning),
+        "speedup": straightforward / (lookup + remembering),
         "lookup_s": lookup,
         "same_partition": same / straightforward_keys,
     }
@@ -177,12 +177,12 @@ def _million(sample_keys: int, step_keys: int, new: int, shard_counts: Sequence[
     shard = MemoryShard(MemoryConfig())
     resident = []
     for group in range(max(sample_keys // 128, 2)):
-        # Few keys at a time, so that what comes and goes is small beside what stays.
+        # Few keys at a time, so that temporary arrays are small beside the stored ones.
         names = [f"train/{group}/{number}#wrong" for number in range(min(sample_keys // 2, 128))]
         shard.remember(*Problems(names, seed + group).draw(VECTORS_PER_PROMPT))
         shard.recluster()
         resident.append((shard.stats()["vectors"], _resident_bytes()))
-    # The first half also pays for what a process needs once.
+    # The first half also holds what a process allocates once.
     (first_vectors, first_bytes), (vectors, last_bytes) = resident[(len(resident) - 1) // 2], resident[-1]
     bytes_per_vector = shard.bytes_used / vectors
     drawn = Problems(names[:step_keys], seed).draw(new)
@@ -204,7 +204,7 @@ def _million(sample_keys: int, step_keys: int, new: int, shard_counts: Sequence[
 
 
 def _resident_bytes() -> int:
-    """Memory of this process that is in RAM; 0 where the system does not tell."""
+    """Resident memory of this process; 0 where /proc is not there."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -3,7 +3,7 @@ import json
 from meds_megatron.bench import memory as bench
 
 
-def test_the_bench_compares_spreads_and_scales():
+def test_the_memory_bench_compares_spreads_and_scales():
     small = dict(histories=(16, 64), keys=24, new=12, straightforward_keys=6, shard_counts=(1, 8), sample_keys=64)
     answer = bench.run(**small)
     assert json.loads(json.dumps(answer)) == answer

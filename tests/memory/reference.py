@@ -1,4 +1,4 @@
-"""The rules of the memory, written plainly: a fit from scratch for every key, a vote of its own for every sample."""
+"""Reference implementation of the memory: a fit from scratch for every key, a vote of its own for every sample."""
 
 import warnings
 from collections import Counter
@@ -51,7 +51,7 @@ def partition(labels) -> list[int]:
 def vote(history_NF: np.ndarray, labels: list[int], query_F: np.ndarray, neighbours: int) -> int:
     """The label that most of the nearest vectors carry; older first among equally near, smallest label of a tie."""
     query = units(query_F[None])[0]
-    # Summed in the order of the layers; what differs by rounding only counts as equally near.
+    # Summed in the order of the layers; distances that differ by rounding only are equal.
     cosines = np.cumsum(units(history_NF) * query, axis=1)[:, -1]
     nearest = np.argsort(np.floor((1.0 - cosines) * 1e12 + 0.5), kind="stable")[:neighbours]
     votes = Counter(labels[place] for place in nearest)
@@ -60,7 +60,7 @@ def vote(history_NF: np.ndarray, labels: list[int], query_F: np.ndarray, neighbo
 
 
 class PlainMemory:
-    """One key's memory with nothing saved from one step to the next but the vectors."""
+    """One key's memory that keeps nothing but the vectors from step to step."""
 
     def __init__(self, config: MemoryConfig):
         self.config = config

@@ -1,4 +1,4 @@
-"""Random streams of fingerprints: what a key may see over a run, with the awkward cases in good number."""
+"""Random streams of fingerprints of one key over a run, rich in ties, duplicates and zeros."""
 
 from dataclasses import dataclass
 

@@ -37,9 +37,9 @@ def test_longest_histories_are_cut_to_a_common_length_that_just_fits():
         lengths = rng.integers(1, 40, size=rng.integers(1, 30))
         budget = float(rng.integers(100, 40 * 30 * 100)) + 400 * len(lengths) * 8 / 7
         longest = longest_history(lengths, budget, 100)
-        room = budget * 7 / 8 - 400 * len(lengths)
-        assert longest == 1 or np.minimum(lengths, longest).sum() * 100 <= room
-        assert longest >= lengths.max() or np.minimum(lengths, longest + 1).sum() * 100 > room
+        available = budget * 7 / 8 - 400 * len(lengths)
+        assert longest == 1 or np.minimum(lengths, longest).sum() * 100 <= available
+        assert longest >= lengths.max() or np.minimum(lengths, longest + 1).sum() * 100 > available
 
 
 def test_a_budget_takes_the_oldest_vectors_of_the_longest_histories():

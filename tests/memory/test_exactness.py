@@ -1,4 +1,4 @@
-"""What is grown and batched equals what is fitted from scratch and voted on one by one."""
+"""Grown trees and batched lookups equal fits from scratch and votes of single samples."""
 
 import numpy as np
 from hypothesis import HealthCheck, event, given, settings

@@ -1,4 +1,4 @@
-"""Answers without a fingerprint: remembered under a key of their own, one cluster, nothing to compare."""
+"""Responses without an answer, and so without a fingerprint: one cluster under a key of their own."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from meds_megatron.errors import UserError
 from meds_megatron.memory import UNKNOWN, MemoryShard, shard_of, step_metrics
 
 KEY = "problem|wrong|no_answer"
-BOXED = np.random.default_rng(0).normal(size=(9, 16)) + 5
+FINGERPRINTS = np.random.default_rng(0).normal(size=(9, 16)) + 5
 
 
 def none_of(count: int) -> np.ndarray:
@@ -19,7 +19,7 @@ def sizes(shard: MemoryShard, count: int = 1) -> list[int]:
     return shard.lookup([KEY] * count, none_of(count)).tolist()
 
 
-def taught(config: MemoryConfig, *counts: int) -> MemoryShard:
+def filled(config: MemoryConfig, *counts: int) -> MemoryShard:
     shard = MemoryShard(config)
     for count in counts:
         shard.remember([KEY] * count, none_of(count))
@@ -43,19 +43,19 @@ def test_the_size_is_the_number_of_earlier_ones_from_the_first_on(config):
     assert shard.lookup(["other|wrong|no_answer"], none_of(1)).tolist() == [0]
 
 
-def test_they_leave_a_window_and_fade_as_others_do():
-    assert sizes(taught(MemoryConfig(window=5), 4, 3)) == [5]
+def test_windows_and_half_lives_apply_to_them():
+    assert sizes(filled(MemoryConfig(window=5), 4, 3)) == [5]
     # Two and one steps old: 8 / 2 + 4 / sqrt(2) = 6.83.
-    assert sizes(taught(MemoryConfig(half_life_steps=2), 8, 4)) == [7]
+    assert sizes(filled(MemoryConfig(half_life_steps=2), 8, 4)) == [7]
 
 
 def test_the_budget_holds_for_them_too():
     budget = 10_000
-    alone = taught(MemoryConfig(budget_gib=budget / 2**30), *[300] * 6)
+    alone = filled(MemoryConfig(budget_gib=budget / 2**30), *[300] * 6)
     assert alone.bytes_used <= budget and 500 < sizes(alone)[0] < 1800
     both = MemoryShard(MemoryConfig(budget_gib=budget / 2**30))
     for number in range(12):
-        both.remember([f"{number}|wrong"] * 9, BOXED)
+        both.remember([f"{number}|wrong"] * 9, FINGERPRINTS)
         both.remember([f"{number}|wrong|no_answer"] * 9, none_of(9))
         both.recluster()
         assert both.bytes_used <= budget
@@ -63,9 +63,9 @@ def test_the_budget_holds_for_them_too():
 
 
 def test_metrics_of_fingerprints_are_as_without_them():
-    plain, shard = MemoryShard(MemoryConfig()), taught(MemoryConfig(window=20), 7, 30)
+    plain, shard = MemoryShard(MemoryConfig()), filled(MemoryConfig(window=20), 7, 30)
     for one in (plain, shard):
-        one.remember(["problem|wrong"] * 9, BOXED)
+        one.remember(["problem|wrong"] * 9, FINGERPRINTS)
         one.recluster()
     with_them, without = step_metrics([shard.stats()]), step_metrics([plain.stats()])
     for name in ("keys", "vectors", "clusters", "noise_share", "top_eigenvalue_share"):
@@ -73,23 +73,23 @@ def test_metrics_of_fingerprints_are_as_without_them():
     assert (with_them["memory/no_answer"], without["memory/no_answer"]) == (20, 0)
     assert with_them["memory/evicted_vectors"] == 17
     sizes(shard, 4)
-    asked = step_metrics([shard.stats()])
-    assert asked["memory/hit_share"] == asked["memory/saturated_share"] == 1
-    assert asked["memory/lookup_size_mean"] == 20
+    metrics = step_metrics([shard.stats()])
+    assert metrics["memory/hit_share"] == metrics["memory/saturated_share"] == 1
+    assert metrics["memory/lookup_size_mean"] == 20
 
 
 @pytest.mark.parametrize("loaded_on", [1, 3])
 def test_they_are_saved_with_the_rest_and_loaded_on_any_number_of_shards(tmp_path, loaded_on):
-    shard = taught(MemoryConfig(half_life_steps=3.0), 4, 5)
-    shard.remember(["problem|wrong"] * 9, BOXED)
+    shard = filled(MemoryConfig(half_life_steps=3.0), 4, 5)
+    shard.remember(["problem|wrong"] * 9, FINGERPRINTS)
     shard.recluster()
     shard.save(tmp_path / "first")
     shard.remember([KEY] * 2, none_of(2))
     shard.recluster()
-    shard.remember([KEY, KEY], none_of(2))  # not clustered yet: what waits is saved too
+    shard.remember([KEY, KEY], none_of(2))  # not clustered yet
     shard.save(tmp_path / "second")
     loaded = [MemoryShard.load(tmp_path / "second", rank=rank, shards=loaded_on) for rank in range(loaded_on)]
-    for key, fingerprints in ((KEY, none_of(1)), ("problem|wrong", BOXED[:1])):
+    for key, fingerprints in ((KEY, none_of(1)), ("problem|wrong", FINGERPRINTS[:1])):
         owner = loaded[shard_of(key, loaded_on)]
         assert owner.lookup([key], fingerprints).tolist() == shard.lookup([key], fingerprints).tolist()
     for one in (shard, *loaded):
@@ -98,8 +98,8 @@ def test_they_are_saved_with_the_rest_and_loaded_on_any_number_of_shards(tmp_pat
     assert sum(one.stats()["no_answer"] for one in loaded) == shard.stats()["no_answer"] == 13
 
 
-def test_a_key_is_of_answers_with_fingerprints_or_without():
-    shard = taught(MemoryConfig(), 3)
+def test_a_key_is_of_responses_with_fingerprints_or_without():
+    shard = filled(MemoryConfig(), 3)
     for use in (shard.lookup, shard.remember):
         with pytest.raises(UserError, match="A vector of 14 layers came to a memory of vectors of 0"):
-            use([KEY], BOXED[:1])
+            use([KEY], FINGERPRINTS[:1])

@@ -1,6 +1,7 @@
 """The rules of the method one by one, on cases small enough to see."""
 
 import dataclasses
+import pickle
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import pytest
 
 from meds_megatron.config import MemoryConfig
 from meds_megatron.errors import UserError
-from meds_megatron.memory import UNKNOWN, MemoryShard, shard_of
+from meds_megatron.memory import UNKNOWN, Match, MemoryShard, shard_of, step_metrics
 
 
 def at_degrees(*angles: float) -> np.ndarray:
@@ -41,13 +42,13 @@ def test_size_is_the_number_of_earlier_vectors_of_the_winning_cluster():
     assert shard.lookup(["problem", "problem"], queries).dtype == np.int64
 
 
-def test_unknown_key_is_never_seen():
+def test_an_unknown_key_has_size_0_and_label_unknown():
     shard = filled(MemoryConfig(), TWO_HABITS)
     match = shard.match(["other"], TWO_HABITS[:1])
     assert (match.sizes_N.tolist(), match.labels_N.tolist()) == ([0], [UNKNOWN])
 
 
-def test_what_is_remembered_counts_only_after_recluster():
+def test_remembered_vectors_count_only_after_recluster():
     shard = MemoryShard(MemoryConfig())
     shard.remember(["problem"] * 5, TWO_HABITS)
     assert shard.lookup(["problem"], TWO_HABITS[:1]).tolist() == [0]
@@ -127,10 +128,15 @@ def test_a_step_without_fingerprints_is_a_step():
         ({"no_answer": "punish"}, "memory.no_answer is 'punish': it must be one of escape, own_cluster"),
         ({"min_cluster_size": 1}, "memory.min_cluster_size is 1: it must be at least 2"),
         ({"window": 0}, "memory.window is 0"),
+        ({"min_samples": 0}, "memory.min_samples is 0"),
+        ({"knn": 0}, "memory.knn is 0"),
+        ({"last_n_layers": -1}, "memory.last_n_layers is -1"),
+        ({"norm": "first"}, "memory.norm is 'first': it must be one of last, all, none"),
         ({"half_life_steps": 0.0}, "memory.half_life_steps is 0.0: it must be positive"),
+        ({"budget_gib": float("nan")}, "memory.budget_gib is nan: it must be positive"),
     ],
 )
-def test_a_setting_that_means_nothing_is_an_error(setting, said):
+def test_a_setting_out_of_range_is_an_error(setting, said):
     with pytest.raises(UserError, match=said):
         MemoryShard(dataclasses.replace(MemoryConfig(), **setting))
 
@@ -149,7 +155,7 @@ def test_bad_fingerprints_are_refused():
         MemoryShard(MemoryConfig(layer_diff=True)).remember(["problem"], np.ones((1, 1)))
 
 
-def test_a_key_has_one_shard_wherever_it_is_asked():
+def test_a_key_has_the_same_shard_in_every_process():
     assert [shard_of(key, 8) for key in ("train/7#wrong", "train/8#wrong", "größer")] == [6, 5, 6]
     counts = np.bincount([shard_of(f"problem {number}", 8) for number in range(4096)])
     assert counts.max() < 1.15 * 512 and counts.min() > 0.85 * 512
@@ -174,7 +180,20 @@ def test_a_lookup_never_sees_a_key_half_changed():
     assert {(size - 3) % 7 for size in sizes} == {0}
 
 
-def test_the_room_needs_neither_torch_nor_ray():
+def test_the_package_imports_neither_torch_nor_ray_nor_vllm():
     seen = "import sys, meds_megatron.memory; print(sorted({'torch', 'ray', 'vllm'} & set(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def test_arguments_and_results_can_cross_processes():
+    shard = MemoryShard(pickle.loads(pickle.dumps(MemoryConfig())))
+    fingerprints = TWO_HABITS.astype(np.float32)
+    fingerprints.flags.writeable = False  # as Ray hands arrays to an actor
+    keys = ["problem"] * len(fingerprints)
+    for _ in range(2):
+        shard.remember(keys, fingerprints)
+        shard.recluster()
+    match = pickle.loads(pickle.dumps(shard.match(keys, fingerprints)))
+    assert isinstance(match, Match) and match.sizes_N.dtype == match.labels_N.dtype == np.int64
+    assert step_metrics([pickle.loads(pickle.dumps(shard.stats()))])["memory/vectors"] == 10

@@ -1,4 +1,4 @@
-"""What is saved comes back, on any number of shards; what is damaged is named and harms nothing else."""
+"""Snapshots: saved on some shards and loaded on others; damaged files are named and affect no other."""
 
 import dataclasses
 import errno
@@ -170,13 +170,13 @@ def change_byte(path: Path, place: int, bits: int = 1) -> None:
 
 DAMAGES = {
     "is missing": Path.unlink,
-    "is cut short or has grown": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "is cut short or altered": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "is cut short to 7 bytes": lambda path: path.write_bytes(path.read_bytes()[:7]),
     "is cut short to 0 bytes": lambda path: path.write_bytes(b""),
-    "is cut short or has grown, ": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+    "is cut short or altered .its checksum differs.": lambda path: path.write_bytes(path.read_bytes() + b"more"),
     "checksum differs": lambda path: change_byte(path, -1000),
     "checksum differs.*: resume from another": lambda path: change_byte(path, 30),
-    "is not a saved memory": lambda path: change_byte(path, 0),
+    "is no saved memory": lambda path: change_byte(path, 0),
     "has format version 11, this program reads version 2": lambda path: change_byte(path, 8, 9),
     "is a copy of shard-00000-of-00002.memory": lambda path: shutil.copy(
         path.with_name("shard-00000-of-00002.memory"), path
@@ -186,7 +186,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("problem", DAMAGES)
-def test_a_damaged_file_is_named_and_the_rest_loads_if_told_to(tmp_path, problem):
+def test_a_damaged_file_is_named_and_left_out_with_skip_damaged(tmp_path, problem):
     shards = new_shards(2).save(tmp_path)
     damaged = tmp_path / "shard-00001-of-00002.memory"
     DAMAGES[problem](damaged)
@@ -311,7 +311,7 @@ def test_statistics_of_a_loaded_shard(tmp_path, loaded_on):
 
 
 @pytest.mark.parametrize("other", [{"norm": "all"}, {"layer_diff": True}, {"last_n_layers": 5}])
-def test_vectors_that_mean_something_else_are_refused(tmp_path, other):
+def test_vectors_made_in_another_way_are_refused(tmp_path, other):
     new_shards(1).save(tmp_path)
     ((name, value),) = other.items()
     with pytest.raises(UserError, match=f"was saved with memory.{name}=.*, this run has {value}: "):
