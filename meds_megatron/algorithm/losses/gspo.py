@@ -31,7 +31,7 @@ def gspo_loss(inputs: LossInputs, config: PolicyConfig) -> LossOutput:
 def _sequence_log_ratio(inputs: LossInputs) -> Tensor:
     """log s of each token's response, without gradient."""
     log_ratio_T, lengths_B = inputs.logprobs_T.detach() - inputs.old_logprobs_T, inputs.lengths_B
-    # Repeatable on CUDA, unlike index_add. The checks that `unsafe` leaves out refuse a micro-batch without responses.
+    # Not index_add: it adds in no fixed order on CUDA. The checks that `unsafe` skips refuse empty micro-batches.
     sums_B = torch.segment_reduce(log_ratio_T, "sum", lengths=lengths_B, unsafe=True)
     log_ratio_B = (sums_B / lengths_B.clamp(min=1)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return log_ratio_B.repeat_interleave(lengths_B, output_size=len(log_ratio_T))
