@@ -123,8 +123,8 @@ def _check_ranks(config: Config) -> None:
     nodes = rollout.nodes or cluster.nodes
     _require(
         rollout.tensor <= cluster.ranks_per_node,
-        f"rollout.tensor = {rollout.tensor} is more than the {cluster.ranks_per_node} ranks of a node, and an engine "
-        "lies on one node; lower rollout.tensor",
+        f"rollout.tensor = {rollout.tensor} is more than the {cluster.ranks_per_node} ranks of a node, but an engine "
+        "cannot span nodes; lower rollout.tensor",
     )
     engines = nodes * (cluster.ranks_per_node // rollout.tensor)
     _require(
