@@ -22,7 +22,7 @@ class Command(click.Command):
         super().__init__(*args, epilog=f"\b\nExample:\n  {example}", **kwargs)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True})
 @click.version_option(package_name="meds_megatron", message="%(prog)s %(version)s")
 def cli() -> None:
     """Reinforcement learning of Qwen models with a memory of past mistakes (MEDS).
@@ -126,13 +126,7 @@ def to_hf(checkpoint: str, out: str, dtype: str | None) -> None:
     help="Largest difference of a weight, of any dtype.  [default: the same bits]",
 )
 @click.option("--text", type=click.File(encoding="utf-8"), help="Text for the log-probs.  [default: a built-in one]")
-@click.option(
-    "--logprob-limit",
-    type=click.FloatRange(min=0),
-    default=1e-4,
-    show_default=True,
-    help="Largest difference of a log-prob.",
-)
+@click.option("--logprob-limit", type=click.FloatRange(min=0), default=1e-4, help="Largest difference of a log-prob.")
 @click.option("--weights-only", is_flag=True, help="Do not compare log-probs.")
 @with_json
 def verify(a: str, b: str, tolerance: float | None, text, logprob_limit: float, weights_only: bool) -> dict:
@@ -156,11 +150,7 @@ def bench() -> None:
 
 @bench.command(cls=Command, example="meds bench rollout configs/quickstart.yaml --json")
 @click.option(
-    "--rounds",
-    type=click.IntRange(min=1),
-    default=5,
-    show_default=True,
-    help="Measured generations of each engine, after one warm-up.",
+    "--rounds", type=click.IntRange(min=1), default=5, help="Measured generations of each engine, after one warm-up."
 )
 @with_json
 @with_config
@@ -175,9 +165,7 @@ def rollout(config, rounds: int) -> dict:
 
 
 @bench.command(cls=Command, example="meds bench step configs/quickstart.yaml --steps 5 --json")
-@click.option(
-    "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Measured steps, after one warm-up step."
-)
+@click.option("--steps", type=click.IntRange(min=1), default=5, help="Measured steps, after one warm-up step.")
 @with_json
 @with_config
 def step(config, steps: int) -> dict:
@@ -191,13 +179,9 @@ def step(config, steps: int) -> dict:
 
 
 @bench.command(cls=Command, example="meds bench fingerprint --responses 8 --tokens 64 --json")
-@click.option(
-    "--responses", type=click.IntRange(min=1), default=8, show_default=True, help="Responses with a fingerprint."
-)
-@click.option("--tokens", type=click.IntRange(min=4), default=64, show_default=True, help="Length of each sequence.")
-@click.option(
-    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Measured forward passes of each kind."
-)
+@click.option("--responses", type=click.IntRange(min=1), default=8, help="Responses with a fingerprint.")
+@click.option("--tokens", type=click.IntRange(min=4), default=64, help="Length of each sequence.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, help="Measured forward passes of each kind.")
 @with_json
 def fingerprint(responses: int, tokens: int, rounds: int) -> dict:
     """Time and memory that fingerprints add to a forward pass.
@@ -217,11 +201,10 @@ def fingerprint(responses: int, tokens: int, rounds: int) -> dict:
     type=click.IntRange(min=2),
     multiple=True,
     default=(16, 64, 256, 1600),
-    show_default=True,
     help="Stored vectors of each problem; may be given several times.",
 )
-@click.option("--keys", type=click.IntRange(min=1), default=512, show_default=True, help="Problems in a step.")
-@click.option("--new", type=click.IntRange(min=1), default=12, show_default=True, help="New vectors of each problem.")
+@click.option("--keys", type=click.IntRange(min=1), default=512, help="Problems in a step.")
+@click.option("--new", type=click.IntRange(min=1), default=12, help="New vectors of each problem.")
 @with_json
 def memory(histories: Sequence[int], keys: int, new: int) -> dict:
     """CPU seconds of the error memory in a step.
@@ -234,11 +217,9 @@ def memory(histories: Sequence[int], keys: int, new: int) -> dict:
 
 
 @bench.command(cls=Command, example="meds bench reshard --json")
-@click.option(
-    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Measured updates of each method."
-)
-@click.option("--network-gbit", type=float, default=400.0, show_default=True, help="Gbit/s of a node, each way.")
-@click.option("--local-gbyte", type=float, default=100.0, show_default=True, help="GB/s between GPUs of a node.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, help="Measured updates of each method.")
+@click.option("--network-gbit", type=float, default=400.0, help="Gbit/s of a node, each way.")
+@click.option("--local-gbyte", type=float, default=100.0, help="GB/s between GPUs of a node.")
 @with_json
 def reshard(rounds: int, network_gbit: float, local_gbyte: float) -> dict:
     """Time and bytes of a weight update of the engines.

@@ -69,7 +69,7 @@ def test_unsupported_architecture(refused, model_dir):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "expected"),
     [
         (
             {"parallel.pipeline": 3, "cluster.ranks_per_node": 3},
@@ -81,12 +81,12 @@ def test_unsupported_architecture(refused, model_dir):
         ({"train.micro_batch_responses": 500}, "is smaller than train.micro_batch_responses"),
     ],
 )
-def test_layout_that_does_not_divide(refused, settings, said):
-    assert said in refused(**settings)
+def test_layout_that_does_not_divide(refused, settings, expected):
+    assert expected in refused(**settings)
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "expected"),
     [
         (json.dumps(GOOD_ROW) + "\n{not json\n", "problems.jsonl, row 2"),
         (json.dumps({"question": "?", "answer": ""}) + "\n", "answer"),
@@ -95,8 +95,8 @@ def test_layout_that_does_not_divide(refused, settings, said):
     ],
     ids=["not JSON", "empty answer", "no question", "answer of a wrong type"],
 )
-def test_malformed_jsonl_row(refused, rows, said):
-    assert said in refused(rows)
+def test_malformed_jsonl_row(refused, rows, expected):
+    assert expected in refused(rows)
 
 
 def test_parquet_that_is_none(refused, tmp_path):
@@ -108,5 +108,5 @@ def test_parquet_that_is_none(refused, tmp_path):
 def test_prompt_longer_than_the_limit(refused):
     long_row = json.dumps({"question": "one " * 500, "answer": "1"}) + "\n"
     assert "rollout.max_prompt_tokens" in refused(long_row)
-    said = refused(json.dumps(GOOD_ROW) + "\n" + long_row, **{"data.overlong_prompts": "error"})
-    assert "problems:2" in said and "rollout.max_prompt_tokens is 200" in said
+    message = refused(json.dumps(GOOD_ROW) + "\n" + long_row, **{"data.overlong_prompts": "error"})
+    assert "problems:2" in message and "rollout.max_prompt_tokens is 200" in message

@@ -30,7 +30,7 @@ def test_every_command_has_help_with_an_example(path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["train", "missing.yaml"], "missing.yaml"),
         (["train", QUICKSTART, "penalti.alpha=0.1"], "did you mean `penalty`?"),
@@ -41,10 +41,10 @@ def test_every_command_has_help_with_an_example(path, capsys):
         (["bench", "rollout", QUICKSTART, "rollout.tensr=2"], "rollout.tensor"),
     ],
 )
-def test_a_mistake_is_reported_without_a_traceback(arguments, said, capsys):
+def test_a_mistake_is_reported_without_a_traceback(arguments, expected, capsys):
     assert main(arguments) == 2
     shown = capsys.readouterr()
-    assert said in shown.err
+    assert expected in shown.err
     assert "Traceback" not in shown.err
     assert shown.out == ""
 

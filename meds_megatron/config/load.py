@@ -61,7 +61,7 @@ def _file_layers(path: Path, above: tuple[Path, ...], base: Path | None = None) 
     resolved = path.resolve()
     if resolved in above:
         chain = " -> ".join(map(str, (*above, resolved)))
-        raise UserError(f"{above[-1]}: `{BASE_KEY}` goes in a circle ({chain}); remove one of these lines.")
+        raise UserError(f"{above[-1]}: `{BASE_KEY}` is circular ({chain}); remove one of these lines.")
     values = _read_yaml(path, above)
     own_base = values.pop(BASE_KEY, None)
     if not isinstance(own_base, str | None):

@@ -55,7 +55,7 @@ class ModelShape:
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}): download the model again") from error
         if not isinstance(raw, dict):
-            raise UserError(f"{path} holds a {type(raw).__name__}, expected a JSON object: download the model again")
+            raise UserError(f"{path} contains a {type(raw).__name__}, expected a JSON object: download the model again")
         architecture = _architecture(raw, path)
         _check_supported(raw, path)
         try:

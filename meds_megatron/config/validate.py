@@ -1,6 +1,7 @@
 """Checks made before anything starts: of the config alone, and of the config against the model it names."""
 
 import math
+import operator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -10,10 +11,10 @@ from meds_megatron.config.schema import Config
 from meds_megatron.errors import UserError
 
 BOUNDS = {
-    "gt": (lambda value, bound: value > bound, "a number above {}"),
-    "ge": (lambda value, bound: value >= bound, "{} or more"),
-    "lt": (lambda value, bound: value < bound, "below {}"),
-    "le": (lambda value, bound: value <= bound, "at most {}"),
+    "gt": (operator.gt, "a number above {}"),
+    "ge": (operator.ge, "{} or more"),
+    "lt": (operator.lt, "below {}"),
+    "le": (operator.le, "at most {}"),
 }
 """Each bound of `schema.setting`: its test and its wording."""
 VLLM_VOCABULARY_MULTIPLE = 64
@@ -123,8 +124,8 @@ def _check_ranks(config: Config) -> None:
     nodes = rollout.nodes or cluster.nodes
     _require(
         rollout.tensor <= cluster.ranks_per_node,
-        f"rollout.tensor = {rollout.tensor} is more than the {cluster.ranks_per_node} ranks of a node, and an engine "
-        "lies on one node; lower rollout.tensor",
+        f"rollout.tensor = {rollout.tensor} is more than the {cluster.ranks_per_node} ranks of a node, but an engine "
+        "cannot span nodes; lower rollout.tensor",
     )
     engines = nodes * (cluster.ranks_per_node // rollout.tensor)
     _require(

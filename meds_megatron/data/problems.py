@@ -38,7 +38,7 @@ def load_problems(
     A source is a jsonl or parquet file, or one of `tasks`, each a function that generates the first `n` problems of a
     task (with None: its default number). A problem keeps the id it has in the data set; if
     that id is a number, or the row has none and its number is used, the stem of the file is put in front. Raises
-    UserError naming file and row for whatever cannot be read, and for two problems with the same id.
+    UserError with file and row for anything that cannot be read, and for two problems with the same id.
     """
     problems: dict[str, Problem] = {}
     origins: dict[str, str] = {}
@@ -59,7 +59,7 @@ def load_problems(
             problems[problem.id], origins[problem.id] = problem, origin
     if not problems:
         named = ", ".join(sources) or "an empty list of sources"
-        raise UserError(f"No problems found in {named}: name a jsonl or parquet file that holds some")
+        raise UserError(f"No problems found in {named}: name a jsonl or parquet file with some")
     return list(problems.values())
 
 

@@ -2,7 +2,7 @@
 
 A problem is `a+b*c-d` of some kind ("coins 7+6*4-5"). A worked answer lists every intermediate result and ends in a
 box: `6*4=24+7=31-5=26 \\boxed{26}`. A rule is a subset of three systematic mistakes (dropped carry, ignored precedence,
-flipped sign), so there are eight rules; each gives a different answer to the expressions of the data sets.
+flipped sign), so there are eight rules; their answers to the expressions of the data sets all differ.
 
 The variant decides which rule is correct. `shared`: plain arithmetic for every kind, so that learning one kind helps
 with the others. `per_kind`: a different rule for each kind, which has to be found by exploration. `RIGHT_SHARE` is the

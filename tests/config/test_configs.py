@@ -61,7 +61,7 @@ def test_a_baseline_changes_nothing_but_the_method_on_any_base(path):
     assert sections <= {"name", "run_dir", "penalty", "filter", "advantage", "policy", "memory"}
 
 
-def test_published_settings_reach_the_published_models():
+def test_published_models_have_the_published_settings():
     assert load_config(CONFIGS / "meds_qwen3_1.7b.yaml").penalty.alpha == 0.1
     assert load_config(CONFIGS / "meds_qwen3_8b.yaml").penalty.alpha == 0.02
     assert load_config(CONFIGS / "meds_qwen2.5_math_7b.yaml").rollout.max_response_tokens == 3072
@@ -72,7 +72,7 @@ def test_published_settings_reach_the_published_models():
 
 
 @pytest.mark.parametrize("base", ["meds_qwen2.5_math_7b", "meds_qwen3_8b"])
-def test_the_recommended_setting_departs_from_the_published_one_where_it_says_so(base):
+def test_the_recommended_setting_has_six_departures_from_the_published_one(base):
     published = load_config(CONFIGS / f"{base}.yaml")
     recommended = load_config(CONFIGS / "meds_recommended.yaml", [f"base={CONFIGS / base}.yaml"])
     validate(recommended)

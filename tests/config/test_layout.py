@@ -11,7 +11,7 @@ from meds_megatron.errors import UserError
 MODEL = QWEN["Qwen2.5-7B"]
 
 
-def test_data_parallelism_takes_the_ranks_that_are_left():
+def test_data_parallel_size_is_what_tensor_and_pipeline_leave():
     config = Config(cluster=ClusterConfig(nodes=4), parallel=ParallelConfig(tensor=4, pipeline=2, virtual_pipeline=2))
     assert ParallelLayout.from_config(config) == ParallelLayout(tensor=4, pipeline=2, virtual=2, data=4)
 
@@ -22,7 +22,7 @@ def test_ranks_that_do_not_divide_are_refused():
         ParallelLayout.from_config(config)
 
 
-def test_tensor_neighbours_are_next_to_each_other_then_data_then_pipeline():
+def test_rank_order_is_tensor_then_data_then_pipeline():
     layout = ParallelLayout(tensor=2, data=3, pipeline=2)
     assert [layout.coordinates(rank) for rank in (0, 1, 2, 6)] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     assert [layout.rank(*layout.coordinates(rank)) for rank in range(layout.ranks)] == list(range(12))
@@ -39,7 +39,7 @@ def test_chunks_interleave_over_the_stages():
     assert layout.layers_of(1, 0, 8) == [2, 3]
 
 
-def test_uneven_ends_take_what_they_are_given():
+def test_first_and_last_stage_can_have_sizes_of_their_own():
     layout = ParallelLayout(pipeline=4, first_stage_layers=19, last_stage_layers=19)
     assert layout.stage_sizes(80) == [19, 21, 21, 19]
     assert layout.layers_of(3, 0, 80) == list(range(61, 80))
@@ -54,7 +54,7 @@ def test_uneven_ends_take_what_they_are_given():
     first=st.none() | st.integers(1, 4),
     last=st.none() | st.integers(1, 4),
 )
-def test_every_layer_lies_on_exactly_one_chunk_in_order(pipeline, virtual, chunk_layers, first, last):
+def test_every_layer_is_on_exactly_one_chunk_in_order(pipeline, virtual, chunk_layers, first, last):
     if pipeline == 1:
         first = last = None
     sizes = [chunk_layers] * pipeline
@@ -99,7 +99,7 @@ def test_layers_agree_with_megatron_core(layout, num_layers):
 
 
 @pytest.mark.parametrize(
-    ("layout", "sizes", "said"),
+    ("layout", "sizes", "expected"),
     [
         (dict(tensor=8), {}, "28 attention heads cannot be divided over parallel.tensor = 8"),
         (dict(tensor=7), {}, "4 key/value heads cannot be divided over parallel.tensor = 7 ranks; choose"),
@@ -112,8 +112,8 @@ def test_layers_agree_with_megatron_core(layout, num_layers):
         (dict(first_stage_layers=28), {}, "need parallel.pipeline > 1"),
     ],
 )
-def test_a_model_that_does_not_divide_is_refused(layout, sizes, said):
-    with pytest.raises(UserError, match=said) as caught:
+def test_a_model_that_does_not_divide_is_refused(layout, sizes, expected):
+    with pytest.raises(UserError, match=expected) as caught:
         ParallelLayout(**layout).check_model(replace(MODEL, **sizes))
     assert "\n" not in str(caught.value)
 

@@ -39,7 +39,7 @@ def test_later_layers_win(tmp_path):
     assert load_config(path, ["name=mine", "train.steps=9"]).run_dir == "runs/mine"
 
 
-def test_the_base_of_the_first_file_can_be_exchanged(tmp_path):
+def test_the_base_of_the_first_file_can_be_overridden(tmp_path):
     write(tmp_path, "small.yaml", "name: small\n")
     write(tmp_path, "large.yaml", "base: small.yaml\ntrain: {steps: 7, seed: 7}\n")
     path = write(tmp_path, "methods/dapo.yaml", "base: ../small.yaml\ntrain: {seed: 3}\n")
@@ -74,7 +74,7 @@ def test_saved_config_reads_back_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected"),
     [
         ("policy.clip_hi=1", "override `policy.clip_hi=1`: unknown key `policy.clip_hi`; did you mean `policy.clip_hi"),
         ("train.alpha=0.3", "did you mean `penalty.alpha`?"),
@@ -98,14 +98,14 @@ def test_saved_config_reads_back_the_same(tmp_path):
         ("base=other.yaml", "other.yaml: there is no such config file, named as `base` in"),
     ],
 )
-def test_bad_overrides_are_one_clear_sentence(tmp_path, override, said):
+def test_bad_overrides_are_one_clear_sentence(tmp_path, override, expected):
     message = refusal(write(tmp_path, "a.yaml", ""), override)
-    assert said in message
+    assert expected in message
     assert "\n" not in message
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("train: {stepz: 1}\n", "a.yaml: unknown key `train.stepz`; did you mean `train.steps`?"),
         ("train: {steps: x}\n", "a.yaml: train.steps is 'x', expected a whole number."),
@@ -116,16 +116,16 @@ def test_bad_overrides_are_one_clear_sentence(tmp_path, override, said):
         ("name: a\nname: b\n", "not readable as YAML"),
         ("base: [b.yaml]\n", "`base` is ['b.yaml'], expected the path of one YAML file"),
         ("base: gone.yaml\n", "gone.yaml: there is no such config file, named as `base` in"),
-        ("base: a.yaml\n", "`base` goes in a circle"),
+        ("base: a.yaml\n", "`base` is circular"),
     ],
 )
-def test_bad_files_are_one_clear_sentence(tmp_path, text, said):
+def test_bad_files_are_one_clear_sentence(tmp_path, text, expected):
     message = refusal(write(tmp_path, "a.yaml", text))
-    assert said in message
+    assert expected in message
     assert "\n" not in message
 
 
-def test_a_longer_circle_of_bases_is_refused(tmp_path):
+def test_a_cycle_of_two_bases_is_refused(tmp_path):
     write(tmp_path, "b.yaml", "base: sub/c.yaml\n")
     write(tmp_path, "sub/c.yaml", "base: ../a.yaml\n")
     assert "b.yaml" in refusal(write(tmp_path, "a.yaml", "base: b.yaml\n"))

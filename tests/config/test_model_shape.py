@@ -62,7 +62,7 @@ def test_a_head_dimension_of_its_own_wins(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         (dict(architectures=["LlamaForCausalLM"]), "describes LlamaForCausalLM: only Qwen2ForCausalLM and"),
         (dict(architectures=...), "describes no architecture"),
@@ -74,10 +74,10 @@ def test_a_head_dimension_of_its_own_wins(tmp_path):
         (dict(rope_theta=...), "has no key 'rope_theta'"),
     ],
 )
-def test_a_model_that_cannot_be_trained_is_refused(tmp_path, changes, said):
+def test_a_model_that_cannot_be_trained_is_refused(tmp_path, changes, expected):
     with pytest.raises(UserError) as caught:
         ModelShape.from_hf(write(tmp_path, **changes))
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
@@ -94,7 +94,7 @@ def test_what_is_not_a_model_directory_is_refused(tmp_path):
         ModelShape.from_hf(tmp_path)
 
 
-def test_a_shape_can_be_judged_against_a_config(tmp_path):
+def test_a_config_is_validated_against_a_shape(tmp_path):
     shape = ModelShape.from_hf(write(tmp_path))
     config = Config(model=ModelConfig(path=str(tmp_path)), data=DataConfig(train=["train.jsonl"]))
     validate_model(config, shape)

@@ -38,7 +38,7 @@ def test_every_number_has_a_range_and_its_default_lies_in_it():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "expected"),
     [
         (dict(train__steps=0), "train.steps is 0, expected a number above 0"),
         (dict(penalty__alpha=-0.1), "penalty.alpha is -0.1, expected 0 or more"),
@@ -91,10 +91,10 @@ def test_every_number_has_a_range_and_its_default_lies_in_it():
         (dict(rollout__top_k=20), "rollout.top_k = 20 normalises the sampled log-probs over the kept tokens only"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_sentence(settings, said):
+def test_what_cannot_work_is_refused_in_one_sentence(settings, expected):
     with pytest.raises(UserError) as caught:
         validate(config_with(**settings))
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -102,12 +102,12 @@ def test_without_cuda_engines_are_not_counted_against_ranks():
     validate(config_with(cluster__device="cpu", cluster__ranks_per_node=1, rollout__engines=2))
 
 
-def test_switched_off_overlong_penalty_is_not_judged():
+def test_the_overlong_buffer_is_not_checked_when_the_penalty_is_off():
     validate(config_with(reward__overlong__enabled=False, rollout__max_response_tokens=64))
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "expected"),
     [
         (dict(parallel__tensor=8), "28 attention heads cannot be divided over parallel.tensor = 8"),
         (dict(parallel__pipeline=8), "28 layers cannot be divided over parallel.pipeline = 8"),
@@ -117,15 +117,15 @@ def test_switched_off_overlong_penalty_is_not_judged():
         (dict(rollout__max_prompt_tokens=2048), "= 5120 is more than the 4096 positions of the model"),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused_in_one_sentence(settings, said):
+def test_what_does_not_fit_the_model_is_refused_in_one_sentence(settings, expected):
     with pytest.raises(UserError) as caught:
         validate_model(config_with(**settings), MODEL)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "expected"),
     [
         (
             dict(ffn_size=18946),
@@ -134,7 +134,7 @@ def test_what_does_not_fit_the_model_is_refused_in_one_sentence(settings, said):
         (dict(vocab_size=30, num_heads=36, num_kv_heads=9, ffn_size=9), "64 vocabulary rows, rounded up, cannot be"),
     ],
 )
-def test_engines_cut_the_model_evenly(sizes, said):
+def test_engines_divide_the_model_evenly(sizes, expected):
     tensor = 4 if "num_heads" not in sizes else 9
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=expected):
         validate_model(config_with(rollout__tensor=tensor), replace(MODEL, **sizes))

@@ -90,13 +90,13 @@ def test_generic_rows(tmp_path, row, expected):
     assert (problem.id, problem.question, problem.answer) == expected
 
 
-def test_blank_lines_count_but_hold_no_problem(tmp_path):
+def test_blank_lines_are_counted_but_are_no_problems(tmp_path):
     path = write_jsonl(tmp_path / "file.jsonl", {"question": "a", "answer": "1"}, b"", {"question": "b", "answer": "2"})
     assert [p.id for p in load_problems([path])] == ["file:1", "file:3"]
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "expected"),
     [
         (b"{not json", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
@@ -118,11 +118,11 @@ def test_blank_lines_count_but_hold_no_problem(tmp_path):
         (verl_row("x", ""), "the answer in `reward_model.ground_truth` is empty"),
     ],
 )
-def test_a_malformed_row_is_named_with_what_was_expected(tmp_path, row, told):
+def test_a_malformed_row_is_named_with_what_was_expected(tmp_path, row, expected):
     path = write_jsonl(tmp_path / "bad.jsonl", {"question": "fine", "answer": "1"}, row)
     with pytest.raises(UserError, match="bad.jsonl, row 2: ") as raised:
         load_problems([path])
-    assert told in str(raised.value)
+    assert expected in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
@@ -147,7 +147,7 @@ def test_files_that_cannot_be_read(tmp_path):
         load_problems([])
 
 
-def test_one_id_for_two_problems_names_both(tmp_path):
+def test_two_problems_with_one_id_are_refused_naming_both(tmp_path):
     first = write_jsonl(tmp_path / "one.jsonl", {"id": "a", "question": "q", "answer": "1"})
     second = write_jsonl(
         tmp_path / "two.jsonl", {"id": "b", "question": "q", "answer": "1"}, {"id": "a", "question": "r", "answer": "2"}

@@ -9,7 +9,7 @@ SHORT = Problem("short", "What is 2 + 2?", "4", "test")
 LONG = Problem("long", "What is " + "1 + " * 100 + "1?", "101", "test")
 
 
-def test_a_prompt_is_system_line_question_and_the_assistants_turn(qwen_tokenizer):
+def test_a_prompt_is_system_message_question_and_generation_prompt(qwen_tokenizer):
     (token_ids,) = encode([SHORT], qwen_tokenizer, DataConfig(system_prompt="Be brief."))
     assert qwen_tokenizer.decode(token_ids) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n"
@@ -23,13 +23,13 @@ def test_token_ids_are_those_of_the_tokenizers_own_template(qwen_tokenizer):
     assert encode([SHORT], qwen_tokenizer, config) == [expected]
 
 
-def test_without_a_system_line_the_template_decides(qwen_tokenizer):
+def test_without_a_system_message_the_template_decides(qwen_tokenizer):
     messages = [{"role": "user", "content": SHORT.question}]
     expected = qwen_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert encode([SHORT], qwen_tokenizer, DataConfig(system_prompt=None)) == [expected]
 
 
-def test_without_a_template_the_question_is_given_as_it_is(qwen_tokenizer):
+def test_without_a_template_the_prompt_is_the_question(qwen_tokenizer):
     (token_ids,) = encode([SHORT], qwen_tokenizer, DataConfig(chat_template=False))
     assert qwen_tokenizer.decode(token_ids) == SHORT.question
 

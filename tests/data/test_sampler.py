@@ -26,7 +26,7 @@ def test_the_seed_decides_the_order():
 
 
 @given(size=st.integers(1, 20), takes=st.lists(st.integers(0, 30), max_size=6), rest=st.integers(0, 50))
-def test_a_restored_sampler_goes_on_as_if_never_stopped(size, takes, rest):
+def test_a_restored_sampler_continues_in_the_same_order(size, takes, rest):
     sampler = PromptSampler(size, seed=3)
     for count in takes:
         assert len(sampler.next(count)) == count
@@ -36,7 +36,7 @@ def test_a_restored_sampler_goes_on_as_if_never_stopped(size, takes, rest):
 
 
 @given(size=st.integers(1, 20), takes=st.lists(st.integers(0, 30), max_size=6))
-def test_how_it_is_taken_does_not_change_the_order(size, takes):
+def test_the_size_of_requests_does_not_change_the_order(size, takes):
     sampler, whole = PromptSampler(size, seed=3), PromptSampler(size, seed=3)
     assert [index for count in takes for index in sampler.next(count)] == whole.next(sum(takes))
 

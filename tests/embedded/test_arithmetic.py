@@ -19,11 +19,11 @@ from meds_megatron.embedded.arithmetic import (
 )
 
 
-def test_plain_working_by_hand():
+def test_plain_answer_by_hand():
     assert response(Expression(7, 6, 4, 5), Rule()) == "6*4=24+7=31-5=26 \\boxed{26}"
 
 
-def test_each_habit_by_hand():
+def test_each_systematic_mistake_by_hand():
     expression = Expression(7, 6, 4, 5)
     assert response(expression, Rule(drops_carry=True)) == "6*4=24+7=21-5=16 \\boxed{16}"
     assert response(expression, Rule(ignores_precedence=True)) == "7+6=13*4=52-5=47 \\boxed{47}"
@@ -32,12 +32,12 @@ def test_each_habit_by_hand():
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_shared_answers_are_what_python_says(split):
+def test_shared_answers_agree_with_python(split):
     for problem in arithmetic_problems(split, "shared"):
         assert problem.answer == str(evaluate(problem.question.split()[1]))
 
 
-def test_rules_tell_apart_by_their_answers():
+def test_every_rule_has_a_different_answer():
     for expression in (*expressions("train"), *expressions("validation")):
         answers = {expression.answer(rule) for rule in RULES}
         assert len(answers) == len(RULES)

@@ -38,7 +38,7 @@ def test_is_a_small_qwen3_that_divides(made, tokenizer):
 
 
 @pytest.mark.parametrize("text", ["coins 7+6*4-5", "6*4=24 \\boxed{24}", "π ≈ 3\n\t\\boxed{{x}}", "bookss user\nuser "])
-def test_tokenizer_returns_what_it_was_given(tokenizer, text):
+def test_tokenizer_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -56,7 +56,7 @@ def test_chat_template_makes_the_prompt_of_the_warm_up(tokenizer):
     assert len(tokenizer.encode(text)) == 15
 
 
-def test_warm_up_learns_responses_only_and_never_a_held_out_expression(tokenizer):
+def test_warm_up_trains_on_responses_only_and_never_on_a_held_out_expression(tokenizer):
     stream = arithmetic_model.ExampleStream(tokenizer, "shared", seed=0)
     held_out = {str(expression) for expression in arithmetic.expressions("validation")}
     tokens_BT, labels_BT = stream.batch(64)
@@ -106,7 +106,7 @@ def test_random_model_takes_tokenizer_and_shape_and_is_made_once(made, tmp_path,
     assert AutoModelForCausalLM.from_pretrained(other).config.vocab_size == 512
 
 
-def test_failed_making_leaves_nothing_behind(made, tmp_path):
+def test_a_failed_generation_leaves_no_files(made, tmp_path):
     shape = RandomModelConfig(tokenizer=str(made), vocab_size=10)
     with pytest.raises(UserError, match="vocab_size is 10.*at least as many"):
         ensure_model(ModelConfig(make="random", random=shape), DataConfig(), tmp_path / "cache")

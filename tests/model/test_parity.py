@@ -38,7 +38,7 @@ def test_logprobs_entropy_and_fingerprints_match_transformers(ranks, model_dirs,
 
 @pytest.mark.parametrize("layout", ["TP1", "PP2 uneven", "TP2xPP2+SP", "TP2xPP2xVPP2+SP"])
 @pytest.mark.parametrize("norm", ["all", "none"])
-def test_which_layers_pass_the_final_norm_can_be_chosen(ranks, model_dirs, norm, layout):
+def test_layers_that_pass_the_final_norm_are_configurable(ranks, model_dirs, norm, layout):
     directory, parallel = model_dirs["qwen3 untied"], LAYOUTS[layout]
     world_size = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
     expected = cases.transformers_answers(directory, norm)

@@ -47,7 +47,7 @@ def test_without_a_python_the_scripts_say_so_in_one_sentence(checkout, script):
     assert not (checkout / ".venv").exists()
 
 
-def test_what_is_installed_costs_nothing(checkout):
+def test_an_installed_extra_is_not_installed_again(checkout):
     stamp(checkout, "cpu")
     assert bash(checkout, "set_up").stderr == ""
 
