@@ -1,4 +1,4 @@
-"""A whole run in the recommended setting, its memory retold from the rollout files alone."""
+"""A whole run in the recommended setting, its memory recomputed from the rollout files alone."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def run(small_model, tmp_path_factory, cpu_engines):
         "parallel.pipeline": 1,
         "data.limit_train": PROMPTS,
         "rollout.responses_per_prompt": RESPONSES,
-        "rollout.max_response_tokens": 18,  # some answers are cut off before their box
+        "rollout.max_response_tokens": 18,  # some responses are cut off before their answer
         "filter.max_batches": 3,
         "train.steps": STEPS,
         "train.prompts_per_step": PROMPTS,
@@ -77,13 +77,13 @@ def test_the_switches_are_on_and_steps_are_sound(config, metrics):
 
 def test_sizes_are_those_of_every_mistake_of_earlier_steps(config, metrics, rollouts):
     memories = defaultdict(lambda: PlainMemory(config.memory))
-    unboxed: Counter[str] = Counter()
+    no_answer: Counter[str] = Counter()
     recurring = 0
     for line, rows in zip(metrics, rollouts, strict=True):
         mistakes = [row for row in rows if not row["correct"]]
         for row in mistakes:
             if row["fingerprint"] is None:
-                expected = unboxed[row["key"]]
+                expected = no_answer[row["key"]]
             else:
                 expected = memories[row["key"]].size(np.array(row["fingerprint"]))
             assert row["cluster_size"] == expected
@@ -91,12 +91,12 @@ def test_sizes_are_those_of_every_mistake_of_earlier_steps(config, metrics, roll
             recurring += expected > 0
         for key in {row["key"] for row in mistakes}:
             mine = [row["fingerprint"] for row in mistakes if row["key"] == key]
-            unboxed[key] += mine.count(None)
+            no_answer[key] += mine.count(None)
             memories[key].remember(np.array([fingerprint for fingerprint in mine if fingerprint is not None]))
         assert line["memory/vectors"] == sum(len(memory.vectors) for memory in memories.values())
-        assert line["memory/no_answer"] == sum(unboxed.values())
+        assert line["memory/no_answer"] == sum(no_answer.values())
     assert recurring > 20
-    assert sum(unboxed.values()) > 0 and not all(row["kept"] for rows in rollouts for row in rows)
+    assert sum(no_answer.values()) > 0 and not all(row["kept"] for rows in rollouts for row in rows)
 
 
 def test_a_prompt_is_trained_on_when_its_shaped_scores_differ(rollouts):

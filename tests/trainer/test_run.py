@@ -52,9 +52,24 @@ def metrics(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_every_process_has_a_log_of_its_own(run):
+    logs = {path.stem for path in (run / "logs").iterdir()}
+    assert logs == {"driver", "engine000", "memory000", "memory001", *(f"rank{rank:05d}" for rank in range(4))}
+
+
+def test_rollout_rows_hold_what_a_replay_needs(run):
+    rows = pq.read_table(run / "rollouts" / "step_000002.parquet").to_pylist()
+    assert all(len(row["response_token_ids"]) == row["response_tokens"] for row in rows)
+    assert all(row["policy_version"] == 1 and row["source"].startswith("arithmetic/") for row in rows)
+    looked_up = [row for row in rows if row["cluster_label"] is not None]
+    assert looked_up and all(row["fingerprint"] is not None and not row["correct"] for row in looked_up)
+    assert all(row["cluster_size"] == 0 for row in looked_up if row["cluster_label"] == -2)
+
+
 def test_every_step_is_reported(metrics):
     assert [line["step"] for line in metrics] == list(range(STEPS + 1))
-    assert "validation/accuracy" in metrics[0] and "validation/accuracy" in metrics[-1]
+    for line in (metrics[0], metrics[-1]):
+        assert line["validation/arithmetic/accuracy"] == line["validation/accuracy"]
     names = "accuracy/mean reward/mean reward/shaped_mean memory/clusters policy/entropy policy/grad_norm".split()
     names += [f"time/{phase}" for phase in ("step", "rollout", "reward", "forward", "memory", "update", "sync")]
     for line in metrics[1:]:
@@ -104,12 +119,13 @@ def plain_cluster_size(history_NL: np.ndarray, fingerprint_L: np.ndarray) -> int
 
 
 def test_fingerprints_of_the_first_step_are_those_of_transformers(run, small_model):
-    from meds_megatron.rollout.boxed import BoxedLocator
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from meds_megatron.rollout.answer_position import AnswerLocator
 
     tokenizer = AutoTokenizer.from_pretrained(small_model)
     model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
-    locator = BoxedLocator(tokenizer)
+    locator = AnswerLocator(tokenizer)
     rows = pq.read_table(run / "rollouts" / "step_000001.parquet").to_pylist()
     with_fingerprint = [row for row in rows if row["fingerprint"] is not None]
     checked = 0
@@ -118,15 +134,13 @@ def test_fingerprints_of_the_first_step_are_those_of_transformers(run, small_mod
             [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, tokenize=False
         )
         prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-        response_ids = tokenizer.encode(row["response"], add_special_tokens=False)
-        if len(response_ids) + 1 != row["response_tokens"]:
-            continue  # the model spelled a word in other tokens than the tokenizer would
-        box = locator.locate(response_ids)
+        response_ids = row["response_token_ids"]
+        position, _ = locator.locate(response_ids)
         tokens_T = torch.tensor([prompt_ids + response_ids])
         with torch.no_grad():
             hidden = model(tokens_T, output_hidden_states=True).hidden_states[1:]
-        states_LH = torch.stack([h[0, len(prompt_ids) + box.token] for h in hidden])
-        expected_L = states_LH @ model.lm_head.weight[response_ids[box.target]]
+        states_LH = torch.stack([h[0, len(prompt_ids) + position] for h in hidden])
+        expected_L = states_LH @ model.lm_head.weight[response_ids[position + 1]]
         assert np.abs(np.array(row["fingerprint"]) - expected_L.detach().numpy()).max() < 1e-4
         checked += 1
     assert checked > 5
@@ -149,21 +163,22 @@ def test_export_is_a_model_that_transformers_loads(run, small_model):
 
 def test_export_is_a_model_that_vllm_loads(run):
     import ray
-    from meds_megatron.rollout.group import EngineGroup
-    from meds_megatron.rollout.sampling import Sampling
 
     from meds_megatron.config import load_config
     from meds_megatron.launch.placement import Placement
+    from meds_megatron.rollout.pool import EnginePool
+    from meds_megatron.rollout.settings import Sampling
 
     config = load_config("configs/quickstart.yaml", ["cluster.device=cpu"])
     ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
     try:
         export = str(run / "hf" / f"step_{STEPS:06d}")
-        engines = EngineGroup(config, export, use_gpu=False, placement=Placement(config.cluster, use_gpu=False))
-        engines.start(disk_weights_version=0)
-        responses = engines.generate([[40, 41, 42]], Sampling(responses=3, max_tokens=20), seed=0)
-        assert len(responses) == 3 and all(response.token_ids for response in responses)
-        engines.close()
+        placement = Placement(config.cluster, use_gpu=False)
+        pool = EnginePool(config, export, use_gpu=False, placement=placement, disk_version=0)
+        pool.start()
+        (completions,) = pool.generate([[40, 41, 42]], Sampling(responses=3, max_tokens=20), seed=0)
+        assert len(completions) == 3 and all(len(completion.token_ids_R) for completion in completions)
+        pool.close()
     finally:
         ray.shutdown()
 
