@@ -37,6 +37,10 @@ class Request:
     prompt: Sequence[int]
     """Token ids."""
     sampling: Sampling
+    batch: int = 0
+    """Requests that were submitted together have one number."""
+    seed: int = 0
+    """Of the batch."""
 
 
 @dataclass(frozen=True)
