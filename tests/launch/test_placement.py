@@ -25,7 +25,7 @@ def test_engines_never_share_a_gpu_or_leave_their_node(engines, tensor):
 
 
 def test_actors_see_the_gpus_of_their_place_first():
-    """On GPUs that only Ray's resource count has: the variables of a process decide which GPUs it sees, in which order."""
+    """On GPUs that exist only in Ray's resource count: a process's variables decide which it sees, in which order."""
 
     class Looker:
         def look(self) -> str:
