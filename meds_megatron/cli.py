@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_dead_actor(error):
             raise
-        print(f"meds: a process of the run died; its output is above, or in Ray's logs: {error}", file=sys.stderr)
+        print(f"meds: a process of the run died; its log is in the run's logs/: {error}", file=sys.stderr)
         return EXIT_FAILURE
 
 

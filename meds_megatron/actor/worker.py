@@ -14,6 +14,8 @@ from meds_megatron.config import Config
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.weights.resharding.types import SyncSpec
 
+logger = logging.getLogger(__name__)
+
 
 def rank_env_vars(config: Config) -> dict[str, str]:
     """Environment variables that torch and NCCL read in a trainer rank: all of them, from the config."""
@@ -62,6 +64,7 @@ class PolicyWorker:
         device = join(host, port, self._rank, world_size, timeout, self._store)
         form_groups(self._config.parallel, self._config.train.seed)
         self._policy = Policy(self._config, model_dir, device)
+        logger.info("rank %d of %d has loaded its share of %s on %s", self._rank, world_size, model_dir, device)
 
     def forward(self, batch: TrainBatch, micro_batches: list[np.ndarray]) -> ForwardOutput | None:
         return self._policy.forward(batch, micro_batches)

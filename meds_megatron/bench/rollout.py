@@ -26,8 +26,8 @@ def run(config: Config, model_dir: str, prompts: Sequence[list[int]], use_gpu: b
 
     Keys: `plain_tokens_per_s`, `ours_tokens_per_s`, `seeded_tokens_per_s` (a seed for each request) and their ratios
     `ratio` (ours to plain), `seeded_ratio` (seeded to unseeded); `two_engines`, see there (None without GPUs for two);
-    `ours_start_s`, `prompts`, `responses`, `mean_tokens`, `rounds` and the `sampling`. Rates and ratios are medians
-    over the rounds.
+    `ours_start_s`, `prompts`, `responses`, `mean_tokens`, `rounds` and the `sampling`. Rates and ratios are
+    medians over the rounds.
     """
     config = copy.deepcopy(config)
     config.rollout.engines, config.rollout.nodes = 1, None

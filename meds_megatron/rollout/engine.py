@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from meds_megatron.weights.resharding.types import Checksums, Rendezvous, StagedBucket, SyncSpec
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -37,6 +39,10 @@ class Request:
     prompt: Sequence[int]
     """Token ids."""
     sampling: Sampling
+    batch: int = 0
+    """Requests that were submitted together have one number."""
+    seed: int = 0
+    """Of the batch."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class RolloutEngine:
         """Loads the model. Raises UserError when this machine cannot run it, and what vLLM raises otherwise."""
         configure_process_logging(self._config.run_dir, f"engine{self._index:03d}")
         self.on_vllm_thread(self._start)
+        logger.info("engine %d has loaded %s", self._index, self._model_dir)
 
     def on_vllm_thread(self, function: Callable, *arguments: Any, **keywords: Any) -> Any:
         """Calls a function between two decode steps and returns its result."""
@@ -140,6 +147,7 @@ class RolloutEngine:
         self._update("finish_weight_update")
         self.on_vllm_thread(self._reset_prefix_cache)
         self._version = self._next_version
+        logger.info("weights of policy version %d are in use", self._version)
 
     def sleep(self) -> None:
         """Frees the GPU's memory: the weights move to host memory, the KV cache is dropped."""

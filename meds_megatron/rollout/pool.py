@@ -44,21 +44,13 @@ class Engine:
     starting: Future | None = None
     finished: Future | None = None
     """The call that waits for finished requests."""
-    running: dict[int, "_Queued"] = field(default_factory=dict)
+    running: dict[int, Request] = field(default_factory=dict)
     """By request number."""
 
     @property
     def load(self) -> int:
         """Responses in flight."""
-        return sum(queued.request.sampling.responses for queued in self.running.values())
-
-
-@dataclass(frozen=True)
-class _Queued:
-    request: Request
-    batch: int
-    """Number of the call of `submit`."""
-    seed: int
+        return sum(request.sampling.responses for request in self.running.values())
 
 
 class EnginePool:
@@ -89,7 +81,7 @@ class EnginePool:
         self._sleeps = use_gpu and config.rollout.nodes is None
         self.asleep = False
         """Whether the engines have left their GPUs' memory to the trainer."""
-        self._queue: deque[_Queued] = deque()
+        self._queue: deque[Request] = deque()
         self._numbers, self._batches = count(), count()
         env_vars = engine_env_vars(config, use_gpu)
         self.engines = [
@@ -118,13 +110,13 @@ class EnginePool:
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
         batch = next(self._batches)
-        queued = [
-            _Queued(Request(next(self._numbers), prompt, own), batch, seed)
+        requests = [
+            Request(next(self._numbers), prompt, own, batch, seed)
             for prompt, own in zip(prompts, samplings, strict=True)
         ]
-        self._queue += queued
+        self._queue += requests
         self._dispatch()
-        return [entry.request.number for entry in queued]
+        return [request.number for request in requests]
 
     def wait(self, *others: Future) -> dict[int, list[Completion]]:
         """Waits until a request is finished, an engine has started or failed, or one of `others` is done.
@@ -222,25 +214,25 @@ class EnginePool:
         fresh = [engine for engine in self.engines if engine.health.state is EngineState.FRESH]
         if self.asleep or not fresh or not self._queue:
             return
-        shares: dict[int, list[_Queued]] = {engine.number: [] for engine in fresh}
+        shares: dict[int, list[Request]] = {engine.number: [] for engine in fresh}
         seed = None
         if self.deterministic:
             if any(engine.running for engine in self.engines):
                 return
             batch, seed = self._queue[0].batch, self._queue[0].seed
-            for place in range(sum(queued.batch == batch for queued in self._queue)):
+            for place in range(sum(request.batch == batch for request in self._queue)):
                 shares[fresh[place % len(fresh)].number].append(self._queue.popleft())
         else:
             loads = {engine.number: engine.load for engine in fresh}
             while self._queue and min(loads.values()) < self._most_in_flight:
                 least = min(loads, key=loads.__getitem__)
-                shares[least].append(queued := self._queue.popleft())
-                loads[least] += queued.request.sampling.responses
+                shares[least].append(request := self._queue.popleft())
+                loads[least] += request.sampling.responses
         for engine in fresh:
             if share := shares[engine.number]:
-                engine.running |= {queued.request.number: queued for queued in share}
+                engine.running |= {request.number: request for request in share}
                 # What `add` raises is raised by `take_finished` too.
-                engine.actor.add.remote([queued.request for queued in share], seed)
+                engine.actor.add.remote(share, seed)
                 self._watch(engine)
 
     def _watch(self, engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""Who runs where, and that Ray does as it is told."""
+"""Nodes and GPUs of ranks and engines, and what Ray gives an actor."""
 
 import os
 
@@ -25,7 +25,7 @@ def test_engines_never_share_a_gpu_or_leave_their_node(engines, tensor):
 
 
 def test_actors_see_the_gpus_of_their_place_first():
-    """On GPUs that Ray is only told of: what a process sees, and in which order, its environment alone decides."""
+    """On GPUs that exist only in Ray's resource count: a process's variables decide which it sees, in which order."""
 
     class Looker:
         def look(self) -> str:

@@ -1,14 +1,12 @@
 """Groups from a real engine and real graders."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 
 from meds_megatron.data.problems import Problem
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.launch.placement import Placement
 from meds_megatron.reward.grading import GraderPool
-from meds_megatron.reward.overlong import overlong_penalties
+from meds_megatron.reward.scores import overlong_penalties
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.producer import GroupProducer, failed_gradings
 from meds_megatron.rollout.settings import Sampling
@@ -19,16 +17,15 @@ PROMPTS = [Prompt(Problem(str(n), f"question {n}", str(n), "made"), [40 + n, 50,
 
 
 class Graders(GraderPool):
-    """A pool that records the order of its texts."""
+    """A pool that records its texts."""
 
     def __init__(self):
         super().__init__(workers=1, timeout_seconds=10)
         self.texts = []
-        self._one_by_one = ThreadPoolExecutor(max_workers=1)
 
-    def submit(self, text, answer):
-        self.texts.append(text)
-        return self._one_by_one.submit(lambda: self.grade([text], [answer])[0])
+    def submit(self, response_text, answer):
+        self.texts.append(response_text)
+        return super().submit(response_text, answer)
 
 
 @pytest.fixture(scope="module")
