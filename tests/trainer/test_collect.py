@@ -56,7 +56,9 @@ def collected(right: list[int], failing: tuple[int, ...] = (), **settings):
     prompts = [Prompt(Problem(str(i), "?", "7", "test"), [i]) for i in range(len(right))]
     weight_sync = SimpleNamespace(refill=lambda: None)
     pool = SimpleNamespace(asleep=False)
-    found = collect(state, prompts, config, ScriptedProducer(right, failing), weight_sync, pool, None, None, PhaseTimer())
+    found = collect(
+        state, prompts, config, ScriptedProducer(right, failing), weight_sync, pool, None, None, PhaseTimer()
+    )
     return found, shortfall(found, config)
 
 
