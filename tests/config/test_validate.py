@@ -91,8 +91,8 @@ def test_every_number_has_a_range_and_its_default_lies_in_it():
         (dict(rollout__top_k=20), "rollout.top_k = 20 normalises the sampled log-probs over the kept tokens only"),
         (
             dict(policy__loss="gspo"),
-            "policy.clip_high = 0.28 is a range of token ratios, but policy.loss = gspo clips ratios of whole responses; "
-            "set policy.clip_low=3e-4 and policy.clip_high=4e-4.",
+            "policy.clip_high = 0.28 is a range of token ratios, but policy.loss = gspo clips ratios of whole "
+            "responses; set policy.clip_low=3e-4 and policy.clip_high=4e-4.",
         ),
         (dict(policy__loss="gspo", policy__clip_high=4e-4), "policy.clip_low = 0.2 is a range of token ratios"),
     ],

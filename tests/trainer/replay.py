@@ -1,8 +1,8 @@
 """A run replayed from the token ids of its rollout files with plain numpy, hdbscan, torch and transformers.
 
 Nothing of the trainer is imported. `Replay.step` recomputes every column of a step's rollout file and takes the step's
-optimizer updates with a transformers model and torch's AdamW. Cluster sizes follow from the stored fingerprints, so that
-rounding in the replayed weights cannot move a vector into another cluster.
+optimizer updates with a transformers model and torch's AdamW. Cluster sizes follow from the stored fingerprints, so
+that rounding in the replayed weights cannot move a vector into another cluster.
 """
 
 import re
