@@ -1,6 +1,17 @@
-"""Every setting of a run, typed. The defaults reproduce the published MEDS method.
+"""Every setting of a run, typed. The defaults are the published MEDS method's: the paper (arXiv 2604.11297), its code,
+which is a fork of verl, and DAPO (arXiv 2503.14476).
 
-Sources of the published values: the MEDS paper (arXiv 2604.11297) and DAPO (arXiv 2503.14476).
+Departures of the defaults, each described beside its key:
+
+- `optimizer.warmup_steps`: the learning rate of warm-up step s is lr * s / 10, published lr * (s - 1) / 10.
+- `optimizer.weight_decay`: norms and biases are not decayed, published they are.
+- `filter.when_short`: a step that cannot be filled trains on fewer prompts, published the run stops.
+- `data.overlong_prompts`: long prompts are left out, published they are cut.
+- `reward.timeout_seconds`: a failed grading is neither right nor wrong, published it is wrong.
+- `memory`: an exact spanning tree, float32 fingerprints, the position of merged boxes, problems told apart by id.
+
+`model`, `cluster`, `parallel`, `sync` and the engines' sizes have no published counterpart: they change where and how
+fast a run computes, not what. The settings that the paper changes from model to model are in `configs/`.
 """
 
 from dataclasses import dataclass, field
@@ -93,9 +104,14 @@ class DataConfig:
     """System message of the chat template; null passes none."""
     chat_template: bool = True
     """False takes the question itself as the prompt."""
+    enable_thinking: bool | None = None
+    """Thinking mode of chat templates that have one (Qwen3), passed to them as `enable_thinking`: false starts every
+    response with an empty thinking block. Null passes nothing and leaves the template's own default, for Qwen3
+    thinking. Templates without such a mode (Qwen2.5) ignore it."""
     shuffle: bool = True
     overlong_prompts: Literal["skip", "error"] = "skip"
-    """Prompts longer than `rollout.max_prompt_tokens`: `skip` leaves them out and reports their number."""
+    """Prompts longer than `rollout.max_prompt_tokens`: `skip` leaves them out and reports their number. Departure: the
+    published code cuts their beginning off, and with it the question's start, and trains on the rest."""
     arithmetic_rules: Literal["shared", "per_kind"] = "shared"
     """Embedded task: `shared` has one correct rule for all kinds of problem, `per_kind` one for each kind."""
 
@@ -120,8 +136,10 @@ class RolloutConfig:
     top_k: int = setting(-1, gt=0, off=-1)
     """top_p below 1 and top_k are refused in training: they bias the importance ratios."""
     validation_temperature: float = setting(1.0, ge=0)
-    validation_top_p: float = setting(0.7, gt=0, le=1)
+    validation_top_p: float = setting(1.0, gt=0, le=1)
     validation_responses: int = setting(1, gt=0)
+    """Responses to each validation problem. With n of them the metrics are mean@n and pass@k
+    (`trainer.validation`); sets as small as AIME's 30 problems need 32."""
     gpu_memory_utilization: float = setting(0.6, gt=0, le=1)
     cpu_kv_cache_gib: float = setting(1.0, gt=0)
     """KV cache of an engine rank without CUDA."""
@@ -153,14 +171,22 @@ class RewardConfig:
     workers: int = setting(8, gt=0)
     """Grader processes."""
     timeout_seconds: float = setting(10.0, gt=0)
-    """CPU time for one answer; beyond it the grader process is killed and the answer counts as a timeout."""
+    """CPU time for one answer; beyond it the grader process is killed and the grading has failed. Departure: a response
+    whose grading failed is neither right nor wrong. It is counted (`grading/timeout`, `grading/error`) and left out
+    of its group's mean and deviation, the group filter, the memory and the loss; the published code counts it as
+    wrong."""
     overlong: OverlongConfig = field(default_factory=OverlongConfig)
 
 
 @dataclass
 class MemoryConfig:
-    """The error memory. The defaults are the published ones (MEDS, sections 3 and 4), except that HDBSCAN's spanning
-    tree is exact where the published code uses the package's approximate one."""
+    """The error memory. The defaults are the published ones (MEDS, sections 3 and 4).
+
+    Departures, all where the published code rounds or confuses: HDBSCAN's spanning tree is exact, not the package's
+    approximate one; a fingerprint's logits are float32, not bfloat16, which rounds them to steps of 1/8; its position
+    is that of the last box in the text, not of the last one that is tokenized in the commonest way; and a key has the
+    problem's id, not a hash of its text without what stands between < and >.
+    """
 
     method: Literal["hdbscan", "single"] = "hdbscan"
     """`single`: every vector of a key is one cluster (ablation)."""
@@ -215,7 +241,8 @@ class FilterConfig:
     max_batches: int = setting(10, gt=0)
     """Generation batches tried to fill one step."""
     when_short: Literal["continue", "stop"] = "continue"
-    """Too few groups after max_batches: `continue` trains on fewer, with a warning."""
+    """Too few groups after max_batches: `continue` trains on fewer, with a warning. Departure: the published code
+    stops."""
 
 
 @dataclass
@@ -226,9 +253,11 @@ class AdvantageConfig:
     """False is Dr.GRPO: subtract the mean only."""
     epsilon: float = setting(1e-6, gt=0)
     std_floor: float = setting(0.0, ge=0)
-    """Lower bound on the standard deviation of groups without a correct answer, whose scores differ by penalties."""
+    """Lower bound on the standard deviation of groups whose answers are all wrong or all right: their scores differ by
+    penalties alone."""
     entropy_coefficient: float = setting(0.0, ge=0)
-    """Entropy-shaped advantage: A + min(coefficient * H, |A| / entropy_bound); 0 is off."""
+    """Entropy-shaped advantage: A + min(coefficient * H, |A| / entropy_bound), where H is each token's entropy under
+    the policy in the update's own forward pass, without gradient; 0 is off."""
     entropy_bound: float = setting(2.0, gt=0)
 
 
@@ -241,8 +270,12 @@ class PolicyConfig:
     `cispo`: clipped importance weights of the log-probs (arXiv 2506.13585)."""
     clip_low: float = setting(0.2, gt=0, le=1)
     clip_high: float = setting(0.28, gt=0)
+    """Ratios are clipped to [1 - clip_low, 1 + clip_high]: those of tokens with `ppo` (DAPO: 0.2 and 0.28, GRPO: 0.2
+    twice) and `cispo` (no lower bound: clip_low 1), those of whole responses with `gspo`, whose published ranges are
+    3e-4 and 4e-4."""
     dual_clip: float | None = setting(10.0, gt=1)
-    """Lower bound on the loss of negative advantages: ratio clipped at this value; null is off."""
+    """`ppo` and `gspo`: upper bound -A * dual_clip on the loss of negative advantages A, that is on their ratio; null
+    is off. `cispo` has no such bound."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
     """`token_mean`: over all tokens of the mini-batch (DAPO); `sequence_mean`: each response's mean, then the mean of
     responses (GRPO); `sequence_sum`: sum over tokens divided by max_response_tokens, mean of responses (Dr.GRPO)."""
@@ -254,8 +287,12 @@ class PolicyConfig:
 class OptimizerConfig:
     lr: float = setting(1e-6, ge=0)
     warmup_steps: int = setting(10, ge=0)
-    """Training steps (not optimizer updates) over which the learning rate rises linearly; constant afterwards."""
+    """Training steps (not optimizer updates) over which the learning rate rises linearly; constant afterwards.
+    Departure: the rate of step s (from 1) is lr * s / warmup_steps; published it is lr * (s - 1) / warmup_steps, so
+    that the first step's responses train nothing."""
     weight_decay: float = setting(0.1, ge=0)
+    """AdamW's decay of matrices, the embedding included. Departure: norms and biases are not decayed; the published
+    code decays every parameter."""
     beta1: float = setting(0.9, ge=0, lt=1)
     beta2: float = setting(0.999, ge=0, lt=1)
     epsilon: float = setting(1e-8, gt=0)

@@ -17,6 +17,8 @@ BOUNDS = {
     "le": (operator.le, "at most {}"),
 }
 """Each bound of `schema.setting`: its test and its wording."""
+GSPO_CLIP_LIMIT = 0.1
+"""Clip ranges of whole responses' ratios lie far below it, those of tokens' ratios above."""
 VLLM_VOCABULARY_MULTIPLE = 64
 """vLLM pads the vocabulary to a multiple of this before it shards the embedding."""
 
@@ -28,6 +30,7 @@ def validate(config: Config) -> None:
     _check_ranks(config)
     _check_batches(config)
     _check_rollout(config)
+    _check_loss(config)
 
 
 def validate_model(config: Config, model: ModelShape) -> None:
@@ -177,3 +180,15 @@ def _check_rollout(config: Config) -> None:
         f"reward.overlong.buffer = {overlong.buffer} is not below "
         f"rollout.max_response_tokens = {rollout.max_response_tokens}; change it or set reward.overlong.enabled=false",
     )
+
+
+def _check_loss(config: Config) -> None:
+    if config.policy.loss != "gspo":
+        return
+    for key in ("clip_high", "clip_low"):
+        value = getattr(config.policy, key)
+        _require(
+            value <= GSPO_CLIP_LIMIT,
+            f"policy.{key} = {value} is a range of token ratios, but policy.loss = gspo clips ratios of whole "
+            "responses; set policy.clip_low=3e-4 and policy.clip_high=4e-4",
+        )

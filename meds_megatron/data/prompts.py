@@ -49,8 +49,8 @@ def encode(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase", co
     """Token ids of each problem's prompt, of any length.
 
     With `config.chat_template` the question is the user's message after the system message. A null `system_prompt`
-    passes no system message; some templates (Qwen's) then insert a default one. Without `chat_template` the prompt is
-    the question itself.
+    passes no system message; some templates (Qwen's) then insert a default one. `enable_thinking`, where it is not
+    null, is passed on to the template. Without `chat_template` the prompt is the question itself.
     """
     if config.chat_template and not tokenizer.chat_template:
         raise UserError(
@@ -67,4 +67,5 @@ def _text(problem: Problem, tokenizer: "PreTrainedTokenizerBase", config: DataCo
         return problem.question
     system = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
     messages = [*system, {"role": "user", "content": problem.question}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **thinking)

@@ -45,6 +45,11 @@ class Grade:
     outcome: Literal["graded", "no_answer", "timeout", "error"]
     detail: str = ""
 
+    @property
+    def failed(self) -> bool:
+        """The grading timed out or ended in an error: the response is neither right nor wrong."""
+        return self.outcome in ("timeout", "error")
+
 
 class GraderPool(AbstractContextManager):
     """Grades responses in up to `workers` processes, which start when first needed and are replaced when they end.

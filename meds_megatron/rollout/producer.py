@@ -90,10 +90,11 @@ class GroupProducer:
         samples = []
         for completion, grading_result, penalty in zip(grading.completions, grading.grades, penalties_B, strict=True):
             grade = grading_result.result()
-            samples.append(Sample(grading.prompt, completion, grade, float(grade.correct) + float(penalty)))
+            score = np.nan if grade.failed else float(grade.correct) + float(penalty)
+            samples.append(Sample(grading.prompt, completion, grade, score))
         return PromptGroup(grading.prompt, samples, index=grading.index)
 
 
 def failed_gradings(groups: Sequence[PromptGroup]) -> int:
-    """Responses whose grading timed out or failed; they count as wrong in the scores."""
-    return sum(sample.grade.outcome in ("timeout", "error") for group in groups for sample in group.samples)
+    """Number of responses whose grading failed."""
+    return sum(sample.grade.failed for group in groups for sample in group.samples)

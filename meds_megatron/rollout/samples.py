@@ -36,7 +36,7 @@ class Sample:
     completion: Completion
     grade: Grade
     score: float
-    """Correctness plus over-long penalty."""
+    """Correctness plus over-long penalty; NaN where the grading failed."""
 
 
 @dataclass
@@ -52,4 +52,5 @@ class PromptGroup:
 
     @property
     def accuracy(self) -> list[float]:
-        return [float(sample.grade.correct) for sample in self.samples]
+        """1 for a right response, 0 for a wrong one, of those whose grading did not fail."""
+        return [float(sample.grade.correct) for sample in self.samples if not sample.grade.failed]

@@ -83,12 +83,13 @@ def in_order(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
 
 
 def mark_kept(rollouts: RolloutBatch, config: FilterConfig, missing: int) -> None:
-    """Keeps the first `missing` groups that have a spread in the filter's metric, and no other."""
+    """Keeps the first `missing` groups that have a spread in the filter's metric, and no other. Responses whose grading
+    failed have no metric."""
     batch = rollouts.batch
     keep = [True] * len(rollouts.groups)
     if config.metric != "none":
         values_B = batch.correct_B if config.metric == "accuracy" else batch.shaped_scores_B
-        keep_B = keep_groups(torch.from_numpy(values_B).double(), torch.from_numpy(batch.groups_B))
+        keep_B = keep_groups(*map(torch.from_numpy, (values_B, batch.groups_B, rollouts.graded_B)))
         keep = [bool(keep_B[batch.groups_B == number].all()) for number in range(len(rollouts.groups))]
     for group, wanted in zip(rollouts.groups, keep, strict=True):
         group.kept = wanted and missing > 0

@@ -15,8 +15,6 @@ from meds_megatron.rollout.samples import Sample
 
 TARGETS = {"wrong": (False,), "right": (True,), "both": (False, True), "none": ()}
 """Values of `correct` that `penalty.target` names."""
-UNGRADED = ("timeout", "error")
-"""Outcomes of gradings that failed: whether the response is a mistake is unknown."""
 NO_ANSWER = "|no_answer"
 """End of the keys of responses without an answer, which have no fingerprint."""
 
@@ -31,7 +29,7 @@ def lookup_key(sample: Sample, config: Config) -> str | None:
 
     A targeted wrong response without an answer has a key of its own with `memory.no_answer: own_cluster`.
     """
-    if sample.grade.correct not in TARGETS[config.penalty.target] or sample.grade.outcome in UNGRADED:
+    if sample.grade.correct not in TARGETS[config.penalty.target] or sample.grade.failed:
         return None
     if sample.completion.answer_position >= 0:
         return memory_key(sample)

@@ -87,7 +87,7 @@ def train(
         if sentence := shortfall(rollouts, config):
             logger.warning("step %d: %s: the step goes on with those", state.step, sentence)
         if failed := failed_gradings(rollouts.groups):
-            logger.warning("step %d: grading failed for %d responses, not remembered", state.step, failed)
+            logger.warning("step %d: grading failed for %d responses, left out", state.step, failed)
         log.log(state.step, metrics | throughput_metrics(metrics))
         if config.train.save_rollouts:
             run.save_rollouts(state.step, rollout_columns(rollouts, batch.advantages_B))

@@ -14,15 +14,22 @@ from meds_megatron.trainer.rollout_batch import RolloutBatch
 
 
 def sampling_metrics(rollouts: RolloutBatch) -> dict[str, float]:
-    """Of everything that was generated, the groups that the filter dropped included."""
+    """Of everything that was generated, the groups that the filter dropped included.
+
+    `accuracy/mean` and `accuracy/solved`, the share of prompts with at least one right response, leave out responses
+    whose grading failed (`grading/timeout`, `grading/error`), and are missing where all did.
+    """
     samples = rollouts.samples
     completions, grades = [sample.completion for sample in samples], [sample.grade for sample in samples]
     outcomes = Counter(grade.outcome for grade in grades)
     lengths = np.array([len(completion.token_ids_R) for completion in completions])
     reasons = Counter(completion.no_answer_reason for completion in completions if completion.answer_position < 0)
-    return {
-        "accuracy/mean": float(np.mean([grade.correct for grade in grades])),
-        "accuracy/solved": float(np.mean([any(group.accuracy) for group in rollouts.groups])),
+    accuracies = [group.accuracy for group in rollouts.groups if group.accuracy]
+    metrics = {}
+    if accuracies:
+        metrics["accuracy/mean"] = float(np.mean(np.concatenate(accuracies)))
+        metrics["accuracy/solved"] = float(np.mean([any(accuracy) for accuracy in accuracies]))
+    return metrics | {
         "filter/kept_share": len(rollouts.kept_groups) / len(rollouts.groups),
         "filter/batches": rollouts.generation_batches,
         "response/count": len(samples),

@@ -49,9 +49,19 @@ class RolloutBatch:
         return [sample for group in self.groups for sample in group.samples]
 
     @property
+    def graded_B(self) -> np.ndarray:
+        """Whether each response is known to be right or wrong."""
+        return np.array([not sample.grade.failed for sample in self.samples], dtype=bool)
+
+    @property
     def kept_B(self) -> np.ndarray:
-        """Whether each response is trained on."""
+        """Whether the group filter kept each response's group."""
         return np.array([group.kept for group in self.groups for _ in group.samples], dtype=bool)
+
+    @property
+    def trained_B(self) -> np.ndarray:
+        """Whether each response is trained on: its group is kept and its grading did not fail."""
+        return self.kept_B & self.graded_B
 
     @property
     def kept_groups(self) -> list[PromptGroup]:

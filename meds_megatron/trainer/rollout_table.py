@@ -7,15 +7,16 @@ from meds_megatron.trainer.rollout_batch import RolloutBatch
 
 
 def rollout_columns(rollouts: RolloutBatch, advantages_K: np.ndarray | None) -> dict[str, list]:
-    """A row for every response of the step; `advantages_K` are those of the kept ones.
+    """A row for every response of the step; `advantages_K` are those of the ones that are trained on.
 
-    None stands for what a response does not have: scores where its group is neither kept nor remembered, a
-    fingerprint where no answer went through the model, an advantage where it is not trained on.
+    None stands for what a response does not have: scores where its grading failed (`outcome` is timeout or error, and
+    `correct` means nothing), penalty and shaped score where its group is neither kept nor remembered, a fingerprint
+    where no answer went through the model, an advantage where it is not trained on.
     """
     samples, batch = rollouts.samples, rollouts.batch
     completions = [sample.completion for sample in samples]
     advantages_B = np.full(len(batch), np.nan)
-    advantages_B[rollouts.kept_B] = advantages_K
+    advantages_B[rollouts.trained_B] = advantages_K
     scored_B = np.isfinite(batch.shaped_scores_B)
     looked_up_B = scored_B & np.array([key is not None for key in rollouts.keys_B], dtype=bool)
     # A batch without a forward pass has fingerprints of no layers.
@@ -32,12 +33,12 @@ def rollout_columns(rollouts: RolloutBatch, advantages_K: np.ndarray | None) -> 
         "response_tokens": batch.response_lengths_B,
         "correct": batch.correct_B,
         "outcome": [sample.grade.outcome for sample in samples],
-        "score": batch.scores_B,
+        "score": _where(rollouts.graded_B, batch.scores_B),
         "penalty": _where(scored_B, batch.penalties_B),
         "cluster_size": _where(scored_B, batch.cluster_sizes_B),
         "cluster_label": _where(looked_up_B, batch.cluster_labels_B),
         "shaped_score": _where(scored_B, batch.shaped_scores_B),
-        "advantage": _where(rollouts.kept_B, advantages_B),
+        "advantage": _where(rollouts.trained_B, advantages_B),
         "fingerprint": _where(has_fingerprint_B, batch.fingerprints_BL),
         "policy_version": [completion.policy_version for completion in completions],
         "kept": rollouts.kept_B,

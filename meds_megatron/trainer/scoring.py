@@ -17,15 +17,15 @@ from meds_megatron.trainer.timer import PhaseTimer
 
 def score(rollouts: RolloutBatch, policy: PolicyGroup, memory: ErrorMemory, config: Config, timer: PhaseTimer) -> None:
     """Fills the batch: log-probs, entropies and fingerprints by one forward pass, cluster sizes by one lookup, and the
-    shaped scores that follow (NaN for groups that are neither kept nor remembered).
+    shaped scores that follow (NaN for groups that are neither kept nor remembered, and where the grading failed).
 
-    Of groups that are remembered but not kept, only responses with both a key and an answer take a forward pass.
+    Of responses that are remembered but not trained on, only those with both a key and an answer take a forward pass.
     """
-    batch, kept_B = rollouts.batch, rollouts.kept_B
+    batch, trained_B = rollouts.batch, rollouts.trained_B
     rows = rollouts.rows_to_remember(config)
-    minibatches_B = update_minibatches(batch, kept_B, config)
-    others = rows[~kept_B[rows] & (batch.answer_positions_B[rows] >= 0)]
-    # A mini-batch of their own leaves the micro-batches of kept groups as they are in the update.
+    minibatches_B = update_minibatches(batch, trained_B, config)
+    others = rows[~trained_B[rows] & (batch.answer_positions_B[rows] >= 0)]
+    # A mini-batch of their own leaves the micro-batches of the update as they are.
     minibatches_B[others] = minibatches_B.max(initial=NOT_SCHEDULED) + 1
     if (minibatches_B != NOT_SCHEDULED).any():
         with timer("forward"):
@@ -42,12 +42,12 @@ def score(rollouts: RolloutBatch, policy: PolicyGroup, memory: ErrorMemory, conf
     batch.cluster_sizes_B[rows], batch.cluster_labels_B[rows] = match.sizes_N, match.labels_N
     batch.penalties_B = penalties(batch.cluster_sizes_B, config.penalty.alpha)
     shaped_B = shape_scores(batch.scores_B, batch.correct_B, batch.penalties_B, config.penalty.target)
-    batch.shaped_scores_B = np.where(kept_B | config.memory.remember_filtered, shaped_B, np.nan)
+    batch.shaped_scores_B = np.where(rollouts.kept_B | config.memory.remember_filtered, shaped_B, np.nan)
 
 
 def training_batch(rollouts: RolloutBatch, config: Config) -> tuple[TrainBatch, np.ndarray, dict[str, float]]:
-    """The kept responses with advantages and loss weights, the mini-batch of each, and `advantage/...` metrics."""
-    batch = rollouts.batch.select(np.flatnonzero(rollouts.kept_B))
+    """The responses to train on with advantages and loss weights, their mini-batches, and `advantage/...` metrics."""
+    batch = rollouts.batch.select(np.flatnonzero(rollouts.trained_B))
     minibatches_B = update_minibatches(batch, np.ones(len(batch), dtype=bool), config)
     inputs = AdvantageInputs(
         scores_B=torch.from_numpy(batch.shaped_scores_B),
@@ -70,8 +70,8 @@ def training_batch(rollouts: RolloutBatch, config: Config) -> tuple[TrainBatch, 
     return batch, minibatches_B, {f"advantage/{name}": value for name, value in advantages.metrics.items()}
 
 
-def update_minibatches(batch: TrainBatch, kept_B: np.ndarray, config: Config) -> np.ndarray:
-    """Mini-batch of each kept response, int64 [B]; NOT_SCHEDULED for the others."""
+def update_minibatches(batch: TrainBatch, trained_B: np.ndarray, config: Config) -> np.ndarray:
+    """Mini-batch of each response that is trained on, int64 [B]; NOT_SCHEDULED for the others."""
     minibatches_B = np.full(len(batch), NOT_SCHEDULED, dtype=np.int64)
-    minibatches_B[kept_B] = minibatches_of(batch.groups_B[kept_B], config.train.mini_batch_prompts)
+    minibatches_B[trained_B] = minibatches_of(batch.groups_B[trained_B], config.train.mini_batch_prompts)
     return minibatches_B

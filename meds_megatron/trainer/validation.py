@@ -1,6 +1,18 @@
-"""Accuracy of the policy on held-out problems."""
+"""Accuracy of the policy on held-out problems.
+
+Metrics, over all problems (`validation/...`) and over those of each data set (`validation/<data set>/...`), with n =
+`rollout.validation_responses` responses to each:
+
+- `accuracy`: mean over the problems of the share of right responses; with n > 1 also as `mean@<n>`.
+- `pass@<k>`, with n > 1, for k = 1, 2, 4, ... and n: mean over the problems of the probability that at least one of k
+  responses is right, estimated without bias from all n; pass@n is the share of problems with any right response.
+
+Over all problems alone: `grading_failed`, responses that are neither right nor wrong and count in none of the others,
+and `response_length_mean` in tokens. A problem with fewer than k graded responses does not count in pass@k.
+"""
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -27,8 +39,7 @@ def validation_due(step: int, prompts: Prompts, config: Config) -> bool:
 def validate(
     prompts: Sequence[Prompt], config: Config, producer: GroupProducer, weight_sync: WeightSync, timer: PhaseTimer
 ) -> dict[str, float]:
-    """Accuracy over all prompts and over those of each data set, each prompt's a mean over
-    `rollout.validation_responses` responses; `solved` counts prompts with at least one right response."""
+    """The metrics of one validation, in which every prompt is generated once."""
     groups: list[PromptGroup] = []
     with timer("validation"):
         # The same draws every time, so that two validations differ by the policy alone.
@@ -39,14 +50,36 @@ def validate(
     failed = failed_gradings(groups)
     lengths = [len(sample.completion.token_ids_R) for group in groups for sample in group.samples]
     if failed:
-        logger.warning("validation: grading failed for %d of %d responses, counted as wrong", failed, len(lengths))
-    by_dataset: dict[str, list[float]] = defaultdict(list)
+        logger.warning("validation: grading failed for %d of %d responses, left out", failed, len(lengths))
+    by_dataset: dict[str, list[list[float]]] = defaultdict(list)
     for group in groups:
-        by_dataset[group.prompt.problem.dataset].append(float(np.mean(group.accuracy)))
-    return {
-        "validation/grading_failed": failed,
-        "validation/accuracy": float(np.mean([np.mean(group.accuracy) for group in groups])),
-        "validation/solved": float(np.mean([max(group.accuracy) for group in groups])),
-        "validation/response_length_mean": float(np.mean(lengths)),
-        **{f"validation/{name}/accuracy": float(np.mean(values)) for name, values in by_dataset.items()},
-    }
+        by_dataset[group.prompt.problem.dataset].append(group.accuracy)
+    responses = config.rollout.validation_responses
+    metrics = {"validation/grading_failed": failed, "validation/response_length_mean": float(np.mean(lengths))}
+    for prefix, accuracies in {"": [group.accuracy for group in groups], **by_dataset}.items():
+        for name, value in accuracy_metrics(accuracies, responses).items():
+            metrics[f"validation/{prefix}/{name}" if prefix else f"validation/{name}"] = value
+    return metrics
+
+
+def accuracy_metrics(accuracies: Sequence[Sequence[float]], responses: int) -> dict[str, float]:
+    """`accuracy`, `mean@<n>` and `pass@<k>` of problems whose graded responses are right (1) or wrong (0), at most
+    `responses` of each; a metric that no problem counts in is missing."""
+    graded = [accuracy for accuracy in accuracies if len(accuracy)]
+    if not graded:
+        return {}
+    metrics = {"accuracy": float(np.mean([np.mean(accuracy) for accuracy in graded]))}
+    if responses == 1:
+        return metrics
+    metrics[f"mean@{responses}"] = metrics["accuracy"]
+    for k in sorted({2**power for power in range(responses.bit_length()) if 2**power <= responses} | {responses}):
+        estimates = [pass_at_k(len(accuracy), int(sum(accuracy)), k) for accuracy in graded if len(accuracy) >= k]
+        if estimates:
+            metrics[f"pass@{k}"] = float(np.mean(estimates))
+    return metrics
+
+
+def pass_at_k(responses: int, right: int, k: int) -> float:
+    """Probability that at least one of `k` responses is right, without bias from `right` of `responses` >= k right
+    ones: 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, section 2.1)."""
+    return 1.0 - math.comb(responses - right, k) / math.comb(responses, k)

@@ -32,7 +32,7 @@ def test_groups_do_not_touch_each_other_in_any_order():
     torch.testing.assert_close(advantages_B, torch.tensor([0.5, -1.0, -0.5, 1.0, 0.0]))
 
 
-def test_a_floor_under_the_deviation_holds_in_groups_without_a_right_answer_alone():
+def test_a_floor_under_the_deviation_holds_in_groups_without_a_spread_in_correctness_alone():
     # Deviations: 0.1 in the first group, without a right answer; 0.1 in the second, with one; 0.5 in the third.
     scores_B = torch.tensor([0.0, -0.1, -0.2, 1.0, 0.9, 0.8, 0.0, -0.5, -1.0], dtype=torch.float64)
     correct_B = torch.tensor([False, False, False, True, False, False, False, False, False])
@@ -51,6 +51,16 @@ def test_a_floor_under_the_deviation_holds_in_groups_without_a_right_answer_alon
         AdvantageInputs(scores_B[:0], correct_B[:0], groups_B[:0]), AdvantageConfig(std_floor=0.4)
     )
     assert (empty.advantages_B.shape, empty.metrics) == ((0,), {"floored_share": 0.0})
+
+
+def test_a_floor_holds_in_a_group_that_is_all_right():
+    # One of sixteen right answers is over-long by a tenth: deviation 0.1 / 4, without the floor -3.75 and +0.25.
+    scores_B, correct_B = torch.tensor([0.9] + [1.0] * 15, dtype=torch.float64), torch.ones(16, dtype=torch.bool)
+    advantages_B = advantages_of(scores_B, correct_B=correct_B, std_floor=0.4)
+    expected_B = torch.tensor([-0.09375 / 0.4] + [0.00625 / 0.4] * 15, dtype=torch.float64)
+    torch.testing.assert_close(advantages_B, expected_B, rtol=1e-5, atol=0)
+    plain_B = advantages_of(scores_B, correct_B=correct_B)
+    torch.testing.assert_close(plain_B[:2], torch.tensor([-3.75, 0.25], dtype=torch.float64), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("normalize_std", [True, False])

@@ -57,8 +57,22 @@ def test_every_config_loads_and_is_valid(path):
 def test_a_baseline_changes_nothing_but_the_method_on_any_base(path):
     base = CONFIGS / "meds_qwen3_8b.yaml"
     changed = differences(load_config(base), load_config(path, [f"base={base}"]))
-    sections = {key.split(".")[0] for key in changed}
-    assert sections <= {"name", "run_dir", "penalty", "filter", "advantage", "policy", "memory"}
+    method = {key for key in changed if key.split(".")[0] in ("penalty", "filter", "advantage", "policy", "memory")}
+    assert changed - method <= {"name", "run_dir", "reward.overlong.enabled"}
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+def test_a_baseline_names_its_loss_and_inherits_no_other(path, tmp_path):
+    for loss in ("ppo", "gspo", "cispo"):
+        base = tmp_path / f"{loss}.yaml"
+        base.write_text(f"base: {CONFIGS / 'quickstart.yaml'}\npolicy:\n  loss: {loss}\n")
+        expected = path.stem if path.stem in ("gspo", "cispo") else "ppo"
+        assert load_config(path, [f"base={base}"]).policy.loss == expected
+
+
+def test_the_over_long_penalty_is_off_in_the_grpo_family_alone():
+    without = {path.stem for path in BASELINES if not load_config(path).reward.overlong.enabled}
+    assert without == {"grpo", "grpo_entropy", "dr_grpo", "gspo"}
 
 
 def test_published_models_have_the_published_settings():
@@ -69,6 +83,11 @@ def test_published_models_have_the_published_settings():
         config = load_config(path)
         assert (config.train.prompts_per_step, config.rollout.responses_per_prompt) == (512, 16)
         assert (config.optimizer.lr, config.policy.clip_low, config.policy.clip_high) == (1e-6, 0.2, 0.28)
+        rollout = config.rollout
+        assert (rollout.validation_temperature, rollout.validation_top_p, rollout.validation_responses) == (1, 1, 32)
+    defaults = Config().rollout
+    assert (defaults.validation_temperature, defaults.validation_top_p, defaults.validation_responses) == (1, 1, 1)
+    assert Config().data.enable_thinking is None
 
 
 @pytest.mark.parametrize("base", ["meds_qwen2.5_math_7b", "meds_qwen3_8b"])

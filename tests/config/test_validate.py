@@ -89,6 +89,12 @@ def test_every_number_has_a_range_and_its_default_lies_in_it():
         (dict(reward__overlong__buffer=3072), "reward.overlong.buffer = 3072 is not below rollout.max_response_tokens"),
         (dict(rollout__top_p=0.9), "rollout.top_p = 0.9 with rollout.top_k = -1 normalises the sampled log-probs over"),
         (dict(rollout__top_k=20), "rollout.top_k = 20 normalises the sampled log-probs over the kept tokens only"),
+        (
+            dict(policy__loss="gspo"),
+            "policy.clip_high = 0.28 is a range of token ratios, but policy.loss = gspo clips ratios of whole "
+            "responses; set policy.clip_low=3e-4 and policy.clip_high=4e-4.",
+        ),
+        (dict(policy__loss="gspo", policy__clip_high=4e-4), "policy.clip_low = 0.2 is a range of token ratios"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_sentence(settings, expected):
@@ -96,6 +102,11 @@ def test_what_cannot_work_is_refused_in_one_sentence(settings, expected):
         validate(config_with(**settings))
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("clip", [4e-4, 0.1])
+def test_gspo_takes_ranges_of_response_ratios(clip):
+    validate(config_with(policy__loss="gspo", policy__clip_low=clip, policy__clip_high=clip))
 
 
 def test_without_cuda_engines_are_not_counted_against_ranks():

@@ -29,6 +29,27 @@ def test_without_a_system_message_the_template_decides(qwen_tokenizer):
     assert encode([SHORT], qwen_tokenizer, DataConfig(system_prompt=None)) == [expected]
 
 
+QWEN3_ENDING = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+"""The part of Qwen3's chat template that turns thinking off."""
+
+
+@pytest.mark.parametrize(("enable_thinking", "ending"), [(None, ""), (True, ""), (False, "<think>\n\n</think>\n\n")])
+def test_thinking_is_the_templates_default_unless_it_is_set(qwen_tokenizer, monkeypatch, enable_thinking, ending):
+    monkeypatch.setattr(qwen_tokenizer, "chat_template", QWEN3_ENDING)
+    (token_ids,) = encode([SHORT], qwen_tokenizer, DataConfig(enable_thinking=enable_thinking))
+    assert qwen_tokenizer.decode(token_ids).endswith("<|im_start|>assistant\n" + ending)
+
+
+def test_a_template_without_thinking_ignores_the_switch(qwen_tokenizer):
+    plain, switched = (encode([SHORT], qwen_tokenizer, DataConfig(enable_thinking=value)) for value in (None, False))
+    assert plain == switched
+
+
 def test_without_a_template_the_prompt_is_the_question(qwen_tokenizer):
     (token_ids,) = encode([SHORT], qwen_tokenizer, DataConfig(chat_template=False))
     assert qwen_tokenizer.decode(token_ids) == SHORT.question

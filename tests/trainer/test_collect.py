@@ -21,10 +21,10 @@ RESPONSES = 4
 
 class ScriptedProducer:
     """Groups whose accuracy a test can choose: `right[i]` of the responses to prompt i are right. They complete one by
-    one, the last prompt first."""
+    one, the last prompt first. Of prompts named in `failing`, the gradings of the last two fail."""
 
-    def __init__(self, right: list[int]):
-        self._right, self._submitted = right, {}
+    def __init__(self, right: list[int], failing: tuple[int, ...] = ()):
+        self._right, self._failing, self._submitted = right, failing, {}
 
     def submit(self, prompts, sampling, seed):
         self._submitted = dict(enumerate(prompts))
@@ -40,10 +40,12 @@ class ScriptedProducer:
         completion = Completion(np.array([1, 2, 3]), np.zeros(3, np.float32), "", "stop", 0)
         correct = [n < self._right[prompt.token_ids[0]] for n in range(RESPONSES)]
         samples = [Sample(prompt, completion, Grade(c, "graded"), float(c)) for c in correct]
+        if prompt.token_ids[0] in self._failing:
+            samples[2:] = [Sample(prompt, completion, Grade(False, "error"), np.nan)] * 2
         return [PromptGroup(prompt, samples, index=number)]
 
 
-def collected(right: list[int], **settings):
+def collected(right: list[int], failing: tuple[int, ...] = (), **settings):
     config = Config()
     config.train.prompts_per_step = settings.pop("wanted")
     config.rollout.responses_per_prompt = RESPONSES
@@ -54,7 +56,9 @@ def collected(right: list[int], **settings):
     prompts = [Prompt(Problem(str(i), "?", "7", "test"), [i]) for i in range(len(right))]
     weight_sync = SimpleNamespace(refill=lambda: None)
     pool = SimpleNamespace(asleep=False)
-    found = collect(state, prompts, config, ScriptedProducer(right), weight_sync, pool, None, None, PhaseTimer())
+    found = collect(
+        state, prompts, config, ScriptedProducer(right, failing), weight_sync, pool, None, None, PhaseTimer()
+    )
     return found, shortfall(found, config)
 
 
@@ -62,6 +66,12 @@ def test_groups_without_spread_are_dropped_and_replaced():
     found, short = collected([0, 2, 4, 1, 3, 2], wanted=2, max_batches=3)
     assert [group.prompt.problem.id for group in found.kept_groups] == ["1", "3"]
     assert found.generation_batches == 2 and short is None
+
+
+def test_failed_gradings_are_no_spread():
+    found, short = collected([2, 1, 0], failing=(0, 1, 2), wanted=3, max_batches=1)
+    assert [group.kept for group in found.groups] == [False, True, False]
+    assert "gave 1 of 3 prompts" in short
 
 
 def test_groups_beyond_the_step_are_not_trained_on():

@@ -13,7 +13,7 @@ from meds_megatron.data.problems import Problem
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.memory import UNKNOWN
-from meds_megatron.reward.grading import GraderPool
+from meds_megatron.reward.grading import Grade, GraderPool
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 from meds_megatron.trainer import loop
 from meds_megatron.trainer.error_memory import ErrorMemory
@@ -26,7 +26,8 @@ LAYERS = 14
 
 class ScriptedProducer:
     """Completions as `script(step, prompt)` names them, a letter each: R is right, u wrong without an answer, others
-    are wrong by a habit. A completion's tokens are its letter and its number, so that no two fingerprints are equal."""
+    are wrong by a habit, t by one that no grading decides. A completion's tokens are its letter and its number, so that
+    no two fingerprints are equal."""
 
     def __init__(self, script: Callable[[int, int], str], state: TrainerState, graders: GraderPool):
         self._script, self._state, self._graders, self._drawn = script, state, graders, 0
@@ -46,12 +47,13 @@ class ScriptedProducer:
         return [self._group(prompt) for prompt in prompts]
 
     def _group(self, prompt: Prompt) -> PromptGroup:
-        completions = [self._completion(letter) for letter in self._script(self._state.step, prompt.token_ids[0])]
+        letters = self._script(self._state.step, prompt.token_ids[0])
+        completions = [self._completion(letter) for letter in letters]
         grades = self._graders.grade([c.text for c in completions], [prompt.problem.answer] * len(completions))
-        return PromptGroup(
-            prompt,
-            [Sample(prompt, c, grade, float(grade.correct)) for c, grade in zip(completions, grades, strict=True)],
-        )
+        grades = [Grade(False, "timeout") if letter == "t" else g for letter, g in zip(letters, grades, strict=True)]
+        scores = [np.nan if grade.failed else float(grade.correct) for grade in grades]
+        parts = zip(completions, grades, scores, strict=True)
+        return PromptGroup(prompt, [Sample(prompt, *part) for part in parts])
 
     def _completion(self, letter: str) -> Completion:
         self._drawn += 1
@@ -257,3 +259,25 @@ def test_the_cluster_of_a_recurring_mistake_is_named_in_the_rollout_file(train):
     labels, counts = second["cluster_label"], second["cluster_size"]
     assert labels[0] is None and len(set(labels[1:5])) == len(set(labels[5:])) == 1
     assert {labels[1], labels[5]} == {0, 1} and counts == [0] + [4] * 8
+
+
+def test_failed_gradings_are_neither_trained_on_nor_remembered(train):
+    scripts = {1: ["RAAt", "tttt"], 2: ["RAAA", "tttt"]}
+    seen, policy = train(
+        lambda step, prompt: scripts[step][prompt], 2, 2, memory__method="single", filter__metric="none"
+    )
+    assert policy.forwarded == policy.updated == [3, 4]
+    assert kept(seen[0]) == [True, True] and sizes(seen[0]) == [[0, 0, 0, None], [None] * 4]
+    assert sizes(seen[1]) == [[0, 2, 2, 2], [None] * 4]
+    for name in ("score", "penalty", "shaped_score", "advantage"):
+        assert [value is None for value in by_group(seen[0], name)[0]] == [False, False, False, True]
+        assert by_group(seen[0], name)[1] == [None] * 4
+    # Of scores 1, 0, 0 the mean is 1/3 and the deviation 1 / sqrt(3).
+    assert by_group(seen[0], "advantage")[0][0] == pytest.approx(2 / 3 / (1 / 3**0.5 + 1e-6))
+    assert list(seen[0]["outcome"])[3:] == ["timeout"] * 5
+
+
+def test_a_step_whose_gradings_all_failed_trains_on_nothing(train):
+    seen, policy = train(lambda step, prompt: ["tttt", "RAAA"][step - 1], 2, 1, filter__metric="none")
+    assert policy.forwarded == policy.updated == [4]
+    assert seen[0]["advantage"] == [None] * 4 and list(seen[0]["kept"]) == [True] * 4

@@ -96,6 +96,37 @@ def with_scores(rollouts: RolloutBatch, shaped: list[float]) -> RolloutBatch:
     return rollouts
 
 
+def failing(made: PromptGroup, *rows: int) -> PromptGroup:
+    """The group with failed gradings of the responses `rows`."""
+    for row in rows:
+        made.samples[row].grade, made.samples[row].score = Grade(False, "timeout"), np.nan
+    return made
+
+
+def test_a_failed_grading_is_left_out_of_its_groups_deviation_and_of_the_loss():
+    config = Config()
+    groups = [failing(group("a", [True, False, False, False], [0] * 4), 3), group("b", [True, False], [0, 0])]
+    rollouts = with_scores(RolloutBatch.of_groups(groups, config), [1.0, 0.0, 0.0, np.nan, 1.0, 0.0])
+    batch, minibatches_B, _ = training_batch(rollouts, config)
+    # Of scores 1, 0, 0 the mean is 1/3 and the deviation 1 / sqrt(3); of 1, 0 they are 1/2 and 1 / sqrt(2).
+    three, two = 1 / 3**0.5 + 1e-6, 1 / 2**0.5 + 1e-6
+    assert batch.advantages_B == pytest.approx([2 / 3 / three, -1 / 3 / three, -1 / 3 / three, 0.5 / two, -0.5 / two])
+    assert minibatches_B.tolist() == [0] * 5
+    assert batch.response_lengths_B.tolist() == [2, 3, 4, 2, 3]
+    assert batch.loss_weights_B == pytest.approx([1 / 14] * 5)
+
+
+def test_a_group_whose_gradings_all_failed_trains_on_nothing():
+    config = Config()
+    config.train.mini_batch_prompts = 1
+    groups = [failing(group("a", [False, False], [0, 0]), 0, 1), group("b", [True, False], [0, 0])]
+    rollouts = with_scores(RolloutBatch.of_groups(groups, config), [np.nan, np.nan, 1.0, 0.0])
+    assert rollouts.kept_B.all() and rollouts.trained_B.tolist() == [False, False, True, True]
+    assert rollouts.keys_B == [None, None, None, "b|wrong"]
+    batch, minibatches_B, _ = training_batch(rollouts, config)
+    assert minibatches_B.tolist() == [0, 0] and batch.scores_B.tolist() == [1, 0]
+
+
 def test_the_floor_is_for_groups_without_a_right_answer():
     config = Config()
     config.advantage.std_floor = 0.4

@@ -1,4 +1,8 @@
-"""Entropy-shaped advantages (arXiv 2506.14758): A + min(coefficient * H, |A| / bound), without gradient through H."""
+"""Entropy-shaped advantages (arXiv 2506.14758): A + min(coefficient * H, |A| / bound).
+
+As published, H is the entropy of the policy in the update's own forward pass, without gradient: from the second
+mini-batch of a step on it is not that of the policy which sampled the responses.
+"""
 
 import torch
 

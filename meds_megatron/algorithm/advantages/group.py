@@ -10,9 +10,9 @@ from meds_megatron.config import AdvantageConfig
 def group_relative(inputs: AdvantageInputs, config: AdvantageConfig) -> AdvantageOutput:
     """Distance of each score from its group's mean, in the type of `scores_B`.
 
-    With `normalize_std` it is divided by the group's unbiased standard deviation plus `epsilon`. In a group without a
-    right answer the deviation is at least `std_floor`: its scores differ by penalties only, which a small deviation
-    would scale up to full size. A group of one has advantage 0.
+    With `normalize_std` it is divided by the group's unbiased standard deviation plus `epsilon`. In a group that is all
+    wrong or all right the deviation is at least `std_floor`: its scores differ by penalties only, which a small
+    deviation would scale up to full size. A group of one has advantage 0.
 
     Metric, with a floor: `floored_share`, the share of responses whose group's deviation is below it.
     """
@@ -25,7 +25,7 @@ def group_relative(inputs: AdvantageInputs, config: AdvantageConfig) -> Advantag
         variances_G = _sum_groups(advantages_B.square(), index_B, sizes_G) / (sizes_G - 1).clamp(min=1)
         std_B = variances_G.sqrt()[index_B]
         right_G = _sum_groups(inputs.correct_B.double(), index_B, sizes_G)
-        floor_B = torch.where(right_G[index_B] > 0, 0.0, config.std_floor)
+        floor_B = torch.where((right_G > 0) & (right_G < sizes_G), 0.0, config.std_floor)[index_B]
         advantages_B = advantages_B / (torch.maximum(std_B, floor_B) + config.epsilon)
         if config.std_floor > 0:
             metrics["floored_share"] = int((std_B < floor_B).sum()) / max(len(std_B), 1)

@@ -26,7 +26,7 @@ class LossInputs:
     rollout_logprobs_T: Tensor
     """Log-probs under the policy at the start of the step, from the rollout engine."""
     entropy_T: Tensor
-    """Entropy (nats) of the policy at each token."""
+    """Entropy (nats) of the policy being trained at each token, from the forward pass that gives `logprobs_T`."""
     advantages_T: Tensor
     weights_T: Tensor
     """Aggregation weights: see `algorithm.aggregation`."""
