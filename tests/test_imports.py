@@ -49,6 +49,7 @@ NOT_LOADED = {
     "algorithm": CLUSTER,
     "weights.resharding.plan": CLUSTER,
     "actor.schedule": CLUSTER,
+    "actor.train_batch": CLUSTER,
 }
 """Modules (for a package: all of its modules), and what importing them must not load."""
 

@@ -42,6 +42,34 @@ def test_a_restarted_process_appends(tmp_path):
     assert (tmp_path / "logs" / "rank00003.log").read_text().count("model loaded") == 2
 
 
+DRIVER = """
+import faulthandler, logging, sys
+from meds_megatron.logs import process_logging
+root = logging.getLogger()
+root.addHandler(before := logging.NullHandler())
+root.setLevel(logging.ERROR)
+shown = []
+terminal = logging.Handler()
+terminal.emit = lambda record: shown.append(record.getMessage())
+try:
+    with process_logging(sys.argv[1], "driver", terminal):
+        logging.getLogger("meds").info("only in the file")
+        logging.getLogger("meds").warning("on the terminal too")
+        raise ValueError("out of memory")
+except ValueError:
+    pass
+assert shown == ["on the terminal too"], shown
+assert (root.handlers, root.level, faulthandler.is_enabled()) == ([before], logging.ERROR, False)
+"""
+
+
+def test_the_error_that_ends_a_run_is_in_its_log_and_the_callers_logging_is_restored(tmp_path):
+    done = run(tmp_path, DRIVER)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "logs" / "driver.log").read_text()
+    assert "only in the file" in text and "ValueError: out of memory" in text and "Traceback" in text
+
+
 def test_without_a_run_directory_there_is_no_file(tmp_path):
     done = run(tmp_path / "none", LOGGED)
     assert done.returncode == 0 and not (tmp_path / "none").exists()

@@ -1,6 +1,6 @@
-"""Log-probs and entropy straight from hidden states, vocab-parallel and in chunks of tokens.
+"""Log-probs and entropy straight from hidden states, vocab-parallel and in blocks of tokens.
 
-Full logits of a chunk exist only while the chunk is worked on; the backward pass makes them again.
+Full logits of a block exist only while the block is computed; the backward pass makes them again.
 """
 
 import torch
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-CHUNK_TOKENS = 512
+BLOCK_TOKENS = 512
 _NEVER = -1e30
 """Logit of a padded vocabulary row: probability 0, and 0 * _NEVER stays 0 in the entropy."""
 
@@ -20,26 +20,26 @@ def logprobs_and_entropy(
     *,
     temperature: float,
     vocab_size: int,
-    chunk_tokens: int = CHUNK_TOKENS,
+    block_tokens: int = BLOCK_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of its distribution, both float32 [R]; only the log-prob has a gradient.
 
     `weight_VH` holds this tensor-parallel rank's rows of the head. Rows from `vocab_size` on (of the whole head) are
     padding. The gradient that reaches `hidden_RH` is this rank's part: the caller's region op sums it over the ranks.
     """
-    return _VocabParallelLogProb.apply(hidden_RH, weight_VH, targets_R, temperature, vocab_size, chunk_tokens)
+    return _VocabParallelLogProb.apply(hidden_RH, weight_VH, targets_R, temperature, vocab_size, block_tokens)
 
 
 class _VocabParallelLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RH, weight_VH, targets_R, temperature, vocab_size, chunk_tokens):
+    def forward(ctx, hidden_RH, weight_VH, targets_R, temperature, vocab_size, block_tokens):
         group = parallel_state.get_tensor_model_parallel_group()
         first_row = parallel_state.get_tensor_model_parallel_rank() * weight_VH.shape[0]
         padded = slice(max(0, vocab_size - first_row), None)
         logprobs_R = torch.empty(len(targets_R), dtype=torch.float32, device=hidden_RH.device)
         entropy_R = torch.empty_like(logprobs_R)
         log_normalizer_R = torch.empty_like(logprobs_R)
-        for part in _chunks(len(targets_R), chunk_tokens):
+        for part in _blocks(len(targets_R), block_tokens):
             logits_CV = _logits(hidden_RH[part], weight_VH, temperature, padded)
             peak_C = logits_CV.amax(dim=-1)
             dist.all_reduce(peak_C, op=dist.ReduceOp.MAX, group=group)
@@ -54,17 +54,17 @@ class _VocabParallelLogProb(torch.autograd.Function):
             entropy_R[part] = total_C.log() - weighted_C / total_C
             log_normalizer_R[part] = peak_C + total_C.log()
         ctx.save_for_backward(hidden_RH, weight_VH, targets_R, log_normalizer_R)
-        ctx.settings = (temperature, padded, first_row, chunk_tokens)
+        ctx.settings = (temperature, padded, first_row, block_tokens)
         ctx.mark_non_differentiable(entropy_R)
         return logprobs_R, entropy_R
 
     @staticmethod
     def backward(ctx, grad_R, _grad_entropy_R):
         hidden_RH, weight_VH, targets_R, log_normalizer_R = ctx.saved_tensors
-        temperature, padded, first_row, chunk_tokens = ctx.settings
+        temperature, padded, first_row, block_tokens = ctx.settings
         grad_hidden_RH = torch.empty_like(hidden_RH)
         grad_weight_VH = torch.zeros_like(weight_VH)
-        for part in _chunks(len(targets_R), chunk_tokens):
+        for part in _blocks(len(targets_R), block_tokens):
             grad_CV = _logits(hidden_RH[part], weight_VH, temperature, padded)
             grad_CV.sub_(log_normalizer_R[part, None]).exp_().neg_()
             targets_C, mine_C = _local_targets(targets_R[part], first_row, weight_VH.shape[0])
@@ -76,7 +76,7 @@ class _VocabParallelLogProb(torch.autograd.Function):
         return grad_hidden_RH, grad_weight_VH, None, None, None, None
 
 
-def _chunks(count: int, size: int) -> list[slice]:
+def _blocks(count: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
 

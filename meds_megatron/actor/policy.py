@@ -64,9 +64,10 @@ class Policy:
             for chunk in self._wrapped:
                 chunk.zero_grad_buffer()
             self._optimizer.zero_grad()
-            sums = _add_up(self._run(batch, micro_batches, loss, forward_only=False))
+            kept = self._run(batch, micro_batches, loss, forward_only=False)
             _, grad_norm, _ = self._optimizer.step()
-            updates.append(UpdateOutput(sums.pop("loss", 0.0), sums, float(grad_norm), rate))
+            sums = _add_up([part["token_sums"] for part in kept])
+            updates.append(UpdateOutput(sum(part["loss"] for part in kept), sums, float(grad_norm), rate))
         return updates
 
     def _run(self, batch, micro_batches, on_last_stage, **settings) -> list[dict]:
@@ -103,8 +104,9 @@ class _MicroBatchLoss:
         )
         shaped = shape_token_advantages(inputs, self._config.advantage)
         output = policy_loss(replace(inputs, advantages_T=shaped.advantages_T), self._config.policy)
-        sums = {"loss": output.loss.detach(), **output.token_sums, **shaped.token_sums}
-        return output.loss, {name: float(value) for name, value in sums.items()}
+        sums = output.token_sums | shaped.token_sums
+        token_sums = {name: float(value) for name, value in sums.items()}
+        return output.loss, {"loss": float(output.loss.detach()), "token_sums": token_sums}
 
     def _of(self, micro_batch: MicroBatch, values_R: np.ndarray) -> Tensor:
         return self._to_device(take_ragged(values_R, self._offsets_B1, micro_batch.rows))

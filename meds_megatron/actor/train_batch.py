@@ -85,12 +85,16 @@ class TrainBatch:
 
     @classmethod
     def concatenate(cls, batches: Sequence["TrainBatch"]) -> "TrainBatch":
-        """The responses of several batches, one batch after the other; at least one batch."""
+        """The responses of several batches, one batch after the other; at least one batch. Raises ValueError when a
+        field is filled in some of them only."""
         joined = {}
         for field in fields(cls):
             values = [getattr(batch, field.name) for batch in batches]
-            if any(value is None for value in values):
+            present = [value is not None for value in values]
+            if not any(present):
                 continue
+            if not all(present):
+                raise ValueError(f"{field.name} is filled in some of the batches only")
             if field.name == "offsets_B1":
                 joined[field.name] = offsets(np.concatenate([batch.lengths_B for batch in batches]))
             else:

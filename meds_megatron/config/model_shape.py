@@ -115,6 +115,9 @@ def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: 
     return ModelShape("qwen3", hidden, layers, heads, kv_heads, 128, ffn, 151936, tied, 1e6, 1e-6, 40960)
 
 
+VLLM_VOCABULARY_MULTIPLE = 64
+"""vLLM rounds the vocabulary up to a multiple of this before it shares it out over an engine's ranks."""
+
 # The published models, for plans and benchmarks without a model directory. Source: their config.json on Hugging Face.
 QWEN = {
     "Qwen2.5-0.5B": _qwen2(896, 24, 14, 2, 64, 4864, 151936, True),

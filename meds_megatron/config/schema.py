@@ -217,7 +217,7 @@ class MemoryConfig:
     """Limit of each shard's RAM; null is no limit. Beyond it the longest histories lose their oldest vectors until 7/8
     of it is used; if one vector a key is still too much, the least recently remembered keys are dropped."""
     skip_damaged: bool = False
-    """Loading a snapshot with damaged segments: true leaves them out and names them, false is an error."""
+    """Loading a memory with damaged files: true leaves them out and names them, false is an error."""
 
 
 @dataclass

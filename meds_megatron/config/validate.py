@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from meds_megatron.config.layout import ParallelLayout
-from meds_megatron.config.model_shape import ModelShape
+from meds_megatron.config.model_shape import VLLM_VOCABULARY_MULTIPLE, ModelShape
 from meds_megatron.config.schema import Config
 from meds_megatron.errors import UserError
 
@@ -19,8 +19,6 @@ BOUNDS = {
 """Each bound of `schema.setting`: its test and its wording."""
 GSPO_CLIP_LIMIT = 0.1
 """Clip ranges of whole responses' ratios lie far below it, those of tokens' ratios above."""
-VLLM_VOCABULARY_MULTIPLE = 64
-"""vLLM pads the vocabulary to a multiple of this before it shards the embedding."""
 
 
 def validate(config: Config) -> None:

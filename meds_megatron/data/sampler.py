@@ -40,7 +40,7 @@ class PromptSampler:
             here, saved = getattr(self, name), state[name]
             if here != saved:
                 raise UserError(
-                    f"The saved sampler does not match: {key} was {saved} and is {here} now: restore it, or start anew"
+                    f"The saved sampler does not match: {key} was {saved} and is {here} now: restore it, or start over"
                 )
         self._move_to(state["epoch"], state["position"])
 

@@ -1,4 +1,4 @@
-"""A shard on disk: one file, written anew by every save.
+"""A shard on disk: one file, rewritten by every save.
 
     magic (8 bytes) | version, header bytes (uint32 each) | header | vectors | blake2b checksum of all that (32 bytes)
 
@@ -6,7 +6,7 @@
 step, config, the moments of the statistics, and key, number and length of the vectors of every key, first those of the
 clustered, then those of the remembered but not yet clustered ones. In that order follow the steps [N] int32 and the
 vectors [N, F] float32 of every key. Everything is little-endian and nothing is pickled. Labels are not stored: a load
-clusters anew.
+clusters again.
 """
 
 import hashlib

@@ -21,7 +21,7 @@ _OPENING = re.compile(BOX_OPENING.encode())
 
 
 class AnswerPosition(NamedTuple):
-    """Where a response's answer begins.
+    """Position of a response's answer.
 
     `index` is that of the token that holds the `{` of the last `\\boxed{`, -1 where `reason` says why there is no
     answer. The token after it is the answer's first; where the brace is merged with the beginning of the answer, it is

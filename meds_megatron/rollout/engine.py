@@ -77,10 +77,11 @@ class RolloutEngine:
         """Numbers of the unfinished requests by vLLM's name for them."""
         self._finished: SimpleQueue[_Finished | Exception] = SimpleQueue()
 
-    def start(self) -> None:
-        """Loads the model. Raises UserError when this machine cannot run it, and what vLLM raises otherwise."""
+    def start(self, restarts: int = 0) -> None:
+        """Loads the model; `restarts` is how often the engine was started before. Raises UserError when this machine
+        cannot run it, and what vLLM raises otherwise."""
         configure_process_logging(self._config.run_dir, f"engine{self._index:03d}")
-        self.on_vllm_thread(self._start)
+        self.on_vllm_thread(self._start, restarts)
         logger.info("engine %d has loaded %s", self._index, self._model_dir)
 
     def on_vllm_thread(self, function: Callable, *arguments: Any, **keywords: Any) -> Any:
@@ -97,6 +98,7 @@ class RolloutEngine:
         try:
             self.on_vllm_thread(self._add, requests, seed)
         except Exception as error:
+            logger.info("requests were not added", exc_info=True)
             self._finished.put(error)
             raise
 
@@ -163,7 +165,7 @@ class RolloutEngine:
         if hasattr(self, "llm"):
             self.on_vllm_thread(self.llm.llm_engine.engine_core.shutdown)
 
-    def _start(self) -> None:
+    def _start(self, restarts: int) -> None:
         from transformers import AutoTokenizer
 
         # vLLM logs warnings while it is imported, before it applies the level that its environment sets.
@@ -174,8 +176,12 @@ class RolloutEngine:
         self._answers = AnswerLocator(self._tokenizer)
         self._stop_token_ids = stop_token_ids(self._model_dir, self._tokenizer.eos_token_id)
         self.llm = make_llm(self._config, self._model_dir, self._use_gpu, self._disk_version is not None)
-        # Engines are built with one seed, with which all would draw alike.
-        self._seed_sampling(self._config.train.seed)
+        # vLLM logs through the process's handlers instead of its own.
+        vllm_logger = logging.getLogger("vllm")
+        vllm_logger.handlers.clear()
+        vllm_logger.propagate = True
+        # Engines are built with one seed, with which all, and each after every restart, would draw alike.
+        self._seed_sampling(self._config.train.seed, restarts)
         self._version = self._disk_version
 
     def _add(self, requests: Sequence[Request], seed: int | None) -> None:
@@ -205,6 +211,7 @@ class RolloutEngine:
             for output in self.llm.llm_engine.step():
                 self._finished.put(_Finished(self._numbers.pop(output.request_id), output.outputs, self._version))
         except Exception as error:
+            logger.info("a decode step failed", exc_info=True)
             self._finished.put(error)
             return
         if self._numbers:
@@ -245,8 +252,8 @@ class RolloutEngine:
             )
         return completions
 
-    def _seed_sampling(self, seed: int) -> None:
-        (engine_seed,) = np.random.SeedSequence([seed, self._index]).generate_state(1)
+    def _seed_sampling(self, *seeds: int) -> None:
+        (engine_seed,) = np.random.SeedSequence([*seeds, self._index]).generate_state(1)
         self.llm.collective_rpc(_seed_sampling, args=(int(engine_seed),))
 
     def _reset_prefix_cache(self) -> None:
@@ -260,6 +267,7 @@ class RolloutEngine:
         try:
             self._on_ranks(method, **arguments)
         except Exception:
+            logger.info("the weight update failed in %s", method, exc_info=True)
             self._update_failed = True
             raise
 

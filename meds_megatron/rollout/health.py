@@ -20,7 +20,7 @@ class EngineState(Enum):
 class EngineHealth:
     engine: int
     max_failures: int
-    """Failures in a row that are followed by a restart; a generated response ends the row."""
+    """Failures in a row that are followed by a restart; a generated response sets the count back to 0."""
     state: EngineState = EngineState.STARTING
     failures_in_a_row: int = 0
     restarts: int = 0

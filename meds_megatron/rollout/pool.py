@@ -283,6 +283,7 @@ class EnginePool:
         ray.kill(engine.actor)
         engine.health.failed(reason)
         logger.warning("engine %d on node %d failed and is restarted: %s", engine.number, engine.node, reason)
+        logger.info("all that engine %d raised:\n%s", engine.number, error)
         self.regenerated_prompts += len(engine.running)
         self._queue.extendleft(reversed(engine.running.values()))
         engine.running, engine.starting, engine.finished = {}, None, None
@@ -296,4 +297,4 @@ class EnginePool:
         engine.actor = actor_class.remote(*self._arguments, engine.number, self._disk_version)
 
     def _start(self, engine: Engine) -> None:
-        engine.starting = engine.actor.start.remote().future()
+        engine.starting = engine.actor.start.remote(engine.health.restarts).future()

@@ -50,6 +50,8 @@ def engine_env_vars(config: Config, use_gpu: bool) -> dict[str, str]:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "PYTHONWARNINGS": "ignore::FutureWarning",
         "VLLM_NO_USAGE_STATS": "1",
+        # Names of requests end in a random suffix, which `RolloutEngine` cuts off.
+        "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "0",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -1,6 +1,7 @@
 """Dynamic sampling: generate, grade and filter until a step has enough prompts to learn from."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -42,14 +43,16 @@ def collect(
     parts: list[RolloutBatch] = []
     missing = wanted
     while missing > 0 and len(parts) < config.filter.max_batches:
-        wake_engines(pool, policy)
+        with timer("sync"):
+            wake_engines("weights", pool, policy)
+            wake_engines("kv_cache", pool, policy)
         chosen = [prompts[index] for index in state.sampler.next(config.filter.generation_prompts or wanted)]
         producer.submit(chosen, sampling, generation_seed(config.train.seed, state.step, len(parts)))
         groups: list[PromptGroup] = []
         with timer("rollout"):
             while producer.generating:
-                groups += producer.advance()
                 weight_sync.refill()
+                groups += producer.advance()
         # Most responses are graded while others are generated.
         with timer("reward"):
             while producer.busy:
@@ -69,12 +72,12 @@ def collect(
     return rollouts
 
 
-def wake_engines(pool: EnginePool, policy: PolicyGroup) -> None:
-    """Returns the GPUs to the engines, where they share them with the trainer and are asleep."""
+def wake_engines(part: Literal["weights", "kv_cache"], pool: EnginePool, policy: PolicyGroup) -> None:
+    """Returns GPU memory to sleeping engines: for their weights before an update, for the KV cache after it. The
+    trainer's unused memory is freed first."""
     if pool.asleep:
         policy.free_cached_memory()
-        pool.wake("weights")
-        pool.wake("kv_cache")
+        pool.wake(part)
 
 
 def in_order(groups: Sequence[PromptGroup]) -> list[PromptGroup]:

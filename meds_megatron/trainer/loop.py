@@ -5,7 +5,7 @@ import logging
 from meds_megatron.config import Config
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.producer import GroupProducer, failed_gradings
-from meds_megatron.trainer.collect import collect, shortfall
+from meds_megatron.trainer.collect import collect, shortfall, wake_engines
 from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.trainer.prompts import Prompts
@@ -50,7 +50,8 @@ def train(
 
         # The GPUs are the trainer's until the engines wake. One forward pass gives the old log-probs and the
         # fingerprints, one lookup the earlier mistakes of the same kind: mistakes that recur cost more.
-        pool.sleep()
+        with timer("sync"):
+            pool.sleep()
         if config.filter.metric != "shaped":
             score(rollouts, policy, memory, config, timer)
         batch, minibatches_B, advantage_metrics = training_batch(rollouts, config)
@@ -62,13 +63,11 @@ def train(
             with timer("update"):
                 updates = policy.update(batch, minibatches_B, state.step - 1)
         with timer("sync"):
-            if pool.asleep:
-                policy.free_cached_memory()
-                pool.wake("weights")
+            wake_engines("weights", pool, policy)
             if updates:
                 weight_sync.update()
                 state.policy_version = weight_sync.version
-            pool.wake("kv_cache")
+            wake_engines("kv_cache", pool, policy)
 
         metrics = sampling_metrics(rollouts) | pool.metrics() | advantage_metrics
         metrics |= training_metrics(batch, updates, config.penalty.target)

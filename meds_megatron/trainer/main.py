@@ -14,7 +14,7 @@ from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.embedded.make import ensure_model
 from meds_megatron.errors import UserError
 from meds_megatron.launch.cluster import ray_cluster, reserve_nodes
-from meds_megatron.logs import configure_process_logging
+from meds_megatron.logs import process_logging
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.producer import GroupProducer
@@ -47,16 +47,18 @@ def train(config: Config) -> None:
     try:
         with ExitStack() as stack:
             _run(config, model_dir, prompts, run, stack)
-    except BaseException:
+    except UserError:
         run.discard_if_empty()
+        raise
+    except BaseException:
+        run.discard_if_empty(keep_logs=True)
         raise
 
 
 def _run(config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory, stack: ExitStack) -> None:
     """Starts the parts of a run side by side, trains, and ends them in reverse order."""
     console = stack.enter_context(Console(config))
-    configure_process_logging(run.path, "driver", terminal=ConsoleHandler(console))
-    stack.callback(logging.basicConfig, force=True)
+    stack.enter_context(process_logging(run.path, "driver", ConsoleHandler(console)))
     if prompts.skipped:
         logger.warning("%d prompts are longer than rollout.max_prompt_tokens and were left out", prompts.skipped)
     console.phase("starting engines and trainer ranks")
@@ -82,7 +84,8 @@ def _run(config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory, s
     if not use_gpu:
         policy.start()
     pool.start()
-    weight_sync = WeightSync(config, ModelShape.from_hf(model_dir), policy, pool, str(shared_directory))
+    shape = ModelShape.from_hf(model_dir)
+    weight_sync = WeightSync(config, shape, policy, pool, str(shared_directory), state.policy_version)
     weight_sync.update()
     producer = GroupProducer(pool, graders, config)
     loop.train(config, state, prompts, policy, pool, weight_sync, producer, memory, run, log, PhaseTimer(console))

@@ -64,7 +64,7 @@ def update_metrics(updates: list[UpdateOutput]) -> dict[str, float]:
         tokens = max(update.token_sums["tokens"], 1.0)
         means = {name: value / tokens for name, value in update.token_sums.items() if name != "tokens"}
         steps.append(
-            {"loss": update.loss, **means, "grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
+            means | {"loss": update.loss, "grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
         )
     metrics = {f"policy/{name}": float(np.mean([step[name] for step in steps])) for name in steps[0]}
     # Exactly 0 when the update's forward pass repeats the one that gave the old log-probs.
@@ -87,7 +87,7 @@ def check_mismatch(step: int, metrics: dict[str, float], config: Config) -> None
     """Raises UserError when trainer and engines disagree by more than `sync.max_logprob_difference`."""
     limit = config.sync.max_logprob_difference
     found = metrics.get("mismatch/logprob_abs_mean", 0.0)
-    if limit is not None and found > limit:
+    if limit is not None and not found <= limit:
         raise UserError(
             f"Step {step}: trainer and engine log-probs differ by {found:.4g} on average, more than "
             f"sync.max_logprob_difference = {limit}: the engines run other weights, or another precision"

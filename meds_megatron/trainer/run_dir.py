@@ -63,10 +63,21 @@ class RunDirectory:
         save_config(config, run.config)
         return run
 
-    def discard_if_empty(self) -> None:
-        """Removes the directory of a run that ended before its first line of metrics: its name is free again."""
-        if not self.metrics.exists() or self.metrics.stat().st_size == 0:
-            shutil.rmtree(self.path, ignore_errors=True)
+    def discard_if_empty(self, keep_logs: bool = False) -> None:
+        """Removes the directory of a run that ended before its first line of metrics: its name is free again.
+
+        With `keep_logs` the logs stay.
+        """
+        if self.metrics.exists() and self.metrics.stat().st_size:
+            return
+        logs = self.path / "logs"
+        for path in self.path.iterdir():
+            if path.is_dir() and not (keep_logs and path == logs):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.is_file():
+                path.unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
 
     @property
     def config(self) -> Path:

@@ -48,6 +48,8 @@ def score(rollouts: RolloutBatch, policy: PolicyGroup, memory: ErrorMemory, conf
 def training_batch(rollouts: RolloutBatch, config: Config) -> tuple[TrainBatch, np.ndarray, dict[str, float]]:
     """The responses to train on with advantages and loss weights, their mini-batches, and `advantage/...` metrics."""
     batch = rollouts.batch.select(np.flatnonzero(rollouts.trained_B))
+    # Ranks have no use for them in the update.
+    batch.fingerprints_BL = None
     minibatches_B = update_minibatches(batch, np.ones(len(batch), dtype=bool), config)
     inputs = AdvantageInputs(
         scores_B=torch.from_numpy(batch.shaped_scores_B),

@@ -13,9 +13,9 @@ class TrainerState:
 
     sampler: PromptSampler
     step: int = 0
-    """Training steps done."""
+    """Training step under way, or done last."""
     policy_version: int = 0
-    """Weight updates of the engines so far."""
+    """Of the weights that the engines have, as `WeightSync.version`."""
     prompts_seen: int = 0
     tokens_seen: int = 0
     """Response tokens trained on."""

@@ -30,11 +30,19 @@ class WeightSync:
     """
 
     def __init__(
-        self, config: Config, shape: ModelShape, policy: PolicyGroup, pool: EnginePool, shared_directory: str
+        self,
+        config: Config,
+        shape: ModelShape,
+        policy: PolicyGroup,
+        pool: EnginePool,
+        shared_directory: str,
+        first_version: int = 0,
     ) -> None:
-        """`shared_directory` is a directory in the shared memory of every node; the caller removes it at the end."""
-        self.version = -1
-        """Policy version: the number of updates after the first, which gives the engines their first weights."""
+        """`shared_directory` is a directory in the shared memory of every node; the caller removes it at the end.
+        `first_version` is that of the first update, which gives the engines their first weights."""
+        self.version = first_version - 1
+        """Policy version: the number of updates of the engines' weights since the run began, the first not counted."""
+        self._first_version = first_version
         layout = ParallelLayout.from_config(config)
         self._policy, self._pool = policy, pool
         self._spec = SyncSpec(shape, layout, config.rollout.tensor, engine_dtype(config), shared_directory)
@@ -66,7 +74,9 @@ class WeightSync:
             self._load(stale)
 
     def _load(self, engines: list[int]) -> None:
-        check = self.version == 0 or (self._checksum_every > 0 and self.version % self._checksum_every == 0)
+        check = self.version == self._first_version or (
+            self._checksum_every > 0 and self.version % self._checksum_every == 0
+        )
         engines = [engine for engine in engines if self._is_connected(engine) or self._connect(engine)]
         engines = self._on_engines(engines, "begin_weight_update", self.version)
         for engine in engines:
@@ -97,9 +107,10 @@ class WeightSync:
 
     def _finish(self, transfer: "_BucketTransfer", engines: list[int]) -> list[int]:
         """Waits for a bucket and frees its staged memory; returns the engines that have loaded it."""
-        loaded = self._pool.outcomes({engine: transfer.loads[engine] for engine in engines})
+        # The trainer's side first: a rank that failed fails the loads of all engines with it.
         staged: list[StagedBucket] = ray.get(list(transfer.staged.values()))
         sent: list[Checksums] = ray.get(transfer.sent)
+        loaded = self._pool.outcomes({engine: transfer.loads[engine] for engine in engines})
         ray.get([self._on_sender(rank, "release", transfer.bucket) for rank in transfer.staged])
         expected: Checksums = {}
         for checksums in [*(part.checksums for part in staged), *sent]:

@@ -1,4 +1,4 @@
-"""Log-probs, entropy and their gradient in chunks, against plain log-softmax."""
+"""Log-probs, entropy and their gradient in blocks, against plain log-softmax."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def inputs(padded_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden_RH, head_VH, torch.randint(0, VOCAB, (TOKENS,), generator=generator)
 
 
-def chunked(rank: int, tensor: int, chunk_tokens: int, temperature: float) -> list[torch.Tensor]:
+def in_blocks(rank: int, tensor: int, block_tokens: int, temperature: float) -> list[torch.Tensor]:
     """Values and gradients on one tensor-parallel rank that holds its rows of the head."""
     from megatron.core import parallel_state, tensor_parallel
 
@@ -33,15 +33,15 @@ def chunked(rank: int, tensor: int, chunk_tokens: int, temperature: float) -> li
         targets_R,
         temperature=temperature,
         vocab_size=VOCAB,
-        chunk_tokens=chunk_tokens,
+        block_tokens=block_tokens,
     )
     (values_R * torch.linspace(-1, 1, TOKENS)).sum().backward()
     return [t.detach().numpy() for t in (values_R, entropy_R, hidden_RH.grad, mine_VH.grad)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize(("tensor", "chunk_tokens"), [(1, 512), (1, 5), (2, 5), (4, 1)])
-def test_values_and_gradients_are_those_of_log_softmax(ranks, tensor, chunk_tokens, temperature):
+@pytest.mark.parametrize(("tensor", "block_tokens"), [(1, 512), (1, 5), (2, 5), (4, 1)])
+def test_values_and_gradients_are_those_of_log_softmax(ranks, tensor, block_tokens, temperature):
     hidden_RH, head_VH, targets_R = inputs(padded_rows=2)
     hidden_RH.requires_grad_()
     head_VH.requires_grad_()
@@ -50,7 +50,7 @@ def test_values_and_gradients_are_those_of_log_softmax(ranks, tensor, chunk_toke
     (expected_R * torch.linspace(-1, 1, TOKENS)).sum().backward()
     entropy_R = -(all_RV.exp() * all_RV).sum(-1)
 
-    found = ranks.run(tensor, chunked, tensor, chunk_tokens, temperature)
+    found = ranks.run(tensor, in_blocks, tensor, block_tokens, temperature)
     for values_R, entropies_R, grad_hidden_RH, _ in found:
         assert torch.from_numpy(values_R) == pytest.approx(expected_R.detach(), abs=1e-5)
         assert torch.from_numpy(entropies_R) == pytest.approx(entropy_R.detach(), abs=1e-5)
@@ -68,13 +68,13 @@ def peak_bytes(rank: int, tokens: int) -> int:
     form_groups(ParallelConfig(), seed=0)
     hidden_RH, head_VH = torch.randn(tokens, 8), torch.randn(2000, 8)
     targets_R = torch.zeros(tokens, dtype=torch.int64)
-    options = dict(temperature=1.0, vocab_size=2000, chunk_tokens=64)
+    options = dict(temperature=1.0, vocab_size=2000, block_tokens=64)
     return peak_bytes(lambda: logprobs.logprobs_and_entropy(hidden_RH, head_VH, targets_R, **options))
 
 
-def test_no_logits_outlive_their_chunk(ranks):
+def test_no_logits_outlive_their_block(ranks):
     """Ten times the tokens must not take ten times the memory: only what is kept a token grows."""
     (few,), (many,) = (ranks.run(1, peak_bytes, tokens) for tokens in (128, 1280))
-    chunk = 64 * 2000 * 4
-    assert chunk <= few <= 5 * chunk
+    block = 64 * 2000 * 4
+    assert block <= few <= 5 * block
     assert many - few < 1280 * 8 * 8

@@ -55,6 +55,13 @@ def test_concatenated_batches_are_the_whole(lengths, cut):
             assert found.dtype == expected.dtype and found.tolist() == expected.tolist(), field.name
 
 
+def test_a_field_of_some_batches_only_is_refused():
+    one, other = build([(2, 3)]), build([(1, 4)])
+    one.advantages_B = np.zeros(1)
+    with pytest.raises(ValueError, match="advantages_B is filled in some of the batches only"):
+        TrainBatch.concatenate([one, other])
+
+
 @given(LENGTHS, st.integers(1, 4), st.randoms(use_true_random=False))
 def test_results_of_ranks_come_back_in_order(lengths, ranks, random):
     data = build(lengths)

@@ -172,11 +172,14 @@ def test_requests_are_answered_one_by_one_by_the_least_loaded_engine(least_loade
     samplings = [Sampling(4, 100 if number == 0 else 5, stop=False) for number in range(60)]
     numbers = least_loaded.submit(prompts, samplings, seed=0)
     assert len(least_loaded._queue) > 0
-    order = []
+    order, engine_of = [], {}
     while len(order) < len(numbers):
+        engine_of |= {number: engine.number for engine in least_loaded.engines for number in engine.running}
         order += least_loaded.wait()
     assert sorted(order) == numbers
     assert order[-1] == numbers[0]
+    with_the_long_one = [number for number in numbers if engine_of[number] == engine_of[numbers[0]]]
+    assert len(with_the_long_one) < len(numbers) / 3
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

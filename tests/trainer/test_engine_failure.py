@@ -18,7 +18,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module", params=SETTINGS.values(), ids=SETTINGS)
 def run(request, small_model, tmp_path_factory, cpu_engines):
-    """A finished run's metrics, a dict a step, and its output."""
+    """A finished run's metrics, a dict a step, its output and its logs by process."""
     directory = tmp_path_factory.mktemp("run") / "run"
     command = [sys.executable, "-m", "tests.trainer.killed_engines_run", "configs/quickstart.yaml", *request.param]
     command += [
@@ -44,26 +44,31 @@ def run(request, small_model, tmp_path_factory, cpu_engines):
     finished = subprocess.run(command, capture_output=True, text=True, timeout=900)
     output = finished.stdout + finished.stderr
     assert finished.returncode == 0, output[-6000:]
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()], output
+    logs = {path.stem: path.read_text() for path in (directory / "logs").iterdir()}
+    metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return metrics, output, logs
 
 
 def test_every_step_is_made_with_all_its_responses(run):
-    metrics, _ = run
+    metrics, *_ = run
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     assert all(line["response/count"] == PROMPTS * RESPONSES for line in metrics)
 
 
 def test_failures_are_counted_and_logged(run):
-    metrics, output = run
+    metrics, output, logs = run
     assert [line["rollout/engine_restarts"] for line in metrics] == [0, 1, 2, 2, 2]
     regenerated = [line["rollout/regenerated_prompts"] for line in metrics]
     assert regenerated[0] == 0 and regenerated[1] > 0 and len(set(regenerated[1:])) == 1
     assert output.count("killing process") == 2
     assert output.count("failed and is restarted") == 2
+    assert logs["driver"].count("failed and is restarted") == logs["driver"].count("all that engine") == 2
+    loaded = [text.count("has loaded") for process, text in logs.items() if process.startswith("engine")]
+    assert sum(loaded) == len(loaded) + 2, "a restarted engine writes on in its log"
 
 
 def test_engines_have_the_trainers_weights_in_the_next_steps(run):
-    metrics, _ = run
+    metrics, *_ = run
     for line in metrics:
         assert 0 < line["mismatch/logprob_abs_max"] < 1e-3
         assert line["policy/grad_norm"] > 0

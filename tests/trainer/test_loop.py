@@ -29,11 +29,12 @@ class ScriptedProducer:
     are wrong by a habit, t by one that no grading decides. A completion's tokens are its letter and its number, so that
     no two fingerprints are equal."""
 
-    def __init__(self, script: Callable[[int, int], str], state: TrainerState, graders: GraderPool):
-        self._script, self._state, self._graders, self._drawn = script, state, graders, 0
+    def __init__(self, script: Callable[[int, int], str], state: TrainerState, graders: GraderPool, calls: list[str]):
+        self._script, self._state, self._graders, self._calls, self._drawn = script, state, graders, calls, 0
         self._submitted: list[Prompt] = []
 
     def submit(self, prompts, sampling, seed) -> None:
+        self._calls.append("generate")
         self._submitted = list(prompts)
 
     @property
@@ -65,29 +66,52 @@ class ScriptedProducer:
 class ScriptedPolicy:
     """Fingerprints that show the habit which a completion's tokens name."""
 
-    def __init__(self):
+    def __init__(self, calls: list[str]):
+        self.calls = calls
         self.forwarded: list[int] = []
         """Responses of each forward pass."""
         self.updated: list[int] = []
 
     def forward(self, batch: TrainBatch, minibatches_B: np.ndarray) -> ForwardOutput:
+        self.calls.append("forward")
         self.forwarded.append(int((minibatches_B >= 0).sum()))
         zeros_R = np.zeros(len(batch.rollout_logprobs_R), dtype=np.float32)
         fingerprints_BL = np.stack([fingerprint(*tokens) for tokens in batch.tokens_T.reshape(-1, 3)[:, 1:]])
         return ForwardOutput(zeros_R, zeros_R, fingerprints_BL.astype(np.float32))
 
+    def free_cached_memory(self) -> None:
+        self.calls.append("free")
+
     def update(self, batch: TrainBatch, minibatches_B: np.ndarray, step: int) -> list[UpdateOutput]:
         assert batch.logprobs_R is not None and np.isfinite(batch.advantages_B).all() and (minibatches_B >= 0).all()
+        self.calls.append("update")
         self.updated.append(len(batch))
         sums = dict.fromkeys(("tokens", "kl", "ratio", "clip_fraction", "dual_clip_fraction"), 1.0)
         return [UpdateOutput(0.0, sums, 0.0, 0.0)]
 
 
+class RecordedPool:
+    """Engines that share GPUs with the trainer: the order of the calls that move memory between them."""
+
+    def __init__(self, calls: list[str]):
+        self._calls, self.asleep, self.metrics = calls, False, dict
+
+    def sleep(self) -> None:
+        if not self.asleep:
+            self._calls.append("sleep")
+        self.asleep = True
+
+    def wake(self, part: str) -> None:
+        self._calls.append(f"wake {part}")
+        self.asleep = part == "weights"
+
+
 class WeightSyncWithoutEngines:
-    def __init__(self):
-        self.version = 0
+    def __init__(self, calls: list[str]):
+        self.version, self._calls = 0, calls
 
     def update(self) -> None:
+        self._calls.append("sync")
         self.version += 1
 
     def refill(self) -> None:
@@ -130,7 +154,7 @@ def train(memories, request):
         problems = settings.get("filter__generation_prompts", prompts)
         names = [f"{request.node.name} {i}" for i in range(problems)]
         train_prompts = [Prompt(Problem(name, "?", "7", "test"), [i]) for i, name in enumerate(names)]
-        state, policy = TrainerState(PromptSampler(problems, seed=0, shuffle=False)), ScriptedPolicy()
+        state, policy = TrainerState(PromptSampler(problems, seed=0, shuffle=False)), ScriptedPolicy(calls := [])
         rollouts, metrics = [], []
         with GraderPool(1, 5.0) as graders:
             loop.train(
@@ -138,9 +162,9 @@ def train(memories, request):
                 state,
                 Prompts(train_prompts, [], 0),
                 policy,
-                SimpleNamespace(sleep=lambda: None, wake=lambda part: None, asleep=False, metrics=dict),
-                WeightSyncWithoutEngines(),
-                ScriptedProducer(script, state, graders),
+                RecordedPool(calls),
+                WeightSyncWithoutEngines(calls),
+                ScriptedProducer(script, state, graders, calls),
                 memories(config),
                 SimpleNamespace(save_rollouts=lambda step, columns: rollouts.append(columns)),
                 SimpleNamespace(log=lambda step, values: metrics.append(values)),
@@ -281,3 +305,24 @@ def test_a_step_whose_gradings_all_failed_trains_on_nothing(train):
     seen, policy = train(lambda step, prompt: ["tttt", "RAAA"][step - 1], 2, 1, filter__metric="none")
     assert policy.forwarded == policy.updated == [4]
     assert seen[0]["advantage"] == [None] * 4 and list(seen[0]["kept"]) == [True] * 4
+
+
+WAKE = ["free", "wake weights", "free", "wake kv_cache"]
+
+
+def test_memory_of_shared_gpus_moves_between_engines_and_trainer(train):
+    """The trainer's unused memory is freed before each part that the engines take back."""
+    _, policy = train(lambda step, prompt: "RAAA", steps=2, prompts=1)
+    synced = ["free", "wake weights", "sync", "free", "wake kv_cache"]
+    assert policy.calls == ["generate", "sleep", "forward", "update", *synced] * 2
+
+
+def test_engines_wake_for_every_generation_batch_of_the_shaped_filter(train):
+    _, policy = train(
+        lambda step, prompt: "AAAA",
+        steps=1,
+        prompts=1,
+        filter__metric="shaped",
+        filter__max_batches=2,
+    )
+    assert policy.calls == ["generate", "sleep", "forward", *WAKE, "generate", "sleep", "forward", *WAKE]

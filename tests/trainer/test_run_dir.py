@@ -67,6 +67,22 @@ def test_rollouts_come_back_as_written(tmp_path):
     assert [path.name for path in run.rollouts.iterdir()] == ["step_000012.parquet"]
 
 
+def test_a_run_without_metrics_leaves_its_name_free_and_may_keep_its_logs(tmp_path):
+    config = Config(run_dir=str(tmp_path / "run"))
+    run = RunDirectory.create(config)
+    (run.path / "logs").mkdir()
+    (run.path / "logs" / "driver.log").write_text("an error")
+    run.discard_if_empty(keep_logs=True)
+    assert [path.name for path in run.path.iterdir()] == ["logs"]
+    run = RunDirectory.create(config)
+    run.discard_if_empty()
+    assert not run.path.exists()
+    run = RunDirectory.create(config)
+    run.metrics.write_text("{}")
+    run.discard_if_empty()
+    assert run.config.exists() and run.metrics.exists()
+
+
 def test_a_missing_column_is_refused(tmp_path):
     run = RunDirectory.create(Config(run_dir=str(tmp_path)))
     columns = columns_of(2)

@@ -12,7 +12,7 @@ from meds_megatron.config import AdvantageConfig
 
 
 def compute_advantages(inputs: AdvantageInputs, config: AdvantageConfig) -> AdvantageOutput:
-    """One advantage a response, as the config chooses."""
+    """One advantage a response."""
     return group_relative(inputs, config)
 
 

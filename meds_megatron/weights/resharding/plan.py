@@ -18,7 +18,7 @@ from functools import cache
 from itertools import pairwise
 
 from meds_megatron.config.layout import ParallelLayout
-from meds_megatron.config.model_shape import ModelShape
+from meds_megatron.config.model_shape import VLLM_VOCABULARY_MULTIPLE, ModelShape
 from meds_megatron.weights.table import (
     HfShape,
     MegatronParameter,
@@ -28,9 +28,6 @@ from meds_megatron.weights.table import (
     chunk_buckets,
     padded_vocab,
 )
-
-ENGINE_VOCAB_MULTIPLE = 64
-"""vLLM rounds the vocabulary up to a multiple of this before it splits it."""
 
 # The dimension along which vLLM splits a layer's matrix; a bias is split like the rows of its matrix.
 _SPLIT_DIMENSION = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), 0)
@@ -127,7 +124,7 @@ def engine_slices(shape: ModelShape, hf_name: str, hf_shape: HfShape, rank: int,
     """
     parent, dimension = hf_name.split(".")[-2], 0
     if parent in ("embed_tokens", "lm_head"):
-        share = -(-shape.vocab_size // ENGINE_VOCAB_MULTIPLE) * ENGINE_VOCAB_MULTIPLE // size
+        share = -(-shape.vocab_size // VLLM_VOCABULARY_MULTIPLE) * VLLM_VOCABULARY_MULTIPLE // size
         first, last = (min(end * share, shape.vocab_size) for end in (rank, rank + 1))
     elif parent in ("k_proj", "v_proj") and shape.num_kv_heads < size:
         # Several ranks then hold the same key and value head.

@@ -22,7 +22,7 @@ from meds_megatron.weights.table import TensorSlice
 logger = logging.getLogger(__name__)
 
 MOST_NAMED = 5
-_CHUNK_ELEMENTS = 2**20
+_BLOCK_ELEMENTS = 2**20
 _CHECKSUM_PERIOD = 65521
 
 
@@ -214,10 +214,10 @@ def checksum(values: Tensor) -> int:
     flat = values.contiguous().flatten()
     bits = flat.view({2: torch.int16, 4: torch.int32}[flat.element_size()])
     total = 0
-    for first in range(0, len(bits), _CHUNK_ELEMENTS):
-        chunk = bits[first : first + _CHUNK_ELEMENTS].long()
-        positions = torch.arange(first, first + len(chunk), device=chunk.device)
-        total += int((chunk * (positions % _CHECKSUM_PERIOD + 1)).sum())
+    for first in range(0, len(bits), _BLOCK_ELEMENTS):
+        block = bits[first : first + _BLOCK_ELEMENTS].long()
+        positions = torch.arange(first, first + len(block), device=block.device)
+        total += int((block * (positions % _CHECKSUM_PERIOD + 1)).sum())
     return total % 2**64
 
 
