@@ -3,8 +3,8 @@
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from itertools import count
+from threading import Lock
 
 import numpy as np
 
@@ -19,14 +19,25 @@ from meds_megatron.rollout.settings import Sampling
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
 class _Grading:
-    """A generated prompt whose grades are being computed."""
+    """A generated prompt whose grades are being computed; `done` is set when the last one is.
 
-    index: int
-    prompt: Prompt
-    completions: list[Completion]
-    grades: list[Future[Grade]]
+    One event a prompt, not one a response: a step has thousands of these, and a wait costs time for each.
+    """
+
+    def __init__(self, index: int, prompt: Prompt, completions: list[Completion], graders: GraderPool) -> None:
+        self.index, self.prompt, self.completions = index, prompt, completions
+        self.done: Future[None] = Future()
+        self._unfinished, self._lock = len(completions), Lock()
+        self.grades = [graders.submit(completion.text, prompt.problem.answer) for completion in completions]
+        for grade in self.grades:
+            grade.add_done_callback(self._count)
+
+    def _count(self, _: Future[Grade]) -> None:
+        with self._lock:
+            self._unfinished -= 1
+            if not self._unfinished:
+                self.done.set_result(None)
 
 
 class GroupProducer:
@@ -60,19 +71,14 @@ class GroupProducer:
             self._generating[number] = (next(self._indices), prompt)
 
     def advance(self) -> list[PromptGroup]:
-        """Waits until a request or a grade is finished or an engine has started or failed.
+        """Waits until a request or the grades of one are finished or an engine has started or failed.
 
         Returns the groups that became complete, if any.
         """
-        finished = [grading for grading in self._grading if all(grade.done() for grade in grading.grades)]
-        if not finished:
-            pending = [grade for grading in self._grading for grade in grading.grades if not grade.done()]
-            for number, completions in self._pool.wait(*pending).items():
-                index, prompt = self._generating.pop(number)
-                answer = prompt.problem.answer
-                grades = [self._graders.submit(completion.text, answer) for completion in completions]
-                self._grading.append(_Grading(index, prompt, completions, grades))
-            finished = [grading for grading in self._grading if all(grade.done() for grade in grading.grades)]
+        if not any(grading.done.done() for grading in self._grading):
+            for number, completions in self._pool.wait(*(grading.done for grading in self._grading)).items():
+                self._grading.append(_Grading(*self._generating.pop(number), completions, self._graders))
+        finished = [grading for grading in self._grading if grading.done.done()]
         self._grading = [grading for grading in self._grading if grading not in finished]
         return [self._group(grading) for grading in finished]
 

@@ -20,7 +20,8 @@ class Sampling:
     stop: bool = True
     """False ignores end-of-sequence tokens: every response has `max_tokens` (benchmarks)."""
     seed: int | None = None
-    """Seed of the prompt's own generator, which costs speed (`meds bench rollout`); None draws from the engine's."""
+    """Seed of the prompt's own generator; None draws from the engine's. Costs speed (`meds bench rollout`), and without
+    CUDA vLLM fails when a step's token budget cuts a seeded prompt."""
 
     @classmethod
     def training(cls, config: RolloutConfig) -> "Sampling":
