@@ -110,8 +110,8 @@ class DataConfig:
     thinking. Templates without such a mode (Qwen2.5) ignore it."""
     shuffle: bool = True
     overlong_prompts: Literal["skip", "error"] = "skip"
-    """Prompts longer than `rollout.max_prompt_tokens`: `skip` leaves them out and reports their number. Departure: DAPO's
-    training scripts, which the published code follows, cut their beginning off and train on the rest."""
+    """Prompts longer than `rollout.max_prompt_tokens`: `skip` leaves them out and reports their number. Departure:
+    DAPO's training scripts, which the published code follows, cut their beginning off and train on the rest."""
     arithmetic_rules: Literal["shared", "per_kind"] = "shared"
     """Embedded task: `shared` has one correct rule for all kinds of problem, `per_kind` one for each kind."""
 
