@@ -6,7 +6,7 @@ Departures of the defaults, each described beside its key:
 - `optimizer.warmup_steps`: the learning rate of warm-up step s is lr * s / 10, published lr * (s - 1) / 10.
 - `optimizer.weight_decay`: norms and biases are not decayed, published they are.
 - `filter.when_short`: a step that cannot be filled trains on fewer prompts, published the run stops.
-- `data.overlong_prompts`: long prompts are left out, published they are cut.
+- `data.overlong_prompts`: prompts that are too long are left out, published they lose their beginning.
 - `reward.timeout_seconds`: a failed grading is neither right nor wrong, published it is wrong.
 - `memory`: an exact spanning tree, float32 fingerprints, the position of merged boxes, problems told apart by id.
 
@@ -110,8 +110,8 @@ class DataConfig:
     thinking. Templates without such a mode (Qwen2.5) ignore it."""
     shuffle: bool = True
     overlong_prompts: Literal["skip", "error"] = "skip"
-    """Prompts longer than `rollout.max_prompt_tokens`: `skip` leaves them out and reports their number. Departure: the
-    published code cuts their beginning off, and with it the question's start, and trains on the rest."""
+    """Prompts longer than `rollout.max_prompt_tokens`: `skip` leaves them out and reports their number. Departure:
+    DAPO's training scripts, which the published code follows, cut their beginning off and train on the rest."""
     arithmetic_rules: Literal["shared", "per_kind"] = "shared"
     """Embedded task: `shared` has one correct rule for all kinds of problem, `per_kind` one for each kind."""
 

@@ -1,5 +1,6 @@
 """Groups from a real engine and real graders."""
 
+import numpy as np
 import pytest
 
 from meds_megatron.data.problems import Problem
@@ -94,12 +95,13 @@ def test_groups_are_graded_while_others_are_decoded(parts):
     assert len(first) + len(all_groups(producer)) == len(PROMPTS)
 
 
-def test_a_grading_that_fails_is_counted(parts):
+def test_a_grading_that_fails_is_counted_and_gives_no_score(parts, monkeypatch):
     config, pool, graders = parts
     producer = GroupProducer(pool, graders, config)
+    monkeypatch.setattr(graders, "submit", lambda text, answer: GraderPool.submit(graders, "\\boxed{1}", answer))
     nothing = Prompt(Problem("empty", "question", "$$", "made"), [41, 50, 61])
     producer.submit([nothing], Sampling(responses=2, max_tokens=5), seed=0)
     (group,) = all_groups(producer)
-    group.samples[0].grade = graders.grade(["\\boxed{1}"], ["$$"])[0]
-    assert group.samples[0].grade.outcome == "error"
-    assert failed_gradings([group]) == 1
+    assert [sample.grade.outcome for sample in group.samples] == ["error", "error"]
+    assert failed_gradings([group]) == 2
+    assert group.accuracy == [] and np.isnan([sample.score for sample in group.samples]).all()

@@ -45,7 +45,6 @@ def test_grades_and_scores_follow_from_the_text(steps):
         assert stored(step, "correct") == step.columns["correct"]
         assert stored(step, "score") == pytest.approx(step.columns["score"], abs=1e-6)
         assert stored(step, "prompt_tokens") == [len(row["prompt_ids"]) for row in step.rows]
-    assert any(any(stored(step, "correct")) for step in steps)
 
 
 def test_cluster_sizes_are_those_of_fresh_fits_over_the_mistakes_of_earlier_steps(replay, steps):
@@ -97,8 +96,8 @@ def test_fingerprints_are_those_of_transformers_with_replayed_weights(steps):
 
 def test_losses_and_gradient_norms_are_those_of_a_plain_training_loop(steps, metrics):
     for step, line in zip(steps, metrics, strict=True):
-        assert line["policy/updates"] == len(step.losses) == 2
-        assert line["policy/loss"] == pytest.approx(np.mean(step.losses), abs=1e-4)
+        assert line["policy/updates"] == len(step.losses)
+        assert line["policy/loss"] == pytest.approx(np.mean(step.losses), rel=1e-4, abs=1e-7)
         assert line["policy/grad_norm"] == pytest.approx(np.mean(step.grad_norms), rel=1e-4)
         assert line["policy/entropy"] == pytest.approx(step.entropy, rel=1e-4)
 
@@ -116,11 +115,17 @@ def test_every_mistake_is_remembered(steps, metrics, replay):
 
 
 @pytest.mark.parametrize("run", ["published_run"], indirect=True)
+def test_the_published_run_has_right_answers_and_several_updates_a_step(steps):
+    assert sum(stored(step, "correct").count(True) for step in steps) > 3
+    assert [len(step.losses) for step in steps] == [2] * STEPS
+
+
+@pytest.mark.parametrize("run", ["published_run"], indirect=True)
 def test_trained_weights_are_those_of_a_plain_training_loop(run, replay, steps):
     trained = AutoModelForCausalLM.from_pretrained(run / "hf" / f"step_{STEPS:06d}").state_dict()
     for name, weight in replay.model.state_dict().items():
         difference = (trained[name] - weight).abs()
-        assert difference.mean() < 1e-7 and difference.max() < 1e-5, name
+        assert difference.mean() < 1e-7 and difference.max() < 5e-6, name
     assert torch.equal(trained["lm_head.weight"], trained["model.embed_tokens.weight"])
 
 
