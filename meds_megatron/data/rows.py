@@ -6,8 +6,8 @@ DAPO-Math-17K (`prompt` as chat messages, `reward_model.ground_truth`, `extra_in
 
 Chat messages may be [user], [system, user], or either followed by an empty assistant message, as in the published MEDS
 parquet files. Only the user's message is kept. The system message of a prompt is `data.system_prompt`, also where a row
-has one of its own. An empty assistant message is not rendered: a chat template applied to such a row's own messages would
-put an empty assistant turn before the generation prompt.
+has one of its own. An empty assistant message is not rendered: a chat template applied to such a row's own messages
+would put an empty assistant turn before the generation prompt.
 """
 
 import json
@@ -115,7 +115,7 @@ def _user_message(field: str, messages: list) -> object:
     if roles not in (["user"], ["system", "user"]):
         raise RowError(
             f"`{field}` must be one message of the user, with at most a system message before it and an empty "
-            f"assistant message after it, found {roles}: keep these only, and set data.system_prompt for a system message"
+            f"assistant message after it, found {roles}: keep these, and set data.system_prompt for a system message"
         )
     return messages[len(roles) - 1].get("content")
 
