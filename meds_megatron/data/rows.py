@@ -3,6 +3,11 @@ r"""Rows of jsonl and parquet files, and the question, answer and id in each.
 Known layouts: GSM8K (`question`, `answer` ending in `#### 18`), MATH500, AIME and AMC (`problem`, `answer`), verl and
 DAPO-Math-17K (`prompt` as chat messages, `reward_model.ground_truth`, `extra_info.index`), and rows with one of
 `problem`, `question`, `prompt` and one of `answer`, `solution`, where a solution has its answer in a `\boxed{}`.
+
+Chat messages may be [user], [system, user], or either followed by an empty assistant message, as in the published MEDS
+parquet files. Only the user's message is kept. The system message of a prompt is `data.system_prompt`, also where a row
+has one of its own. An empty assistant message is not rendered: a chat template applied to such a row's own messages
+would put an empty assistant turn before the generation prompt.
 """
 
 import json
@@ -94,7 +99,7 @@ def _question(row: dict) -> str:
         )
     value = row[field]
     if isinstance(value, list):
-        value = _only_message(field, value)
+        value = _user_message(field, value)
     if not isinstance(value, str):
         raise RowError(f"the question in `{field}` must be a text, found {_kind(value)}: correct or remove the row")
     if not value.strip():
@@ -102,15 +107,17 @@ def _question(row: dict) -> str:
     return value
 
 
-def _only_message(field: str, messages: list) -> object:
-    """The text of a prompt in chat messages: the user's only, since the system message comes from the config."""
+def _user_message(field: str, messages: list) -> object:
+    """The content of the user's message; see the module's docstring for the messages that may be beside it."""
     roles = [message.get("role") if isinstance(message, dict) else _kind(message) for message in messages]
-    if roles != ["user"]:
+    if roles[-1:] == ["assistant"] and not messages[-1].get("content"):
+        roles = roles[:-1]
+    if roles not in (["user"], ["system", "user"]):
         raise RowError(
-            f"`{field}` must be one message of the user, found {roles}: keep that one, and set data.system_prompt "
-            "for a system message"
+            f"`{field}` must be one message of the user, with at most a system message before it and an empty "
+            f"assistant message after it, found {roles}: keep these, and set data.system_prompt for a system message"
         )
-    return messages[0].get("content")
+    return messages[len(roles) - 1].get("content")
 
 
 def _answer(row: dict) -> str:

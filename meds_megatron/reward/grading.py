@@ -1,8 +1,8 @@
 r"""Grading: whether the answer in a response's last `\boxed{}` equals the ground truth.
 
 Most answers are decided by `reward.answers`. The others are compared by math-verify in grader processes
-(`reward.worker`), which are killed when an answer takes too long. A comparison that fails is counted as a failure, not
-as a wrong answer.
+(`reward.worker`), which are killed when an answer takes too long; `reward.differences` then rejects what math-verify
+accepts by mistake. A comparison that fails is counted as a failure, not as a wrong answer.
 
 The processes are not a pebble ProcessPool (5.2.3) because a worker killed while it is idle, or while it holds the lock
 of the pipe that all workers share, stops the whole pool, the workers import the driver's main module again, and those
@@ -24,7 +24,9 @@ from typing import Literal
 
 from meds_megatron.latex import last_boxed
 from meds_megatron.reward import worker
-from meds_megatron.reward.answers import compare_plainly, normalised
+from meds_megatron.reward.answers import compare_plainly
+from meds_megatron.reward.differences import surely_different
+from meds_megatron.reward.notation import for_math_verify, normalised
 
 MAX_ANSWER_CHARACTERS = 2000
 """A longer answer or ground truth is not the answer to a problem; parsing it would only use up the time limit."""
@@ -124,13 +126,16 @@ class GraderPool(AbstractContextManager):
             process.end()  # Also those that started meanwhile.
 
     def _judge(self, answer: str, truth: str) -> Grade:
-        """math-verify's verdict, from the process of the calling thread."""
+        """math-verify's verdict, from the process of the calling thread, and ours where the two surely differ."""
         process = self._processes.get(threading.get_ident())
         if process is None or process.poll() is not None:
             process = self._start()
-        grade = process.grade(answer, truth, self.timeout_seconds)
+        pair = for_math_verify(answer), for_math_verify(truth)
+        grade = process.grade(*pair, self.timeout_seconds)
         if self._closed:
             raise CancelledError("The grader pool was closed")
+        if grade.correct and surely_different(*pair):
+            return Grade(False, "graded", "math-verify accepts the answer, but its value or structure is different")
         return grade
 
     def _start(self) -> "GraderProcess":

@@ -66,6 +66,17 @@ def test_sources_follow_each_other_up_to_the_limit(tmp_path):
     assert [p.question for p in load_problems([first, second], 2)] == ["a", "b"]
 
 
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Think."}]])
+@pytest.mark.parametrize(
+    "assistant", [[], [{"role": "assistant", "content": ""}], [{"role": "assistant", "content": None}]]
+)
+def test_only_the_users_message_of_a_chat_is_kept(tmp_path, write, system, assistant):
+    messages = [*system, {"role": "user", "content": "What is 30 + 4?"}, *assistant]
+    path = write(tmp_path / f"chat.{write.__name__.removeprefix('write_')}", {**verl_row("a"), "prompt": messages})
+    assert load_problems([path]) == [Problem("a", "What is 30 + 4?", "34", "chat")]
+
+
 def test_verl_rows_keep_their_prompt_and_index(tmp_path):
     path = write_parquet(tmp_path / "dapo.parquet", verl_row("9a9b6eb4-a1cb"), verl_row("1aaab07f-1caf"))
     problems = load_problems([path])
@@ -113,7 +124,18 @@ def test_blank_lines_are_counted_but_are_no_problems(tmp_path):
         ({"question": "q", "solution": "it is 4"}, "the solution has no"),
         ({"id": 1.5, "question": "q", "answer": "1"}, "`id` must be a text or a whole number"),
         ({"id": "", "question": "q", "answer": "1"}, "`id` must be a text or a whole number"),
-        ({"prompt": [{"role": "system", "content": "s"}, {"role": "user"}], "answer": "1"}, "one message of the user"),
+        (
+            {"prompt": [{"role": "system", "content": "s"}, {"role": "user"}], "answer": "1"},
+            "must be a text, found null",
+        ),
+        ({"prompt": [{"role": "system", "content": "s"}], "answer": "1"}, "one message of the user"),
+        ({"prompt": [{"role": "user", "content": "q"}] * 2, "answer": "1"}, "one message of the user"),
+        ({"prompt": [{"role": "assistant", "content": ""}], "answer": "1"}, "one message of the user"),
+        ({"prompt": ["q", {"role": "assistant", "content": ""}], "answer": "1"}, "one message of the user"),
+        (
+            {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "4"}], "answer": "1"},
+            "an empty assistant message after it, found ['user', 'assistant']",
+        ),
         ({"prompt": [], "answer": "1"}, "one message of the user"),
         (verl_row("x", ""), "the answer in `reward_model.ground_truth` is empty"),
     ],
