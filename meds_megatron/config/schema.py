@@ -159,8 +159,13 @@ class RewardConfig:
 
 @dataclass
 class MemoryConfig:
-    """The error memory. The defaults are the published ones (MEDS, sections 3 and 4), except that HDBSCAN's spanning
-    tree is exact where the published code uses the package's approximate one."""
+    """The error memory. The defaults are the published ones (MEDS, sections 3 and 4), with two differences.
+
+    HDBSCAN's spanning tree is exact where the published code uses the package's approximate one. And ties do not depend
+    on the order of edges, as they do in the package: equal vectors are one weighted point, which nothing splits, and
+    edges of equal length are merged in the order of their newer, then of their older vector. A tied vote goes to the
+    smallest label, numbered as the package does.
+    """
 
     method: Literal["hdbscan", "single"] = "hdbscan"
     """`single`: every vector of a key is one cluster (ablation)."""

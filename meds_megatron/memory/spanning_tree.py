@@ -145,9 +145,7 @@ def _add_point(ends, lengths, to_new, new):
             length, lengths[edge] = lengths[edge], length
             end, ends[edge, 0] = ends[edge, 0], end
             other, ends[edge, 1] = ends[edge, 1], other
-        if _shorter(
-            length, end, other, candidate_length[parent], candidate_end[parent], candidate_other[parent]
-        ):
+        if _shorter(length, end, other, candidate_length[parent], candidate_end[parent], candidate_other[parent]):
             candidate_length[parent], candidate_end[parent], candidate_other[parent] = length, end, other
     lengths[new - 1] = candidate_length[0]
     ends[new - 1, 0] = candidate_end[0]
