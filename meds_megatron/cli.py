@@ -200,7 +200,7 @@ def fingerprint(responses: int, tokens: int, rounds: int) -> dict:
     "histories",
     type=click.IntRange(min=2),
     multiple=True,
-    default=(16, 64, 256, 1600),
+    default=(16, 64, 256, 800, 1600),
     help="Stored vectors of each problem; may be given several times.",
 )
 @click.option("--keys", type=click.IntRange(min=1), default=512, help="Problems in a step.")

@@ -24,7 +24,8 @@ VECTORS_PER_PROMPT = 64
 
 
 def run(
-    histories: Sequence[int] = (16, 64, 256, 1600),
+    histories: Sequence[int] = (16, 64, 256, 800, 1600),
+    repeats: Sequence[float] = (0.0, 0.5),
     keys: int = 512,
     new: int = 12,
     straightforward_keys: int = 64,
@@ -35,9 +36,10 @@ def run(
 ) -> dict:
     """Measure a step of `keys` prompts with `new` vectors each.
 
-    Returns `rows`, one a history: {history, ours_s, straightforward_s, speedup, lookup_s, same_partition}; the
-    straightforward version runs on `straightforward_keys` of the keys and its time is scaled to all of them, and
-    `same_partition` is the share of these keys in which both found the same clusters. `shards`, one a number of shards:
+    Returns `rows`, one for each share of repeated vectors and each history: {repeats, history, ours_s,
+    straightforward_s, speedup, lookup_s, same_partition}; the straightforward version runs on `straightforward_keys` of
+    the keys and its time is scaled to all of them, and `same_partition` is the share of these keys in which both found
+    the same clusters. `shards`, one a number of shards:
     {shards, keys_mean, keys_max, imbalance, slowest_s, total_s} for `shard_keys` random keys. `million`: the cost of
     `sample_keys` prompts of 64 vectors, scaled to a million: {prompts, vectors_per_prompt, raw_bytes_per_vector,
     bytes_per_vector, ratio, resident_bytes_per_vector, step_s, gib_per_shard}.
@@ -49,17 +51,23 @@ def run(
             "keys": keys,
             "new": new,
             "straightforward_keys": min(straightforward_keys, keys),
-            "rows": [_compare(history, keys, new, min(straightforward_keys, keys), seed) for history in histories],
+            "rows": [
+                _compare(repeated, history, keys, new, min(straightforward_keys, keys), seed)
+                for repeated in repeats
+                for history in histories
+            ],
             "shards": [_spread(shards, shard_keys, new, seed) for shards in shard_counts],
             "million": million,
         }
 
 
 class Problems:
-    """Synthetic fingerprints: every key has a few mistakes of its own."""
+    """Synthetic fingerprints: every key has a few mistakes of its own, and the share `repeats` of the responses are
+    token for token the same answer of their mistake."""
 
-    def __init__(self, names: Sequence[str], seed: int):
+    def __init__(self, names: Sequence[str], seed: int, repeats: float = 0.0):
         self.names = list(names)
+        self.repeats = repeats
         self._rng = np.random.default_rng(seed)
         self._mistakes = 15 + 3 * self._rng.normal(size=(len(self.names), MISTAKES, LAYERS))
 
@@ -67,7 +75,10 @@ class Problems:
         """`count` fingerprints of each key: the keys and the array [keys * count, layers]."""
         keys = len(self.names)
         mistakes = self._rng.integers(MISTAKES, size=(keys, count))
-        drawn = self._mistakes[np.arange(keys)[:, None], mistakes] + self._rng.normal(size=(keys, count, LAYERS))
+        noise = self._rng.normal(size=(keys, count, LAYERS))
+        if self.repeats:
+            noise[self._rng.random((keys, count)) < self.repeats] = 0.0
+        drawn = self._mistakes[np.arange(keys)[:, None], mistakes] + noise
         return [name for name in self.names for _ in range(count)], drawn.reshape(-1, LAYERS).astype(np.float32)
 
 
@@ -108,10 +119,10 @@ def _seconds(action: Callable[[], object]) -> float:
     return time.process_time() - begin
 
 
-def _compare(history: int, keys: int, new: int, straightforward_keys: int, seed: int) -> dict:
+def _compare(repeats: float, history: int, keys: int, new: int, straightforward_keys: int, seed: int) -> dict:
     config = MemoryConfig()
     shard, plain = MemoryShard(config), Straightforward(config)
-    problems = Problems([f"problem {number}" for number in range(keys)], seed)
+    problems = Problems([f"problem {number}" for number in range(keys)], seed, repeats)
     few = problems.names[:straightforward_keys]
     names, fingerprints = problems.draw(history)
     shard.remember(names, fingerprints)
@@ -130,6 +141,7 @@ def _compare(history: int, keys: int, new: int, straightforward_keys: int, seed:
     straightforward *= keys / straightforward_keys
     same = sum(_same_partition(shard.labels(name), plain.labels[name]) for name in few)
     return {
+        "repeats": repeats,
         "history": history,
         "ours_s": lookup + remembering,
         "straightforward_s": straightforward,

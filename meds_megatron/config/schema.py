@@ -182,10 +182,13 @@ class RewardConfig:
 class MemoryConfig:
     """The error memory. The defaults are the published ones (MEDS, sections 3 and 4).
 
-    Departures, all where the published code rounds or confuses: HDBSCAN's spanning tree is exact, not the package's
-    approximate one; a fingerprint's logits are float32, not bfloat16, which rounds them to steps of 1/8; its position
-    is that of the last box in the text, not of the last one that is tokenized in the commonest way; and a key has the
-    problem's id, not a hash of its text without what stands between < and >.
+    Departures, all where the published code rounds, confuses or depends on order: HDBSCAN's spanning tree is exact, not
+    the package's approximate one. Ties do not depend on the order of edges, as they do in the package: equal vectors
+    are one weighted point, which nothing splits, and edges of equal length are merged in the order of their newer, then
+    of their older vector; a tied vote goes to the smallest label, numbered as the package does. A fingerprint's logits
+    are float32, not bfloat16, which rounds them to steps of 1/8; its position is that of the last box in the text, not
+    of the last one that is tokenized in the commonest way; and a key has the problem's id, not a hash of its text
+    without what stands between < and >.
     """
 
     method: Literal["hdbscan", "single"] = "hdbscan"

@@ -3,6 +3,9 @@
 import numba
 import numpy as np
 
+ROUNDING = 2.0**13 + 1.0
+"""Rounds away the last 13 bits of a length, and with them the rounding of its coordinates."""
+
 
 def compiled(function):
     """Compile a loop over plain arrays with numba, once per machine.
@@ -21,9 +24,13 @@ def compiled(function):
 def grow_spanning_tree(points_NF: np.ndarray, ends_M2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Minimum spanning tree of all N >= 1 points [N, F], from that of the first M + 1, given by its M edges.
 
-    Returns the ends [N-1, 2] int32 and the lengths [N-1] float64 (euclidean) of its edges, in no particular order.
+    Returns the ends [N-1, 2] int32 and the lengths [N-1] float64 (euclidean) of its edges, in no particular order. Of
+    edges of equal length the one whose newer end is older counts as shorter, then the one whose older end is older. So
+    no two edges tie, and the tree does not depend on how it grew.
+
     An edge that is not in the tree of some points is in no tree of more points either, so each new point is compared
-    with the edges of the tree so far only: O(N) a point besides its N distances.
+    with the edges of the tree so far only: O(N) a point besides its N distances. A point equal to an earlier one only
+    adds the edge between them, since every other edge of its own is longer than that point's.
     """
     points = points_NF.shape[0]
     columns_FN = points_NF.T.copy()
@@ -38,8 +45,21 @@ def grow_spanning_tree(points_NF: np.ndarray, ends_M2: np.ndarray) -> tuple[np.n
     to_new = np.empty(points, np.float64)
     for new in range(ends_M2.shape[0] + 1, points):
         _distances(columns_FN, new, to_new)
-        _add_point(ends, lengths, to_new, new)
+        equal = 0
+        while to_new[equal] > 0.0:
+            equal += 1
+        if equal < new:
+            ends[new - 1, 0], ends[new - 1, 1], lengths[new - 1] = equal, new, 0.0
+        else:
+            _add_point(ends, lengths, to_new, new)
     return ends, lengths
+
+
+@compiled
+def _rounded(distance):
+    """The distance to 40 significant bits (Veltkamp's splitting), so that rounding does not decide between lengths."""
+    multiple = ROUNDING * distance
+    return multiple - (multiple - distance)
 
 
 @compiled
@@ -48,7 +68,7 @@ def _distance(points_NF, one, other):
     for feature in range(points_NF.shape[1]):
         difference = points_NF[one, feature] - points_NF[other, feature]
         total += difference * difference
-    return np.sqrt(total)
+    return _rounded(np.sqrt(total))
 
 
 @compiled
@@ -63,7 +83,18 @@ def _distances(columns_FN, point, distances_N):
             difference = columns_FN[feature, other] - here
             distances_N[other] += difference * difference
     for other in range(points):
-        distances_N[other] = np.sqrt(distances_N[other])
+        distances_N[other] = _rounded(np.sqrt(distances_N[other]))
+
+
+@compiled
+def _shorter(length, end, other, than_length, than_end, than_other):
+    """Whether an edge is shorter than another one, equal lengths in the order that `grow_spanning_tree` states."""
+    if length != than_length:
+        return length < than_length
+    newer, than_newer = max(end, other), max(than_end, than_other)
+    if newer != than_newer:
+        return newer < than_newer
+    return min(end, other) < min(than_end, than_other)
 
 
 @compiled
@@ -74,7 +105,7 @@ def _prim(columns_FN):
     lengths = np.empty(points - 1, np.float64)
     outside = np.arange(1, points)
     nearest = np.full(points, np.inf)
-    nearest_end = np.zeros(points, np.int32)
+    nearest_end = np.zeros(points, np.int64)
     distances = np.empty(points, np.float64)
     last = 0
     for edge in range(points - 1):
@@ -82,10 +113,11 @@ def _prim(columns_FN):
         best = 0
         for place in range(points - 1 - edge):
             point = outside[place]
-            if distances[point] < nearest[point]:
+            if _shorter(distances[point], last, point, nearest[point], nearest_end[point], point):
                 nearest[point] = distances[point]
                 nearest_end[point] = last
-            if nearest[point] < nearest[outside[best]]:
+            top = outside[best]
+            if _shorter(nearest[point], nearest_end[point], point, nearest[top], nearest_end[top], top):
                 best = place
         last = outside[best]
         outside[best] = outside[points - 2 - edge]
@@ -109,11 +141,11 @@ def _add_point(ends, lengths, to_new, new):
         vertex = order[place]
         parent, edge = parents[vertex], parent_edges[vertex]
         length, end, other = candidate_length[vertex], candidate_end[vertex], candidate_other[vertex]
-        if length <= lengths[edge]:
+        if _shorter(length, end, other, lengths[edge], ends[edge, 0], ends[edge, 1]):
             length, lengths[edge] = lengths[edge], length
             end, ends[edge, 0] = ends[edge, 0], end
             other, ends[edge, 1] = ends[edge, 1], other
-        if length < candidate_length[parent]:
+        if _shorter(length, end, other, candidate_length[parent], candidate_end[parent], candidate_other[parent]):
             candidate_length[parent], candidate_end[parent], candidate_other[parent] = length, end, other
     lengths[new - 1] = candidate_length[0]
     ends[new - 1, 0] = candidate_end[0]

@@ -52,7 +52,7 @@ class StepCounts:
     saturated: int = 0
     reclustered_keys: int = 0
     fresh_fits: int = 0
-    """Keys that the hdbscan package fitted anew, because of ties or of its settings."""
+    """Keys that the hdbscan package fitted anew, because of the settings."""
     evicted_vectors: int = 0
     lookup_seconds: float = 0.0
     recluster_seconds: float = 0.0

@@ -8,8 +8,17 @@ def test_the_memory_bench_compares_spreads_and_scales():
     answer = bench.run(**small)
     assert json.loads(json.dumps(answer)) == answer
     for row in answer["rows"]:
-        assert set(row) == {"history", "ours_s", "straightforward_s", "speedup", "lookup_s", "same_partition"}
+        assert set(row) == {
+            "repeats",
+            "history",
+            "ours_s",
+            "straightforward_s",
+            "speedup",
+            "lookup_s",
+            "same_partition",
+        }
         assert row["speedup"] >= 20 and row["same_partition"] == 1.0
+    assert [row["repeats"] for row in answer["rows"]] == [0.0, 0.0, 0.5, 0.5]
     assert [row["shards"] for row in answer["shards"]] == [1, 8]
     assert max(row["imbalance"] for row in answer["shards"]) <= 0.15
     assert answer["million"]["ratio"] <= 1.5

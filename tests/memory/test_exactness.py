@@ -1,11 +1,14 @@
 """Grown trees and batched lookups equal fits from scratch and votes of single samples."""
 
+import dataclasses
+
 import numpy as np
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from meds_megatron.config import MemoryConfig
 from meds_megatron.memory import MemoryShard, shard_of
-from tests.memory.reference import PlainMemory, partition
+from tests.memory.reference import Definition, PlainMemory, features, fresh_labels, partition
 from tests.memory.streams import Stream, streams
 
 thorough = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
@@ -21,8 +24,48 @@ def test_every_batch_gives_the_partition_of_a_fresh_fit_and_the_votes_of_each_sa
         shard.remember(keys, batch)
         shard.recluster()
         plain.remember(batch)
-        assert partition(shard.labels("problem")) == partition(plain.labels)
-    event(f"fresh fits: {shard.stats()['fresh_fits'] > 0}")
+        labels = shard.labels("problem").tolist()
+        ambiguous = plain.ambiguous()
+        if not ambiguous:
+            assert partition(labels) == partition(plain.labels)
+        # Votes that tie depend on the numbers of clusters, which a test of their own compares.
+        plain.labels = labels
+        event(f"depends on the order of edges or on rounding: {sorted(ambiguous)}")
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(streams())
+def test_every_batch_gives_the_partition_of_the_definition_however_it_grew(stream: Stream):
+    config = dataclasses.replace(stream.config, min_samples=1)
+    grown, vectors = MemoryShard(config), []
+    for batch in stream.batches:
+        grown.remember(["problem"] * len(batch), batch)
+        grown.recluster()
+        vectors += list(batch)
+    if vectors:
+        kept = np.stack(vectors[-(config.window or len(vectors)) :])
+        afresh = MemoryShard(config)
+        afresh.remember(["problem"] * len(kept), kept)
+        afresh.recluster()
+        assert grown.labels("problem").tolist() == afresh.labels("problem").tolist()
+        assert partition(afresh.labels("problem")) == partition(Definition(features(kept, config), config).labels)
+
+
+def test_clusters_have_the_numbers_that_the_package_gives_them():
+    rng = np.random.default_rng(0)
+    config, numbered = MemoryConfig(), 0
+    for _ in range(200):
+        size = int(rng.integers(4, 120))
+        centres = 3 * rng.normal(size=(int(rng.integers(2, 7)), 14)) + 5
+        vectors = centres[rng.integers(len(centres), size=size)] + rng.normal(size=(size, 14))
+        shard = MemoryShard(config)
+        for part in np.array_split(vectors.astype(np.float32), 3):
+            shard.remember(["problem"] * len(part), part)
+            shard.recluster()
+        expected = fresh_labels(vectors.astype(np.float32), config)
+        assert shard.labels("problem").tolist() == expected.tolist()
+        numbered += partition(expected) != expected.tolist()
+    assert numbered > 100  # else numbering by age would do
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))

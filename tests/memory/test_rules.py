@@ -98,6 +98,34 @@ def test_one_cluster_is_an_answer_only_if_allowed():
     assert filled(MemoryConfig(allow_single_cluster=True), same).labels("problem").tolist() == [0, 0, -1]
 
 
+def test_equal_vectors_are_one_point_that_nothing_splits():
+    alone = at_degrees(*[0] * 6)
+    assert filled(MemoryConfig(), alone).labels("problem").tolist() == [-1] * 6
+    assert filled(MemoryConfig(allow_single_cluster=True), alone).labels("problem").tolist() == [0] * 6
+    two_answers = at_degrees(0, 0, 90, 0, 90)
+    shard = filled(MemoryConfig(), two_answers[:3], two_answers[3:])
+    labels = shard.labels("problem")
+    assert labels[0] == labels[1] == labels[3] != labels[2] == labels[4] and min(labels) == 0
+    assert shard.lookup(["problem"] * 2, two_answers[[0, 2]]).tolist() == [3, 2]
+    assert shard.stats()["fresh_fits"] == 0
+
+
+def test_parallel_vectors_are_equal_though_rounding_differs():
+    parallel = np.outer([1, 3, 7, 11, 5, 13, 9], [1, 2, 7])
+    assert len(np.unique(parallel / np.linalg.norm(parallel, axis=1, keepdims=True), axis=0)) > 1
+    assert filled(MemoryConfig(), parallel).labels("problem").tolist() == [-1] * 7
+    other = np.outer([1, 3], [7, 1, 2])
+    labels = filled(MemoryConfig(), parallel, other).labels("problem").tolist()
+    assert len(set(labels[:7])) == len(set(labels[7:])) == 1 and labels[0] != labels[7]
+
+
+def test_of_equal_lengths_that_of_the_older_vectors_is_merged_first():
+    chain = np.eye(5)[:4] + np.eye(5)[1:]  # each at 60 degrees from the next, at 90 from the others
+    assert filled(MemoryConfig(), chain).labels("problem").tolist() == [-1] * 4
+    from_both_ends = filled(MemoryConfig(), chain[[0, 3, 1, 2]]).labels("problem").tolist()
+    assert from_both_ends in ([0, 1, 0, 1], [1, 0, 1, 0])
+
+
 def test_single_method_counts_the_whole_history():
     shard = filled(MemoryConfig(method="single", noise="ignore"), TWO_HABITS)
     assert shard.lookup(["problem"] * 2, TWO_HABITS[[0, 4]]).tolist() == [5, 5]
