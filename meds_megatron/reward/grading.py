@@ -88,8 +88,8 @@ class GraderPool(AbstractContextManager):
     def submit(self, response_text: str, answer: str) -> "Future[Grade]":
         """Verdict on a response whose ground truth is `answer`; plain comparisons resolve at once.
 
-        Equal pairs of boxed answer and ground truth are judged once and share their future. The future raises
-        RuntimeError when grader processes do not start, CancelledError when the pool is closed first.
+        Equal pairs of boxed answer and ground truth are judged once and share their future, unless that failed. The
+        future raises RuntimeError when grader processes do not start, CancelledError when the pool is closed first.
         """
         pair = (last_boxed(response_text), answer)
         plain = _plain_verdict(*pair)
@@ -99,7 +99,7 @@ class GraderPool(AbstractContextManager):
             return future
         with self._lock:
             future = self._futures.get(pair)
-            if future is None or future.cancelled():
+            if future is None or _failed(future):
                 if len(self._futures) >= MAX_REMEMBERED:
                     del self._futures[next(iter(self._futures))]
                 future = self._futures[pair] = self._executor.submit(self._judge, *pair)
@@ -194,6 +194,11 @@ class GraderProcess(subprocess.Popen):
         """Exit code of the process, negative for a signal; kills it if it has not ended."""
         self.kill()
         return self.wait()
+
+
+def _failed(future: "Future[Grade]") -> bool:
+    """Whether a future has ended without a verdict: the cause may be gone when the same pair is submitted again."""
+    return future.done() and (future.cancelled() or future.exception() is not None or future.result().failed)
 
 
 def _plain_verdict(answer: str | None, truth: str) -> Grade | None:

@@ -146,6 +146,17 @@ def test_equal_pairs_are_judged_once():
         assert first.result() == Grade(True, "graded")
 
 
+def test_a_pair_whose_grading_failed_is_judged_again():
+    with GraderPool(workers=1, timeout_seconds=2) as pool:
+        pool.grade([boxed("1+x")], ["x+1"])
+        (pid,) = pool.pids
+        slow = pool.submit(boxed(SLOW), "x")
+        os.kill(pid, signal.SIGKILL)
+        assert slow.result().failed
+        again = pool.submit(boxed(SLOW), "x")
+        assert again is not slow and again.result().outcome == "timeout"
+
+
 def test_plain_comparisons_resolve_at_once_and_start_no_process():
     with GraderPool(workers=1, timeout_seconds=30) as pool:
         futures = [pool.submit(boxed("7"), "7"), pool.submit(boxed("8"), "7"), pool.submit("?", "7")]
