@@ -147,14 +147,16 @@ def test_equal_pairs_are_judged_once():
 
 
 def test_a_pair_whose_grading_failed_is_judged_again():
-    with GraderPool(workers=1, timeout_seconds=2) as pool:
+    with GraderPool(workers=1, timeout_seconds=3) as pool:
         pool.grade([boxed("1+x")], ["x+1"])
         (pid,) = pool.pids
-        slow = pool.submit(boxed(SLOW), "x")
+        started = processor_seconds(pid)
+        first = pool.submit(boxed(SLOW), "5")
+        assert wait_until(lambda: processor_seconds(pid) > started + 0.2)
         os.kill(pid, signal.SIGKILL)
-        assert slow.result().failed
-        again = pool.submit(boxed(SLOW), "x")
-        assert again is not slow and again.result().outcome == "timeout"
+        assert first.result().outcome == "error"
+        again = pool.submit(boxed(SLOW), "5")
+        assert again is not first and again.result().outcome == "timeout"
 
 
 def test_plain_comparisons_resolve_at_once_and_start_no_process():
