@@ -44,18 +44,17 @@ def run(config: Config, model_dir: str, prompts: Sequence[list[int]], use_gpu: b
     plain = ray.remote(PlainEngine).options(**options).remote(config, model_dir, use_gpu)
     ray.get(plain.ready.remote())
     pool, start_s = started_pool(config, model_dir, use_gpu, placement)
-    pool.deterministic = False
     rates: dict[str, list[float]] = {"plain": [], "ours": [], "unseeded": [], "seeded": []}
     few = prompts[: max(1, SEEDED_PROMPT_TOKENS // (sampling.responses * max(map(len, prompts))))]
     tokens = 0
     for number in range(rounds + 1):
         plain_tokens, plain_s = ray.get(plain.generate.remote(prompts, sampling))
         rates["plain"].append(plain_tokens / plain_s)
-        completions, our_s = timed(lambda: pool.generate(prompts, sampling, seed=0))
+        completions, our_s = timed(lambda: pool.generate(prompts, sampling))
         rates["ours"].append(count_tokens(completions) / our_s)
         seeds = [replace(sampling, seed=number * len(prompts) + index) for index in range(len(few))]
         for kind, samplings in (("unseeded", [sampling] * len(few)), ("seeded", seeds)):
-            made, seconds = timed(lambda samplings=samplings: pool.generate(few, samplings, seed=0))
+            made, seconds = timed(lambda samplings=samplings: pool.generate(few, samplings))
             rates[kind].append(count_tokens(made) / seconds)
         tokens += count_tokens(completions) if number > 0 else 0
     pool.close()
@@ -101,13 +100,13 @@ def two_engines(
     many = [prompts[index % len(prompts)] for index in range(count)]
     samplings = [replace(training, max_tokens=int(length), stop=False) for length in lengths]
     pool, _ = started_pool(config, model_dir, use_gpu, placement)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
+    static, least_loaded = [], []
     for number in range(rounds + 1):
-        for pool.deterministic, times in seconds.items():
-            completions, elapsed = timed(lambda number=number: pool.generate(many, samplings, seed=number))
-            times.append(elapsed)
+        for seed, seconds in ((number, static), (None, least_loaded)):
+            completions, elapsed = timed(lambda seed=seed: pool.generate(many, samplings, seed))
+            seconds.append(elapsed)
     pool.close()
-    static, least_loaded = seconds[True][1:], seconds[False][1:]
+    static, least_loaded = static[1:], least_loaded[1:]
     return {
         "static_s": median(static),
         "least_loaded_s": median(least_loaded),

@@ -41,8 +41,8 @@ class Request:
     sampling: Sampling
     batch: int = 0
     """Requests that were submitted together have one number."""
-    seed: int = 0
-    """Of the batch."""
+    seed: int | None = None
+    """Of the batch, None where it need not be repeatable."""
 
 
 @dataclass(frozen=True)

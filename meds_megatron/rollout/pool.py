@@ -56,9 +56,9 @@ class Engine:
 class EnginePool:
     """Starts an actor for every engine and gives queued requests to the engines.
 
-    A request goes to the FRESH engine with the fewest responses in flight. With `rollout.deterministic` the requests of
-    a `submit` go to the FRESH engines in turn instead, start together and are finished before the next start, so that
-    the completions depend on nothing but the seed.
+    A request goes to the FRESH engine with the fewest responses in flight. Requests that were submitted with a seed go
+    to the FRESH engines in turn instead, start together and are finished before others start, so that their completions
+    depend on nothing but the seed.
 
     An engine whose process ends, or that raises, is restarted, and its unfinished requests go back to the head of the
     queue. With `disk_version` all engines, restarted ones too, read the weights in `model_dir`, whose version that is.
@@ -70,7 +70,6 @@ class EnginePool:
     def __init__(
         self, config: Config, model_dir: str, use_gpu: bool, placement: Placement, disk_version: int | None = None
     ) -> None:
-        self.deterministic = config.rollout.deterministic
         self.regenerated_prompts = 0
         """Since the run began."""
         self._disk_version = disk_version
@@ -103,10 +102,12 @@ class EnginePool:
 
     # Requests.
 
-    def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], seed: int) -> list[int]:
+    def submit(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], seed: int | None = None
+    ) -> list[int]:
         """Queues prompts (token ids), each with its sampling or all with one; returns their request numbers.
 
-        `seed` has an effect with `rollout.deterministic` only: give every call of a step another.
+        With a seed the completions are repeatable: give every call of a step another.
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
         batch = next(self._batches)
@@ -135,7 +136,7 @@ class EnginePool:
         return completions
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], seed: int
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], seed: int | None = None
     ) -> list[list[Completion]]:
         """Completions of each prompt, in order. For a pool that has no other requests."""
         numbers = self.submit(prompts, sampling, seed)
@@ -215,16 +216,16 @@ class EnginePool:
         if self.asleep or not fresh or not self._queue:
             return
         shares: dict[int, list[Request]] = {engine.number: [] for engine in fresh}
-        seed = None
-        if self.deterministic:
-            if any(engine.running for engine in self.engines):
-                return
-            batch, seed = self._queue[0].batch, self._queue[0].seed
+        running = [request for engine in self.engines for request in engine.running.values()]
+        batch, seed = self._queue[0].batch, self._queue[0].seed
+        if any(request.seed is not None for request in running) or (seed is not None and running):
+            return
+        if seed is not None:
             for place in range(sum(request.batch == batch for request in self._queue)):
                 shares[fresh[place % len(fresh)].number].append(self._queue.popleft())
         else:
             loads = {engine.number: engine.load for engine in fresh}
-            while self._queue and min(loads.values()) < self._most_in_flight:
+            while self._queue and self._queue[0].seed is None and min(loads.values()) < self._most_in_flight:
                 least = min(loads, key=loads.__getitem__)
                 shares[least].append(request := self._queue.popleft())
                 loads[least] += request.sampling.responses

@@ -44,7 +44,7 @@ class GroupProducer:
     """Generates and grades the responses to submitted prompts, side by side.
 
     `PromptGroup.index` counts the prompts in the order of submission. Sorted by it, groups do not depend on timing if
-    the completions do not (`rollout.deterministic`). Dropping late groups instead would prefer short responses.
+    the completions do not (a seed). Dropping late groups instead would prefer short responses.
     """
 
     def __init__(self, pool: EnginePool, graders: GraderPool, config: Config) -> None:
@@ -64,8 +64,8 @@ class GroupProducer:
         """Whether submitted prompts have not been returned yet."""
         return bool(self._generating or self._grading)
 
-    def submit(self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling], seed: int) -> None:
-        """Queues prompts in the pool, `sampling` and `seed` as in `EnginePool.submit`."""
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int | None = None) -> None:
+        """Queues prompts in the pool, `seed` as in `EnginePool.submit`."""
         numbers = self._pool.submit([prompt.token_ids for prompt in prompts], sampling, seed)
         for number, prompt in zip(numbers, prompts, strict=True):
             self._generating[number] = (next(self._indices), prompt)

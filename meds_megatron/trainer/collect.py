@@ -47,7 +47,8 @@ def collect(
             wake_engines("weights", pool, policy)
             wake_engines("kv_cache", pool, policy)
         chosen = [prompts[index] for index in state.sampler.next(config.filter.generation_prompts or wanted)]
-        producer.submit(chosen, sampling, generation_seed(config.train.seed, state.step, len(parts)))
+        seed = generation_seed(config.train.seed, state.step, len(parts)) if config.rollout.deterministic else None
+        producer.submit(chosen, sampling, seed)
         groups: list[PromptGroup] = []
         with timer("rollout"):
             while producer.generating:

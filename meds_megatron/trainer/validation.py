@@ -15,7 +15,6 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -43,11 +42,8 @@ def validate(
     """The metrics of one validation, in which every prompt is generated once."""
     groups: list[PromptGroup] = []
     with timer("validation"):
-        # The same draws every time, so that two validations differ by little but the policy.
-        sampling = Sampling.validation(config.rollout)
-        if not config.rollout.deterministic:
-            sampling = [replace(sampling, seed=config.train.seed + number) for number in range(len(prompts))]
-        producer.submit(prompts, sampling, config.train.seed)
+        # The same draws every time, so that two validations differ by the policy alone.
+        producer.submit(prompts, Sampling.validation(config.rollout), config.train.seed)
         while producer.busy:
             weight_sync.refill()
             groups += producer.advance()

@@ -46,12 +46,11 @@ def make_model(directory: Path, name: str, seed: int) -> Path:
     return directory
 
 
-def engine_config(engines: int = 1, tensor: int = 1, deterministic: bool = True) -> Config:
+def engine_config(engines: int = 1, tensor: int = 1) -> Config:
     config = Config()
     config.model.dtype = "float32"
     config.rollout.engines = engines
     config.rollout.tensor = tensor
-    config.rollout.deterministic = deterministic
     config.rollout.max_prompt_tokens = 300
     config.rollout.max_response_tokens = 100
     config.rollout.max_num_seqs = 64

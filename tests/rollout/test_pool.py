@@ -31,14 +31,6 @@ def pool(ray_cluster, model_dir):
     pool.close()
 
 
-@pytest.fixture
-def least_loaded(pool):
-    """The pool with `rollout.deterministic` off."""
-    pool.deterministic = False
-    yield pool
-    pool.deterministic = True
-
-
 @pytest.fixture(scope="module")
 def completions(pool):
     return pool.generate(PROMPTS, SAMPLING, seed=3)
@@ -81,9 +73,9 @@ def test_a_completion_stops_with_the_end_token_or_at_its_limit(completions):
     assert all(end not in token_ids and len(token_ids) == 100 for token_ids in cut)
 
 
-def test_without_stop_all_completions_have_the_limit(least_loaded):
+def test_without_stop_all_completions_have_the_limit(pool):
     lengths = [20, 35, 50, 65, 90]
-    completions = least_loaded.generate(PROMPTS, [Sampling(6, length, stop=False) for length in lengths], seed=0)
+    completions = pool.generate(PROMPTS, [Sampling(6, length, stop=False) for length in lengths])
     assert [{len(completion.token_ids_R) for completion in of_prompt} for of_prompt in completions] == [
         {length} for length in lengths
     ]
@@ -148,11 +140,9 @@ def test_completions_are_those_of_plain_vllm(pool, completions, model_dir):
             assert completion.logprobs_R.tobytes() == logprobs_R.tobytes()
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_engines_draw_differently_from_one_seed(pool, deterministic):
-    pool.deterministic = deterministic
-    (first,), (second,) = pool.generate([PROMPTS[0], PROMPTS[0]], Sampling(responses=1, max_tokens=30), seed=6)
-    pool.deterministic = True
+@pytest.mark.parametrize("seed", [6, None])
+def test_engines_draw_differently(pool, seed):
+    (first,), (second,) = pool.generate([PROMPTS[0], PROMPTS[0]], Sampling(responses=1, max_tokens=30), seed)
     assert first.token_ids_R.tolist() != second.token_ids_R.tolist()
 
 
@@ -166,28 +156,24 @@ def test_batches_may_be_submitted_ahead_and_do_not_change_each_other(pool):
         assert comparable(made[number] for number in batch) == comparable(expected)
 
 
-def test_requests_are_answered_one_by_one_by_the_least_loaded_engine(least_loaded):
+def test_requests_are_answered_one_by_one_by_the_least_loaded_engine(pool):
     """A long request on one engine; the other generates all short ones that are beyond what is in flight."""
     prompts = [[40 + number, 60] for number in range(60)]
     samplings = [Sampling(4, 100 if number == 0 else 5, stop=False) for number in range(60)]
-    numbers = least_loaded.submit(prompts, samplings, seed=0)
-    assert len(least_loaded._queue) > 0
-    order, engine_of = [], {}
+    numbers = pool.submit(prompts, samplings)
+    assert len(pool._queue) > 0
+    order = []
     while len(order) < len(numbers):
-        engine_of |= {number: engine.number for engine in least_loaded.engines for number in engine.running}
-        order += least_loaded.wait()
+        order += pool.wait()
     assert sorted(order) == numbers
     assert order[-1] == numbers[0]
-    with_the_long_one = [number for number in numbers if engine_of[number] == engine_of[numbers[0]]]
-    assert len(with_the_long_one) < len(numbers) / 3
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_unfinished_requests_of_a_killed_engine_are_generated_by_the_others(pool, model_dir, caplog, deterministic):
-    pool.deterministic = deterministic
+@pytest.mark.parametrize("seed", [9, None])
+def test_unfinished_requests_of_a_killed_engine_are_generated_by_the_others(pool, model_dir, caplog, seed):
     before = pool.metrics()
     process = ray.get(pool.engines[0].actor.__ray_call__.remote(lambda _: os.getpid()))
-    numbers = pool.submit(PROMPTS, Sampling(responses=16, max_tokens=100), seed=9)
+    numbers = pool.submit(PROMPTS, Sampling(responses=16, max_tokens=100), seed)
     os.kill(process, signal.SIGKILL)
     made = {}
     with caplog.at_level(logging.WARNING):
@@ -200,7 +186,6 @@ def test_unfinished_requests_of_a_killed_engine_are_generated_by_the_others(pool
     assert pool.metrics()["rollout/regenerated_prompts"] == before["rollout/regenerated_prompts"] + 3
     assert caplog.text.count("engine 0 on node 0 failed and is restarted: ") == 1
     pool._wait_until_started()
-    pool.deterministic = True
     assert [engine.health.state for engine in pool.engines] == [EngineState.FRESH] * 2
     assert logprob_error(model_dir, PROMPTS, pool.generate(PROMPTS, SAMPLING, seed=10)) < 1e-4
     assert pool.metrics()["rollout/engine_restarts"] == before["rollout/engine_restarts"] + 1
