@@ -31,7 +31,7 @@ _REMOVED = re.compile(
     r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])|\\[!,;:]|\\(?=\s)|[~$]|\.\s*$|(?<=\\)[dtc](?=frac(?![a-zA-Z]))"
 )
 _TOKEN = re.compile(r"\s*(?:(?P<number>[0-9]+(?:\.[0-9]+)?|\.[0-9]+)|(?P<name>\\?[a-zA-Z]+)|(?P<sign>\\[{}]|[^\s\\]))")
-_DECIMAL = re.compile(r"\s*[+-]?[0-9]*\.[0-9]+\s*")
+_DECIMAL = re.compile(r"[+-]?[0-9]*\.[0-9]+")
 _EXPONENT = re.compile(r"[eE][+-]?[0-9]")
 _THOUSANDS = re.compile(r"[0-9],[0-9]{3}(?![0-9])")
 _ASSIGNMENT = re.compile(r"\s*(\\?[a-zA-Z]+(?:\s*_\s*(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]*\}))?)\s*=([^=]*)")
@@ -124,7 +124,8 @@ def _expressions_differ(answer: str, truth: str) -> bool:
     if len(set(targets)) > 1:
         return False
     expressions = [side.group(2) if side else text for side, text in zip(sides, (answer, truth), strict=True)]
-    tolerance = DECIMAL_TOLERANCE if any(map(_DECIMAL.fullmatch, expressions)) else 0.0
+    is_rounded = any(_DECIMAL.fullmatch(expression.strip("{}() ")) for expression in expressions)
+    tolerance = DECIMAL_TOLERANCE if is_rounded else 0.0
     try:
         return all(_differ_at(point, expressions, targets, tolerance) for point in range(POINTS))
     except (_Undecided, ArithmeticError, ValueError):

@@ -60,6 +60,7 @@ def test_other_values_and_structures_are_different(answer, truth):
         ("n!", "n(n-1)!"),
         ("0.333333", r"\frac{1}{3}"),
         ("3.141593", r"\pi"),
+        ("({-0.333333}, 1)", r"(-\frac13, 1)"),
         ("10^{20}+1-10^{20}", "1"),
         (r"\left( 1,\, 2 \right)", "(1,2)"),
         ("0+(1,2)", "(1,2)"),
