@@ -70,6 +70,7 @@ def test_other_values_and_structures_are_different(answer, truth):
         ("x=1,y=2", "(1,2)"),
         ("x=5", "5"),
         ("x=y", "y=x"),
+        (r"\gamma=2\gamma", r"\gamma=3\gamma"),
         ("N = n", "N=n"),
     ],
 )
