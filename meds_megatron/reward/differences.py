@@ -15,6 +15,8 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 
+from meds_megatron.reward.notation import MINUS_SIGNS
+
 MAX_DEPTH = 40
 MAX_ELEMENTS = 20
 POINTS = 3
@@ -31,7 +33,7 @@ _REMOVED = re.compile(
     r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])|\\[!,;:]|\\(?=\s)|[~$]|\.\s*$|(?<=\\)[dtc](?=frac(?![a-zA-Z]))"
 )
 _TOKEN = re.compile(r"\s*(?:(?P<number>[0-9]+(?:\.[0-9]+)?|\.[0-9]+)|(?P<name>\\?[a-zA-Z]+)|(?P<sign>\\[{}]|[^\s\\]))")
-_DECIMAL = re.compile(r"\s*[+-]?[0-9]*\.[0-9]+\s*")
+_DECIMAL = re.compile(r"[+-]?[0-9]*\.[0-9]+")
 _EXPONENT = re.compile(r"[eE][+-]?[0-9]")
 _THOUSANDS = re.compile(r"[0-9],[0-9]{3}(?![0-9])")
 _ASSIGNMENT = re.compile(r"\s*(\\?[a-zA-Z]+(?:\s*_\s*(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]*\}))?)\s*=([^=]*)")
@@ -64,11 +66,7 @@ def surely_different(answer: str, truth: str) -> bool:
     mixed number, `\log` without base, `1/2x`, units, percents, and symbols that only one of the two contains all give
     False.
     """
-    return _differ(_REMOVED.sub("", _with_plain_signs(answer)), _REMOVED.sub("", _with_plain_signs(truth)))
-
-
-def _with_plain_signs(text: str) -> str:
-    return text.replace("\u2212", "-").replace("\u2013", "-")
+    return _differ(*(_REMOVED.sub("", text.translate(MINUS_SIGNS)) for text in (answer, truth)))
 
 
 def _differ(answer: str, truth: str) -> bool:
@@ -120,11 +118,12 @@ def _split(text: str) -> list[str]:
 def _expressions_differ(answer: str, truth: str) -> bool:
     """Whether two expressions, or two assignments to one symbol, differ in value at every point."""
     sides = [_ASSIGNMENT.fullmatch(text) for text in (answer, truth)]
-    targets = [re.sub(r"[\s{}]", "", side.group(1)) for side in sides if side]
+    targets = [re.sub(r"[\s{}\\]", "", side.group(1)) for side in sides if side]
     if len(set(targets)) > 1:
         return False
     expressions = [side.group(2) if side else text for side, text in zip(sides, (answer, truth), strict=True)]
-    tolerance = DECIMAL_TOLERANCE if any(map(_DECIMAL.fullmatch, expressions)) else 0.0
+    is_rounded = any(_DECIMAL.fullmatch(expression.strip("{}() ")) for expression in expressions)
+    tolerance = DECIMAL_TOLERANCE if is_rounded else 0.0
     try:
         return all(_differ_at(point, expressions, targets, tolerance) for point in range(POINTS))
     except (_Undecided, ArithmeticError, ValueError):

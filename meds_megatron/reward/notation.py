@@ -7,7 +7,7 @@ from fractions import Fraction
 MAX_NUMBER_CHARACTERS = 64
 MAX_QUANTITY_CHARACTERS = 160
 
-_MINUS_SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-"})
+MINUS_SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-"})
 _REMOVED = re.compile(r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\displaystyle(?![a-zA-Z])|\\[!,;:]|\\?\$")
 _WRAPPED_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _FRACTION_VARIANT = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
@@ -72,7 +72,7 @@ class Quantity:
 
 def normalised(text: str) -> str:
     r"""Text without LaTeX spacing and font commands, dollar signs, a leading `\approx` and a final full stop."""
-    text = _REMOVED.sub("", without_approximation(text).translate(_MINUS_SIGNS))
+    text = _REMOVED.sub("", without_approximation(text).translate(MINUS_SIGNS))
     text = _WRAPPED_TEXT.sub(r"\1", text)
     text = _FRACTION_VARIANT.sub(r"\\frac", text)
     text = _SPACE.sub(" ", text).strip()

@@ -1,7 +1,10 @@
+import time
+
 import pytest
 
 from meds_megatron.latex import last_boxed
 from meds_megatron.reward.answers import compare_plainly
+from meds_megatron.reward.notation import for_math_verify
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,49 @@ def test_different_whole_numbers_are_decided_plainly(answer, truth):
 )
 def test_comparisons_that_need_math_verify_are_undecided(answer, truth):
     assert compare_plainly(answer, truth) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4.5e33", r"4.5\times 10^{33}"),
+        ("(1.5E-3, 2)", r"(1.5\times 10^{-3}, 2)"),
+        ("2e-1", "2e-1"),
+        ("2e+1", "2e+1"),
+        ("2e^3", "2e^3"),
+        ("3e5x", "3e5x"),
+        ("x_1e5", "x_1e5"),
+        ("1e9999", "1e9999"),
+        (r"\approx 3\pi", r" 3\pi"),
+        (r"x \sim 5", r"x \approx 5"),
+        (r"X \sim N", r"X \sim N"),
+        (r"\sim p", r"\sim p"),
+    ],
+)
+def test_spellings_for_math_verify(text, expected):
+    assert for_math_verify(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9" * 2000,
+        "1e" * 1000,
+        "1e9" * 600,
+        "1." * 1000,
+        r"\frac{" * 400,
+        r"\text{m" * 300,
+        "~" * 2000,
+        "m " * 80,
+        "10^" * 50,
+    ],
+)
+def test_hostile_texts_are_read_in_little_time(text):
+    begin = time.process_time()
+    for answer in (text, "1e5" + text, "1e5 " + text[:150]):
+        compare_plainly(answer, "4.5e33")
+        for_math_verify(answer)
+    assert time.process_time() - begin < 1
 
 
 def test_empty_answers_are_not_equal():

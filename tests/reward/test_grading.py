@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from meds_megatron.data.problems import load_problems
 from meds_megatron.reward import worker
 from meds_megatron.reward.grading import Grade, GraderPool
 
@@ -133,9 +133,14 @@ def test_order_and_repeats_are_kept(pool):
 
 
 def test_every_real_answer_equals_itself(pool, shared_data):
-    lines = (shared_data / "data" / "math500.jsonl").read_text().splitlines()
-    answers = [json.loads(line)["answer"] for line in lines]
+    files = [str(shared_data / "data" / f"{name}.jsonl") for name in ("aime24", "amc23", "gsm8k_test", "math500")]
+    answers = [problem.answer for problem in load_problems(files)]
+    assert len(answers) == 1889
     assert all(grade.correct for grade in pool.grade([boxed(answer) for answer in answers], answers))
+    # In braces no text equals the truth: math-verify and the check of what it accepts see each pair.
+    in_braces = pool.grade([boxed(f"{{{answer}}}") for answer in answers], answers)
+    assert sum(grade.correct for grade in in_braces) > 1800
+    assert not [grade for grade in in_braces if grade.detail.startswith("math-verify accepts")]
 
 
 def test_equal_pairs_are_judged_once():
@@ -268,6 +273,7 @@ def patched_worker(tmp_path, monkeypatch):
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import math_verify
+from meds_megatron.data.problems import load_problems
 from meds_megatron.reward import worker
 real = math_verify.verify
 def verify(gold, answer, **settings):
