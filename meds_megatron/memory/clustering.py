@@ -71,7 +71,7 @@ def vote(
 
     All vectors are of unit length or zero. Of equally near points the older (smaller index) is taken; a tied vote goes
     to the smallest label, as published. Labels are numbered as by the hdbscan package (always where all vectors differ;
-    numbers of 4 % of partitions differ where many are equal, which changed none of 12,000 votes). With fewer points
+    numbers of 5 % of partitions differ where many are equal, which changed none of 12,000 votes). With fewer points
     than `neighbours` all of them vote.
     """
     queries, features = queries_QF.shape
