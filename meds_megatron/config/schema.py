@@ -206,6 +206,11 @@ class MemoryConfig:
     """`cluster`: HDBSCAN noise counts as one cluster (published); `ignore`: noise has size 0."""
     allow_single_cluster: bool = False
     """Allow HDBSCAN to return a single cluster of all vectors of a key."""
+    novelty: bool = False
+    """A mistake that is farther from its nearest stored vector than that vector's cluster reaches is new: its size is
+    0. A cluster reaches as far as the shortest edge of the spanning tree that leaves it, 1 / lambda of its birth. Noise
+    has no reach, so `noise` decides where the nearest vector is noise. False (published): every lookup falls into some
+    cluster. Needs min_samples=1; no effect with `method: single`."""
     no_answer: Literal["escape", "own_cluster"] = "escape"
     """Targeted wrong responses without an answer, and so without a fingerprint: `escape` leaves them unpunished
     (published); `own_cluster` counts all of a prompt as one cluster."""

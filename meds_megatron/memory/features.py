@@ -55,3 +55,8 @@ def check_settings(config: MemoryConfig) -> None:
             raise UserError(f"memory.{name} is {value}: it must be positive.")
     if config.min_cluster_size < 2:
         raise UserError(f"memory.min_cluster_size is {config.min_cluster_size}: it must be at least 2.")
+    if config.novelty and config.min_samples != 1:
+        raise UserError(
+            f"memory.novelty=true comes with memory.min_samples={config.min_samples}: it needs 1, since the reach of a "
+            "cluster is read from the spanning tree of plain distances."
+        )

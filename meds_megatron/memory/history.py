@@ -56,6 +56,11 @@ class KeyHistory:
     def labels_N(self) -> np.ndarray:
         return self.records_N["label"].astype(np.int64)
 
+    @property
+    def ends_M2(self) -> np.ndarray:
+        """Edges of the vectors' spanning tree; of use only where one is kept (see `cluster`)."""
+        return self.records_N["ends"][1:].astype(np.int32)
+
     def units_NF(self) -> np.ndarray:
         return unit_vectors(self.records_N["vector"])
 

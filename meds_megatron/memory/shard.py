@@ -13,13 +13,13 @@ import numpy as np
 from meds_megatron.config import MemoryConfig
 from meds_megatron.errors import UserError
 from meds_megatron.memory import snapshot
-from meds_megatron.memory.clustering import vote, warm_up
+from meds_megatron.memory.clustering import beyond_reach, vote, warm_up
 from meds_megatron.memory.features import check_settings, features_of, unit_vectors
 from meds_megatron.memory.history import KeyHistory, extend, keys_that_fit, longest_history, new_records
 from meds_megatron.memory.statistics import Moments, StepCounts
 
 UNKNOWN = -2
-"""Label of a fingerprint whose key was never clustered."""
+"""Label of a fingerprint whose key was never clustered, or that is new with `memory.novelty`."""
 
 
 def shard_of(key: str, shards: int) -> int:
@@ -71,7 +71,8 @@ class MemoryShard:
         return self.match(keys, fingerprints_NL).sizes_N
 
     def match(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> Match:
-        """Sizes as of `lookup`, and labels: UNKNOWN (-2) for a key never clustered, -1 for noise."""
+        """Sizes as of `lookup`, and labels: UNKNOWN (-2) for a key never clustered and for what `memory.novelty` calls
+        new, -1 for noise."""
         begin = time.perf_counter()
         features_NF = self._features_of(keys, fingerprints_NL)
         units_NF = unit_vectors(features_NF)
@@ -83,15 +84,20 @@ class MemoryShard:
                 continue
             _expect_same(features_NF.shape[1], history.features)
             stored_N = history.labels_N
+            new = np.zeros(len(rows), bool)
             if self.config.method == "single" or history.features == 0:
                 labels_N[rows] = 0
             else:
-                labels_N[rows] = vote(units_NF[rows], history.units_NF(), stored_N, self.config.knn)
+                queries_QF, points_NF = units_NF[rows], history.units_NF()
+                labels_N[rows], nearest_Q = vote(queries_QF, points_NF, stored_N, self.config.knn)
+                if self.config.novelty:
+                    new = beyond_reach(queries_QF, nearest_Q, points_NF, stored_N, history.ends_M2)
             # Noise is -1, so the counts of labels start there.
             counts = np.rint(np.bincount(stored_N + 1, self._weights(history))).astype(np.int64)
             if self.config.noise == "ignore":
                 counts[0] = 0
-            sizes_N[rows] = counts[labels_N[rows] + 1]
+            sizes_N[rows] = np.where(new, 0, counts[labels_N[rows] + 1])
+            labels_N[rows] = np.where(new, UNKNOWN, labels_N[rows])
         self._counts.count_lookups(sizes_N, labels_N)
         self._counts.lookup_seconds += time.perf_counter() - begin
         return Match(labels_N, sizes_N)

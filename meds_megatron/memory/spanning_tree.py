@@ -41,7 +41,7 @@ def grow_spanning_tree(points_NF: np.ndarray, ends_M2: np.ndarray) -> tuple[np.n
     for edge in range(ends_M2.shape[0]):
         one, other = ends_M2[edge, 0], ends_M2[edge, 1]
         ends[edge, 0], ends[edge, 1] = one, other
-        lengths[edge] = _distance(points_NF, one, other)
+        lengths[edge] = distance(points_NF[one], points_NF[other])
     to_new = np.empty(points, np.float64)
     for new in range(ends_M2.shape[0] + 1, points):
         _distances(columns_FN, new, to_new)
@@ -56,24 +56,25 @@ def grow_spanning_tree(points_NF: np.ndarray, ends_M2: np.ndarray) -> tuple[np.n
 
 
 @compiled
-def _rounded(distance):
-    """The distance to 40 significant bits (Veltkamp's splitting), so that rounding does not decide between lengths."""
-    multiple = ROUNDING * distance
-    return multiple - (multiple - distance)
+def _rounded(length):
+    """A length to 40 significant bits (Veltkamp's splitting), so that rounding does not decide between lengths."""
+    multiple = ROUNDING * length
+    return multiple - (multiple - length)
 
 
 @compiled
-def _distance(points_NF, one, other):
+def distance(one_F, other_F):
+    """Euclidean distance, rounded."""
     total = 0.0
-    for feature in range(points_NF.shape[1]):
-        difference = points_NF[one, feature] - points_NF[other, feature]
+    for feature in range(len(one_F)):
+        difference = one_F[feature] - other_F[feature]
         total += difference * difference
     return _rounded(np.sqrt(total))
 
 
 @compiled
 def _distances(columns_FN, point, distances_N):
-    """Distances of all points to one, bit for bit those of `_distance`, but vectorised (a row is one feature)."""
+    """Distances of all points to one, bit for bit those of `distance`, but vectorised (a row is one feature)."""
     features, points = columns_FN.shape
     for other in range(points):
         distances_N[other] = 0.0
