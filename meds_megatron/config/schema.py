@@ -101,7 +101,7 @@ class DataConfig:
     limit_train: int | None = setting(None, gt=0)
     limit_validation: int | None = setting(None, gt=0)
     system_prompt: str | None = "Please reason step by step, and put your final answer within \\boxed{}."
-    """System message of the chat template; null passes none."""
+    """System message of the chat template; it replaces that of rows which have one. Null passes none."""
     chat_template: bool = True
     """False takes the question itself as the prompt."""
     enable_thinking: bool | None = None
