@@ -39,10 +39,20 @@ class RolloutBatch:
     @classmethod
     def joined(cls, parts: Sequence["RolloutBatch"]) -> "RolloutBatch":
         """Several generation batches as one; at least one."""
+        layers = max((part.batch.fingerprints_BL.shape[1] for part in parts if part.is_scored), default=0)
+        for part in parts:
+            if part.is_scored and part.batch.fingerprints_BL.shape[1] < layers:
+                # No response of this part went through the model: every grading failed.
+                part.batch.fingerprints_BL = np.full((len(part.batch), layers), np.nan, dtype=np.float32)
         batch = TrainBatch.concatenate([part.batch for part in parts])
         groups = [group for part in parts for group in part.groups]
         batch.groups_B = np.repeat(np.arange(len(groups)), [len(group.samples) for group in groups])
         return cls(groups, batch, [key for part in parts for key in part.keys_B], len(parts))
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the forward pass and the memory's lookup are done."""
+        return self.batch.fingerprints_BL is not None
 
     @property
     def samples(self) -> list[Sample]:

@@ -35,6 +35,7 @@ def score(rollouts: RolloutBatch, policy: PolicyGroup, memory: ErrorMemory, conf
         batch.fingerprints_BL[(minibatches_B == NOT_SCHEDULED) | (batch.answer_positions_B < 0)] = np.nan
     else:
         batch.fingerprints_BL = np.zeros((len(batch), 0), dtype=np.float32)
+        batch.logprobs_R = batch.entropy_R = np.full_like(batch.rollout_logprobs_R, np.nan)
     batch.cluster_sizes_B = np.zeros(len(batch), dtype=np.int64)
     batch.cluster_labels_B = np.zeros(len(batch), dtype=np.int64)
     with timer("memory"):

@@ -326,3 +326,25 @@ def test_engines_wake_for_every_generation_batch_of_the_shaped_filter(train):
         filter__max_batches=2,
     )
     assert policy.calls == ["generate", "sleep", "forward", *WAKE, "generate", "sleep", "forward", *WAKE]
+
+
+def test_a_generation_batch_whose_gradings_all_failed_is_joined_to_others(train):
+    (columns,), policy = train(
+        lambda step, prompt: ["RAAA", "tttt"][prompt],
+        steps=1,
+        prompts=1,
+        filter__metric="shaped",
+        filter__generation_prompts=1,
+        filter__max_batches=1,
+    )
+    assert policy.forwarded == policy.updated == [4] and kept(columns) == [True]
+    (columns,), policy = train(
+        lambda step, prompt: ["tttt", "RAAA"][prompt],
+        steps=1,
+        prompts=2,
+        filter__metric="shaped",
+        filter__generation_prompts=1,
+        filter__max_batches=2,
+    )
+    assert policy.forwarded == policy.updated == [4] and kept(columns) == [False, True]
+    assert [value is None for value in columns["fingerprint"]] == [True] * 4 + [False] * 4
