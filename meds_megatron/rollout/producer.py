@@ -1,6 +1,5 @@
 """Prompts to graded groups: generation in an engine pool, and grading of what is finished meanwhile."""
 
-import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
 from itertools import count
@@ -15,8 +14,6 @@ from meds_megatron.reward.scores import overlong_penalties
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 from meds_megatron.rollout.settings import Sampling
-
-logger = logging.getLogger(__name__)
 
 
 class _Grading:
