@@ -31,7 +31,7 @@ def test_env_vars_are_strings_from_the_config():
 def test_sampling_of_training_and_validation():
     config = Config()
     assert Sampling.training(config.rollout) == Sampling(16, 3072, temperature=1.0, top_p=1.0, top_k=-1)
-    assert Sampling.validation(config.rollout) == Sampling(1, 3072, temperature=1.0, top_p=0.7, top_k=-1)
+    assert Sampling.validation(config.rollout) == Sampling(1, 3072, temperature=1.0, top_p=1.0, top_k=-1)
 
 
 def test_stop_tokens_come_from_tokenizer_and_model(tmp_path):
