@@ -158,8 +158,8 @@ def test_batches_may_be_submitted_ahead_and_do_not_change_each_other(pool):
 
 def test_requests_are_answered_one_by_one_by_the_least_loaded_engine(pool):
     """A long request on one engine; the other generates all short ones that are beyond what is in flight."""
-    prompts = [[40 + number, 60] for number in range(60)]
-    samplings = [Sampling(4, 100 if number == 0 else 5, stop=False) for number in range(60)]
+    prompts = [[40 + number, 60] for number in range(120)]
+    samplings = [Sampling(4, 100 if number == 0 else 5, stop=False) for number in range(120)]
     numbers = pool.submit(prompts, samplings)
     assert len(pool._queue) > 0
     order = []
