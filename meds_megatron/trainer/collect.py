@@ -60,7 +60,8 @@ def collect(
                 groups += producer.advance()
         part = RolloutBatch.of_groups(in_order(groups), config)
         if config.filter.metric == "shaped":
-            pool.sleep()
+            with timer("sync"):
+                pool.sleep()
             score(part, policy, memory, config, timer)
         mark_kept(part, config.filter, missing)
         missing -= len(part.kept_groups)
