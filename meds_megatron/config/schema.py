@@ -10,8 +10,9 @@ Departures of the defaults, each described beside its key:
 - `reward.timeout_seconds`: a failed grading is neither right nor wrong, published it is wrong.
 - `memory`: an exact spanning tree, float32 fingerprints, the position of merged boxes, problems told apart by id.
 
-`model`, `cluster`, `parallel`, `sync` and the engines' sizes have no published counterpart: they change where and how
-fast a run computes, not what. The settings that the paper changes from model to model are in `configs/`.
+`model`, `cluster`, `parallel`, `checkpoint`, `faults`, `sync` and the engines' sizes have no published counterpart:
+they change where and how fast a run computes, not what. The settings that the paper changes from model to model are in
+`configs/`.
 """
 
 from dataclasses import dataclass, field
@@ -328,6 +329,38 @@ class TrainConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """Checkpoints of the whole run, from which `meds train` on the same run directory resumes."""
+
+    every: int = setting(10, ge=0)
+    """Steps between checkpoints; one more is saved after the last step and when a signal stops the run. 0 saves none:
+    the run cannot be resumed."""
+    keep_last: int = setting(2, gt=0)
+    """Newest checkpoints that are kept."""
+    keep_every: int | None = setting(None, gt=0)
+    """Checkpoints of steps that are multiples of this are kept for ever."""
+    asynchronous: bool = True
+    """False waits until a checkpoint is on disk before the next step begins."""
+    accept_changes: bool = False
+    """Resume even though settings differ that make it another run, such as penalty.alpha."""
+
+
+@dataclass
+class FaultsConfig:
+    """What a run does when something breaks."""
+
+    max_restarts: int = setting(3, ge=0)
+    """Consecutive restarts from the last checkpoint, without a finished step in between, after a trainer rank or a
+    memory shard died. Engines are restarted alone (`rollout.max_failures`), and graders always."""
+    max_bad_updates: int = setting(3, gt=0)
+    """Consecutive optimizer updates that are skipped because their loss or gradient is not finite, before the run
+    stops."""
+    hang_minutes: float | None = setting(20.0, gt=0)
+    """Time without any progress after which the phase and stack of every rank are logged and the run restarts from its
+    last checkpoint; shorter than cluster.collective_timeout_minutes. Null is never."""
+
+
+@dataclass
 class SyncConfig:
     """Weight updates of the engines."""
 
@@ -370,5 +403,7 @@ class Config:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
