@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meds_megatron.actor import optimizer
+from meds_megatron.actor import optimizer, optimizer_state
 from meds_megatron.actor.fingerprint import FingerprintCollector
 from meds_megatron.actor.microbatch import MicroBatch
 from meds_megatron.actor.pipeline import run_pipeline
@@ -33,7 +33,8 @@ class Policy:
         self.chunks = build_chunks(self.shape, model_config, longest)
         load_hf(self.chunks, self.shape, model_dir)
         self._wrapped = optimizer.wrap(self.chunks)
-        self._optimizer = optimizer.build(self._wrapped, model_config, config.optimizer)
+        self.optimizer = optimizer.build(self._wrapped, model_config, config.optimizer)
+        optimizer_state.make_state(self.optimizer)
 
     def forward(self, batch: TrainBatch, micro_batches: list[np.ndarray]) -> ForwardOutput | None:
         """Log-probs, entropies and fingerprints of all responses; None except on the replica's output rank."""
@@ -57,15 +58,15 @@ class Policy:
     def update(self, batch: TrainBatch, minibatches: list[list[np.ndarray]], step: int) -> list[UpdateOutput]:
         """One optimizer step for each mini-batch of training step `step`; off the last stage there are no sums."""
         rate = optimizer.learning_rate(step, self._config.optimizer)
-        optimizer.set_learning_rate(self._optimizer, rate)
+        optimizer.set_learning_rate(self.optimizer, rate)
         loss = _MicroBatchLoss(batch, self._config, self.device)
         updates = []
         for micro_batches in minibatches:
             for chunk in self._wrapped:
                 chunk.zero_grad_buffer()
-            self._optimizer.zero_grad()
+            self.optimizer.zero_grad()
             kept = self._run(batch, micro_batches, loss, forward_only=False)
-            _, grad_norm, _ = self._optimizer.step()
+            _, grad_norm, _ = self.optimizer.step()
             sums = _add_up([part["token_sums"] for part in kept])
             updates.append(UpdateOutput(sum(part["loss"] for part in kept), sums, float(grad_norm), rate))
         return updates

@@ -95,6 +95,26 @@ class PolicyWorker:
             torch.cuda.empty_cache()
             torch.cuda.ipc_collect()
 
+    def begin_save(self, directory: str) -> None:
+        """Begins to write this rank's part of a checkpoint; training may go on."""
+        from meds_megatron.actor.checkpoint import PolicySave
+
+        self._save = PolicySave(self._policy, directory)
+
+    def save_written(self) -> bool:
+        """Whether `finish_save` would not wait for this rank."""
+        return self._save.written
+
+    def finish_save(self) -> None:
+        """Waits until all parts are written and completes the checkpoint's model."""
+        self._save.finish()
+
+    def load(self, directory: str, same_layout: bool) -> None:
+        """Fills the policy with a checkpoint."""
+        from meds_megatron.actor.checkpoint import load
+
+        load(self._policy, directory, same_layout)
+
     def export(self, directory: str, source: str) -> None:
         """Writes the model as a Hugging Face directory, configuration and tokenizer taken from `source`."""
         from meds_megatron.weights.export import export_hf

@@ -65,6 +65,22 @@ class PolicyGroup:
         """Writes the model as a Hugging Face directory."""
         self._on_all("export", directory, self._model_dir)
 
+    def begin_save(self, directory: str) -> None:
+        """Begins to write the model, optimizer and random states into a checkpoint; returns when they are copied."""
+        self._on_all("begin_save", directory)
+
+    def save_written(self) -> bool:
+        """Whether all ranks have written their parts."""
+        return all(self._on_all("save_written"))
+
+    def finish_save(self) -> None:
+        """Waits until the checkpoint's model part is complete. Raises UserError when it could not be written."""
+        self._on_all("finish_save")
+
+    def load(self, directory: str, same_layout: bool) -> None:
+        """Continues from a checkpoint of any layout; the random states only if it is the same."""
+        self._on_all("load", directory, same_layout)
+
     def free_cached_memory(self) -> None:
         """Returns unused GPU memory of all ranks to the engines that share the GPUs."""
         self._on_all("free_cached_memory")
