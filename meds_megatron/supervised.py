@@ -105,4 +105,4 @@ def failure_reason(error: Exception) -> str:
     reason = lines[-1]
     if detail := re.search(r"Worker exit detail: (.*)", reason):
         reason = re.split(r" (?:Some common causes|There are some potential root causes)", detail[1])[0]
-    return reason[:LONGEST_REASON]
+    return reason.rstrip(".")[:LONGEST_REASON]

@@ -139,6 +139,7 @@ def _run(
     weight_sync.update()
     producer = GroupProducer(pool, graders, config)
     supervisor.started()
+    timer.take()  # The start is no part of a step.
     loop.train(config, state, prompts, policy, pool, weight_sync, producer, memory, run, log, timer, interruption)
     if config.train.export_hf:
         console.note(f"the trained model is in {run.hf_export(state.step)}")
