@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import click
 
-from meds_megatron.errors import UserError
+from meds_megatron.errors import RunFailed, Stopped, UserError
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -254,14 +254,9 @@ def _cell(value: object) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def _is_dead_actor(error: Exception) -> bool:
-    """Whether a Ray actor died. Does not import Ray: without it no actor was started."""
-    ray = sys.modules.get("ray")
-    return ray is not None and isinstance(error, ray.exceptions.RayActorError)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; a UserError is printed as one line, without a traceback."""
+    """Run the command line and return its exit status; what has a sentence for the user is printed as one line, without
+    a traceback."""
     try:
         return cli.main(arguments, prog_name="meds", standalone_mode=False) or 0
     except click.ClickException as error:
@@ -271,14 +266,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # An error raised in a Ray actor has Ray's traceback in its text; `cause` is the original.
         print(f"meds: {getattr(error, 'cause', error)}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Stopped as stop:
+        print(f"meds: {stop}", file=sys.stderr)
+        return stop.exit_code
+    except RunFailed as error:
+        print(f"meds: {error}", file=sys.stderr)
+        return EXIT_FAILURE
     except (KeyboardInterrupt, click.Abort):
         print("meds: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except Exception as error:
-        if not _is_dead_actor(error):
-            raise
-        print(f"meds: a process of the run died; its log is in the run's logs/: {error}", file=sys.stderr)
-        return EXIT_FAILURE
 
 
 if __name__ == "__main__":

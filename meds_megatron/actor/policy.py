@@ -27,6 +27,7 @@ class Policy:
     def __init__(self, config: Config, model_dir: str, device: str):
         self._config = config
         self.device = device
+        self.micro_batches_begun = 0
         self.shape = ModelShape.from_hf(model_dir)
         model_config = transformer_config(self.shape, config.model, config.parallel)
         longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
@@ -71,7 +72,12 @@ class Policy:
             updates.append(UpdateOutput(sum(part["loss"] for part in kept), sums, float(grad_norm), rate))
         return updates
 
-    def _run(self, batch, micro_batches, on_last_stage, **settings) -> list[dict]:
+    def _run(self, batch, micro_batches, on_last_stage, before_chunk=None, **settings) -> list[dict]:
+        def begin(micro_batch: MicroBatch) -> None:
+            self.micro_batches_begun += 1
+            if before_chunk is not None:
+                before_chunk(micro_batch)
+
         return run_pipeline(
             self._wrapped,
             batch,
@@ -80,6 +86,7 @@ class Policy:
             temperature=self._config.rollout.temperature,
             vocab_size=self.shape.vocab_size,
             device=self.device,
+            before_chunk=begin,
             **settings,
         )
 

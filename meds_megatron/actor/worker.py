@@ -12,6 +12,7 @@ import numpy as np
 from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput
 from meds_megatron.config import Config
 from meds_megatron.logs import configure_process_logging
+from meds_megatron.supervised import SupervisedActor, ignore_stop_signals
 from meds_megatron.weights.resharding.types import SyncSpec
 
 logger = logging.getLogger(__name__)
@@ -31,13 +32,25 @@ def rank_env_vars(config: Config) -> dict[str, str]:
     }
 
 
-class PolicyWorker:
+def rank_log(rank: int) -> str:
+    """Name of a rank's log."""
+    return f"rank{rank:05d}"
+
+
+class PolicyWorker(SupervisedActor):
     """One rank. The driver calls every method on all ranks at once; results come from the output ranks."""
 
     def __init__(self, config: Config, rank: int):
-        configure_process_logging(config.run_dir, f"rank{rank:05d}")
+        ignore_stop_signals()
+        configure_process_logging(config.run_dir, rank_log(rank))
         self._config, self._rank = config, rank
         self._store = None
+        self._policy = None
+
+    @property
+    def work(self) -> int:
+        """Micro-batches begun."""
+        return self._policy.micro_batches_begun if self._policy else 0
 
     def open_store(self, world_size: int) -> tuple[str, int]:
         """Opens the store through which the ranks connect, on rank 0: its host and port."""

@@ -107,7 +107,13 @@ def _check_model_source(config: Config) -> None:
 
 
 def _check_ranks(config: Config) -> None:
-    parallel, cluster, rollout = config.parallel, config.cluster, config.rollout
+    parallel, cluster, rollout, hang = config.parallel, config.cluster, config.rollout, config.faults.hang_minutes
+    _require(
+        hang is None or hang < cluster.collective_timeout_minutes,
+        f"faults.hang_minutes = {hang} is not below cluster.collective_timeout_minutes = "
+        f"{cluster.collective_timeout_minutes}, after which the ranks of a hanging run are aborted; lower the first or "
+        "raise the second",
+    )
     ParallelLayout.from_config(config)
     _require(
         not parallel.sequence or parallel.tensor > 1,

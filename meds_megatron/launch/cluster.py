@@ -28,12 +28,17 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+class NoNodes(UserError):
+    """The Ray cluster does not have the nodes of the run."""
+
+
 def reserve_nodes(config: Config, use_gpu: bool) -> Placement:
-    """The nodes of the run. Raises UserError when the Ray cluster does not have them."""
+    """The nodes of the run. Raises NoNodes when the Ray cluster does not have them in time."""
     placement = Placement(config.cluster, use_gpu, config.rollout.nodes or 0)
     if not placement.wait(PLACEMENT_SECONDS):
         kind = f" with {config.cluster.ranks_per_node} free GPUs each" if use_gpu else ""
-        raise UserError(
+        placement.close()
+        raise NoNodes(
             f"The Ray cluster did not have {placement.nodes} nodes{kind} within {PLACEMENT_SECONDS} s: lower "
             "cluster.nodes, rollout.nodes or cluster.ranks_per_node, or start Ray on more nodes"
         )

@@ -59,6 +59,12 @@ class Placement:
         self.nodes = cluster.nodes + engine_nodes
         self._group = placement_group([bundle] * self.nodes, strategy="STRICT_SPREAD" if use_gpu else "SPREAD")
 
+    def close(self) -> None:
+        """Frees the nodes; Ray ends the actors that are still placed there."""
+        from ray.util.placement_group import remove_placement_group
+
+        remove_placement_group(self._group)
+
     def wait(self, seconds: float) -> bool:
         """Whether the nodes could be reserved within `seconds`."""
         return self._group.wait(seconds)

@@ -21,6 +21,7 @@ from meds_megatron.logs import configure_process_logging
 from meds_megatron.rollout.answer_position import AnswerLocator
 from meds_megatron.rollout.samples import Completion
 from meds_megatron.rollout.settings import Sampling
+from meds_megatron.supervised import ignore_stop_signals
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, SamplingParams
@@ -52,6 +53,11 @@ class _Finished:
     policy_version: int
 
 
+def engine_log(index: int) -> str:
+    """Name of an engine's log."""
+    return f"engine{index:03d}"
+
+
 class RolloutEngine:
     """Generates completions with the weights of its last weight update, or those on disk.
 
@@ -67,6 +73,7 @@ class RolloutEngine:
     ) -> None:
         """`disk_version` is the version of the weights in `model_dir`. Without it they are not read, and the engine
         refuses requests until the end of a weight update. `index` is the engine's number in its pool."""
+        ignore_stop_signals()
         self._config, self._model_dir, self._use_gpu, self._index = config, model_dir, use_gpu, index
         self._disk_version = disk_version
         self._version: int | None = None
@@ -80,7 +87,7 @@ class RolloutEngine:
     def start(self, restarts: int = 0) -> None:
         """Loads the model; `restarts` is how often the engine was started before. Raises UserError when this machine
         cannot run it, and what vLLM raises otherwise."""
-        configure_process_logging(self._config.run_dir, f"engine{self._index:03d}")
+        configure_process_logging(self._config.run_dir, engine_log(self._index))
         self.on_vllm_thread(self._start, restarts)
         logger.info("engine %d has loaded %s", self._index, self._model_dir)
 

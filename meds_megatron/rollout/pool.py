@@ -14,13 +14,14 @@ import ray
 from meds_megatron.config import Config
 from meds_megatron.errors import UserError
 from meds_megatron.launch.placement import Placement, engine_places
-from meds_megatron.rollout.engine import Request, RolloutEngine
+from meds_megatron.logs import last_words
+from meds_megatron.rollout.engine import Request, RolloutEngine, engine_log
 from meds_megatron.rollout.health import EngineHealth, EngineState
 from meds_megatron.rollout.samples import Completion
 from meds_megatron.rollout.settings import Sampling, engine_env_vars
+from meds_megatron.supervised import failed_process, failure_reason
 
 CLOSE_SECONDS = 10
-LONGEST_REASON = 300
 IN_FLIGHT = 3.0
 """Responses of an engine in flight, as a multiple of `rollout.max_num_seqs`: enough that no engine waits for the driver
 (with 1.5, `meds bench rollout` gave 0.84 of plain vLLM's speed at 64 sequences), and the rest stays with the pool for
@@ -69,10 +70,19 @@ class EnginePool:
     """
 
     def __init__(
-        self, config: Config, model_dir: str, use_gpu: bool, placement: Placement, disk_version: int | None = None
+        self,
+        config: Config,
+        model_dir: str,
+        use_gpu: bool,
+        placement: Placement,
+        disk_version: int | None = None,
+        alarm: Future | None = None,
     ) -> None:
+        """Every wait for the engines ends when `alarm` fails, and raises what it fails with."""
         self.regenerated_prompts = 0
         """Since the run began."""
+        self.finished_requests = 0
+        self._run_dir, self._alarm = config.run_dir, alarm or Future()
         self._disk_version = disk_version
         self._actor_class = ray.remote(concurrency_groups={WAITING: 1})(RolloutEngine)
         self._arguments = (config, model_dir, use_gpu)
@@ -130,7 +140,7 @@ class EnginePool:
         events = [event for engine in self.engines for event in (engine.starting, engine.finished) if event]
         if not events and not others:
             raise RuntimeError("no engine can generate: wake the engines and run the weight sync first")
-        concurrent.futures.wait([*events, *others], return_when=concurrent.futures.FIRST_COMPLETED)
+        self._wait_for_any(*events, *others)
         self._take_started()
         completions = {number: made for engine in self.engines for number, made in self._take_finished(engine).items()}
         self._dispatch()
@@ -166,7 +176,7 @@ class EnginePool:
         results = {}
         for engine, reference in calls.items():
             try:
-                results[engine] = ray.get(reference)
+                results[engine] = self._get(reference)
             except UserError:
                 raise
             except ray.exceptions.RayError as error:
@@ -248,6 +258,7 @@ class EnginePool:
         completions = self._result(engine, event) or {}
         for number in completions:
             del engine.running[number]
+            self.finished_requests += 1
             engine.health.generated()
         self._watch(engine)
         return completions
@@ -265,8 +276,17 @@ class EnginePool:
 
     def _wait_until_started(self) -> None:
         while events := [engine.starting for engine in self.engines if engine.starting]:
-            concurrent.futures.wait(events)
+            self._wait_for_any(*events)
             self._take_started()
+
+    def _wait_for_any(self, *events: Future) -> None:
+        concurrent.futures.wait([*events, self._alarm], return_when=concurrent.futures.FIRST_COMPLETED)
+        if self._alarm.done():
+            self._alarm.result()
+
+    def _get(self, reference: ray.ObjectRef) -> Any:
+        self._wait_for_any(event := reference.future())
+        return event.result()
 
     def _result(self, engine: Engine, event: Future) -> Any:
         """Result of a call of the engine's present actor; None if it failed: the engine is then being restarted."""
@@ -278,8 +298,11 @@ class EnginePool:
             self._restart(engine, error)
 
     def _restart(self, engine: Engine, error: Exception) -> None:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = lines[-1][:LONGEST_REASON]
+        reason = f"{failure_reason(error)} ({failed_process(error)})"
+        if isinstance(error, ray.exceptions.RayActorError) and (
+            words := last_words(self._run_dir, engine_log(engine.number))
+        ):
+            reason += f"; the end of its log: {words}"
         # An actor that still runs frees what it shares with its ranks.
         ray.wait([engine.actor.close.remote()], timeout=CLOSE_SECONDS)
         ray.kill(engine.actor)

@@ -7,6 +7,7 @@ from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.producer import GroupProducer, failed_gradings
 from meds_megatron.trainer.collect import collect, shortfall, wake_engines
 from meds_megatron.trainer.error_memory import ErrorMemory
+from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.trainer.prompts import Prompts
 from meds_megatron.trainer.report import check_mismatch, sampling_metrics, throughput_metrics, training_metrics
@@ -34,19 +35,23 @@ def train(
     run: RunDirectory,
     log: RunLog,
     timer: PhaseTimer,
+    interruption: Interruption,
 ) -> None:
     """Trains from `state.step` to `train.steps`; the engines have the policy's weights already.
 
     Raises UserError when a step cannot be filled (`filter.when_short: stop`), when an engine fails too often, and when
-    trainer and engines disagree by more than `sync.max_logprob_difference`.
+    trainer and engines disagree by more than `sync.max_logprob_difference`. Raises Stopped, between two steps, when a
+    stop is requested, and RunFailed when a rank or shard died or nothing progresses.
     """
     if state.step == 0 and validation_due(0, prompts, config):
-        log.log(0, validate(prompts.validation, config, producer, weight_sync, timer) | timer.take())
+        log.log(0, validate(prompts.validation, config, producer, weight_sync, timer, interruption) | timer.take())
 
     while state.step < config.train.steps:
         state.step += 1
         # Rollout, reward and group filter, as often as it takes to fill the step.
-        rollouts = collect(state, prompts.train, config, producer, weight_sync, pool, policy, memory, timer)
+        rollouts = collect(
+            state, prompts.train, config, producer, weight_sync, pool, policy, memory, timer, interruption
+        )
 
         # The GPUs are the trainer's until the engines wake. One forward pass gives the old log-probs and the
         # fingerprints, one lookup the earlier mistakes of the same kind: mistakes that recur cost more.
@@ -72,7 +77,7 @@ def train(
         metrics = sampling_metrics(rollouts) | pool.metrics() | advantage_metrics
         metrics |= training_metrics(batch, updates, config.penalty.target)
         if validation_due(state.step, prompts, config):
-            metrics |= validate(prompts.validation, config, producer, weight_sync, timer)
+            metrics |= validate(prompts.validation, config, producer, weight_sync, timer, interruption)
         if export_due(state.step, config):
             with timer("export"):
                 policy.export(str(run.hf_export(state.step)))

@@ -12,8 +12,8 @@ from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.config.validate import validate, validate_model
 from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.embedded.make import ensure_model
-from meds_megatron.errors import UserError
-from meds_megatron.launch.cluster import ray_cluster, reserve_nodes
+from meds_megatron.errors import RunFailed, Stopped, UserError
+from meds_megatron.launch.cluster import NoNodes, ray_cluster, reserve_nodes
 from meds_megatron.logs import process_logging
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.rollout.pool import EnginePool
@@ -21,13 +21,18 @@ from meds_megatron.rollout.producer import GroupProducer
 from meds_megatron.trainer import loop
 from meds_megatron.trainer.console import Console, ConsoleHandler
 from meds_megatron.trainer.error_memory import ErrorMemory
+from meds_megatron.trainer.interruption import EXIT_REQUEUE, Interruption
 from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.trainer.prompts import Prompts, read_prompts
+from meds_megatron.trainer.recovery import Decision, Failure, Recovery
 from meds_megatron.trainer.run_dir import RunDirectory
 from meds_megatron.trainer.run_log import RunLog
 from meds_megatron.trainer.state import TrainerState
+from meds_megatron.trainer.supervision import ProcessDied, Supervisor
 from meds_megatron.trainer.timer import PhaseTimer
+from meds_megatron.trainer.watchdog import Hung, Watchdog
 from meds_megatron.trainer.weight_sync import WeightSync
+from meds_megatron.weights.resharding.shared_directory import PREFIX
 from meds_megatron.weights.resharding.types import SHARED_MEMORY
 
 logger = logging.getLogger(__name__)
@@ -45,8 +50,8 @@ def train(config: Config) -> None:
     # Processes on other nodes have other working directories.
     config.run_dir = str(run.path)
     try:
-        with ExitStack() as stack:
-            _run(config, model_dir, prompts, run, stack)
+        with ray_cluster(config.cluster), Interruption() as interruption:
+            _repeat(config, model_dir, prompts, run, interruption)
     except UserError:
         run.discard_if_empty()
         raise
@@ -55,27 +60,72 @@ def train(config: Config) -> None:
         raise
 
 
-def _run(config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory, stack: ExitStack) -> None:
-    """Starts the parts of a run side by side, trains, and ends them in reverse order."""
+def _repeat(config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory, interruption: Interruption) -> None:
+    """Attempts the run until it is finished or `Recovery` gives it up."""
+    recovery = Recovery(config.faults.max_restarts)
+    while True:
+        try:
+            with ExitStack() as stack:
+                _run(config, model_dir, prompts, run, interruption, stack)
+            return
+        except (RunFailed, NoNodes) as error:
+            recovery.finished(run.last_logged_step())
+            if interruption.requested.done():
+                recovery.stop_requested()
+            decision = recovery.failed(failure_of(error))
+            if decision is Decision.REQUEUE:
+                raise Stopped(f"{error}: ended to be started again", EXIT_REQUEUE) from error
+            if decision is Decision.STOP:
+                if isinstance(error, NoNodes):
+                    raise
+                raise RunFailed(
+                    f"{error}; given up after {recovery.in_a_row} restarts without a new step (faults.max_restarts)"
+                ) from error
+            print(f"meds: {error}", file=sys.stderr)
+            print(
+                f"meds: restart {recovery.in_a_row} of at most {recovery.max_restarts} without a new step; step "
+                f"{recovery.furthest} was finished last",
+                file=sys.stderr,
+            )
+
+
+def failure_of(error: Exception) -> Failure:
+    """Kind of failure that ended an attempt."""
+    kinds = {NoNodes: Failure.NO_NODES, ProcessDied: Failure.DIED, Hung: Failure.HUNG}
+    return next((kind for error_class, kind in kinds.items() if isinstance(error, error_class)), Failure.ERROR)
+
+
+def _run(
+    config: Config,
+    model_dir: Path,
+    prompts: Prompts,
+    run: RunDirectory,
+    interruption: Interruption,
+    stack: ExitStack,
+) -> None:
+    """One attempt: starts the parts of a run side by side, trains, and ends them in reverse order."""
     console = stack.enter_context(Console(config))
     stack.enter_context(process_logging(run.path, "driver", ConsoleHandler(console)))
     if prompts.skipped:
         logger.warning("%d prompts are longer than rollout.max_prompt_tokens and were left out", prompts.skipped)
     console.phase("starting engines and trainer ranks")
     use_gpu = config.cluster.device == "cuda"
-    stack.enter_context(ray_cluster(config.cluster))
     # Removed last, when no rank can write into it any more.
-    shared_directory = SHARED_MEMORY / f"meds-weights-{secrets.token_hex(8)}"
+    shared_directory = SHARED_MEMORY / f"{PREFIX}{secrets.token_hex(8)}"
     stack.callback(shutil.rmtree, shared_directory, ignore_errors=True)
     placement = reserve_nodes(config, use_gpu)
-    policy = PolicyGroup(config, str(model_dir), placement)
+    supervisor = stack.enter_context(Supervisor(config.run_dir, interruption))
+    stack.callback(placement.close)
+    policy = PolicyGroup(config, str(model_dir), placement, supervisor)
     stack.callback(policy.close)
     if use_gpu:
         # vLLM measures the free memory of a GPU that a trainer rank shares with it: the rank has to be there first.
         policy.start()
-    pool = EnginePool(config, str(model_dir), use_gpu, placement)
+    pool = EnginePool(config, str(model_dir), use_gpu, placement, alarm=supervisor.alarm)
     stack.callback(pool.close)
-    memory = ErrorMemory(config, placement)
+    timer = PhaseTimer(console)
+    stack.enter_context(Watchdog(config.faults.hang_minutes, supervisor, timer, pool))
+    memory = ErrorMemory(config, placement, supervisor)
     stack.callback(memory.close)
     graders = stack.enter_context(GraderPool(config.reward.workers, config.reward.timeout_seconds))
     state = TrainerState(PromptSampler(len(prompts.train), config.train.seed, config.data.shuffle))
@@ -88,7 +138,9 @@ def _run(config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory, s
     weight_sync = WeightSync(config, shape, policy, pool, str(shared_directory), state.policy_version)
     weight_sync.update()
     producer = GroupProducer(pool, graders, config)
-    loop.train(config, state, prompts, policy, pool, weight_sync, producer, memory, run, log, PhaseTimer(console))
+    supervisor.started()
+    timer.take()  # The start is no part of a step.
+    loop.train(config, state, prompts, policy, pool, weight_sync, producer, memory, run, log, timer, interruption)
     if config.train.export_hf:
         console.note(f"the trained model is in {run.hf_export(state.step)}")
 

@@ -1,5 +1,6 @@
 """The directory of a run: its config, metrics, rollouts, checkpoints, exports and logs, and its one writer."""
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -99,6 +100,11 @@ class RunDirectory:
 
     def hf_export(self, step: int) -> Path:
         return self.path / "hf" / f"step_{step:06d}"
+
+    def last_logged_step(self) -> int:
+        """Step of the last whole line of metrics, 0 if there is none."""
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1] if self.metrics.exists() else []
+        return json.loads(lines[-1])["step"] if lines else 0
 
     def save_rollouts(self, step: int, columns: Mapping[str, Sequence]) -> Path:
         """Write a step's responses, one row each; the file appears whole or not at all.
