@@ -7,6 +7,7 @@ from typing import Any
 from meds_megatron.config.schema import Config
 
 FREE_TO_CHANGE = {
+    "name",
     "run_dir",
     "cache_dir",
     "model.recompute",

@@ -166,6 +166,20 @@ class RolloutEngine:
         """Takes the memory back, first for the weights, then for the KV cache."""
         self.on_vllm_thread(lambda: self.llm.wake_up(tags=[part]))
 
+    def random_states(self) -> dict[str, np.ndarray]:
+        """States of the generators that the engine's ranks sample from: bytes by `rank0.cpu` and the like."""
+        ranks = self._on_ranks(_random_states)
+        return {f"rank{rank}.{name}": state for rank, states in enumerate(ranks) for name, state in states.items()}
+
+    def set_random_states(self, states: dict[str, np.ndarray], salt: int) -> bool:
+        """Continues from `random_states` of an engine with the same ranks and devices; False otherwise, and the seed
+        is then another for each `salt`."""
+        if states.keys() != self.random_states().keys():
+            self.on_vllm_thread(self._seed_sampling, self._config.train.seed, salt)
+            return False
+        self._on_ranks(_set_random_states, states=states)
+        return True
+
     def close(self) -> None:
         """Ends vLLM's own processes and frees the memory shared with them."""
         self._numbers.clear()
@@ -284,6 +298,23 @@ def _seed_sampling(worker, seed: int) -> None:
     from vllm.utils.torch_utils import set_random_seed
 
     set_random_seed(seed)
+
+
+def _random_states(worker) -> dict[str, np.ndarray]:
+    import torch
+
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {name: state.numpy() for name, state in states.items()}
+
+
+def _set_random_states(worker, states: dict[str, np.ndarray]) -> None:
+    import torch
+
+    torch.set_rng_state(torch.from_numpy(states[f"rank{worker.rank}.cpu"].copy()))
+    if f"rank{worker.rank}.cuda" in states:
+        torch.cuda.set_rng_state(torch.from_numpy(states[f"rank{worker.rank}.cuda"].copy()))
 
 
 def _weight_checksums(worker) -> "Checksums":

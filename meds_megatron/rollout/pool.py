@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
 
+import numpy as np
 import ray
 
 from meds_megatron.config import Config
@@ -79,8 +80,8 @@ class EnginePool:
         alarm: Future | None = None,
     ) -> None:
         """Every wait for the engines ends when `alarm` fails, and raises what it fails with."""
-        self.regenerated_prompts = 0
-        """Since the run began."""
+        self.restarts = self.regenerated_prompts = 0
+        """Since the last `metrics`."""
         self.finished_requests = 0
         self._run_dir, self._alarm = config.run_dir, alarm or Future()
         self._disk_version = disk_version
@@ -209,11 +210,31 @@ class EnginePool:
                 if engine.health.state is EngineState.STARTING and not engine.starting:
                     self._start(engine)
 
+    # Checkpoints.
+
+    def random_states(self) -> dict[str, np.ndarray]:
+        """States of the engines' generators, bytes by `engine0.rank0.cpu` and the like. Engines that are starting have
+        none."""
+        found = self.outcomes(self.call(self.ready(), "random_states"))
+        return {f"engine{engine}.{name}": state for engine, states in found.items() for name, state in states.items()}
+
+    def set_random_states(self, states: dict[str, np.ndarray], salt: int) -> bool:
+        """Continues from `random_states`. Engines that it has no states for, or those of other devices, get new seeds,
+        others for each `salt`; returns whether there are none."""
+        by_engine: dict[int, dict[str, np.ndarray]] = {engine.number: {} for engine in self.engines}
+        for name, state in states.items():
+            engine, _, rest = name.partition(".")
+            by_engine.get(int(engine.removeprefix("engine")), {})[rest] = state
+        calls = {}
+        for engine in self.ready():
+            calls |= self.call([engine], "set_random_states", by_engine[engine], salt)
+        return all(self.outcomes(calls).values()) and len(calls) == len(self.engines)
+
     def metrics(self) -> dict[str, float]:
-        return {
-            "rollout/engine_restarts": sum(engine.health.restarts for engine in self.engines),
-            "rollout/regenerated_prompts": self.regenerated_prompts,
-        }
+        """Counts since the last call."""
+        counts = {"rollout/engine_restarts": self.restarts, "rollout/regenerated_prompts": self.regenerated_prompts}
+        self.restarts = self.regenerated_prompts = 0
+        return counts
 
     def close(self) -> None:
         """Ends the engines; one that has not ended after CLOSE_SECONDS is killed."""
@@ -309,6 +330,7 @@ class EnginePool:
         engine.health.failed(reason)
         logger.warning("engine %d on node %d failed and is restarted: %s", engine.number, engine.node, reason)
         logger.info("all that engine %d raised:\n%s", engine.number, error)
+        self.restarts += 1
         self.regenerated_prompts += len(engine.running)
         self._queue.extendleft(reversed(engine.running.values()))
         engine.running, engine.starting, engine.finished = {}, None, None

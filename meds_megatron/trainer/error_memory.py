@@ -58,6 +58,7 @@ class ErrorMemory:
             supervisor.supervise("memory shard", number, shard_log(number), shard)
         self._supervisor = supervisor
         self._pending: list[ray.ObjectRef] = []
+        self._saving: list[ray.ObjectRef] = []
 
     def lookup(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> Match:
         """Label and size of the cluster that each fingerprint falls into: int64 [N] each, sizes of earlier steps only.
@@ -87,6 +88,20 @@ class ErrorMemory:
     def metrics(self) -> dict[str, float]:
         """`memory/...` of the step since the last call."""
         return step_metrics(self._supervisor.results([shard.stats.remote() for shard in self._shards]))
+
+    def begin_save(self, directory: str) -> None:
+        """The shards write themselves into a directory, each when it has done what was asked of it before."""
+        self._saving = [shard.save.remote(directory) for shard in self._shards]
+
+    def finish_save(self) -> None:
+        """Waits until all shards are written. Raises UserError when one could not be."""
+        self._supervisor.results(self._saving)
+
+    def restore(self, directory: str) -> list[str]:
+        """Fills the empty shards with those that were saved in a directory, any number of them; returns a sentence for
+        each damaged file that was left out. Raises UserError for one that must not be."""
+        damages = self._supervisor.results([shard.restore.remote(directory) for shard in self._shards])
+        return sorted({sentence for of_shard in damages for sentence in of_shard})
 
     def close(self) -> None:
         for shard in self._shards:

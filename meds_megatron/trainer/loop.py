@@ -5,6 +5,7 @@ import logging
 from meds_megatron.config import Config
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.producer import GroupProducer, failed_gradings
+from meds_megatron.trainer.checkpointer import Checkpointer
 from meds_megatron.trainer.collect import collect, shortfall, wake_engines
 from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.interruption import Interruption
@@ -32,6 +33,7 @@ def train(
     weight_sync: WeightSync,
     producer: GroupProducer,
     memory: ErrorMemory,
+    checkpointer: Checkpointer,
     run: RunDirectory,
     log: RunLog,
     timer: PhaseTimer,
@@ -43,7 +45,7 @@ def train(
     trainer and engines disagree by more than `sync.max_logprob_difference`. Raises Stopped, between two steps, when a
     stop is requested, and RunFailed when a rank or shard died or nothing progresses.
     """
-    if state.step == 0 and validation_due(0, prompts, config):
+    if not run.started and validation_due(0, prompts, config):
         log.log(0, validate(prompts.validation, config, producer, weight_sync, timer, interruption) | timer.take())
 
     while state.step < config.train.steps:
@@ -96,6 +98,9 @@ def train(
         if config.train.save_rollouts:
             run.save_rollouts(state.step, rollout_columns(rollouts, batch.advantages_B))
         check_mismatch(state.step, metrics, config)
+        # Last: a step that a checkpoint holds has its metrics and rollouts.
+        with timer("checkpoint"):
+            checkpointer.step_finished(state)
 
 
 def export_due(step: int, config: Config) -> bool:

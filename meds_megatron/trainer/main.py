@@ -5,6 +5,7 @@ import secrets
 import shutil
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 from meds_megatron.config import Config
@@ -19,6 +20,8 @@ from meds_megatron.reward.grading import GraderPool
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.producer import GroupProducer
 from meds_megatron.trainer import loop
+from meds_megatron.trainer.checkpoint_files import Checkpoint
+from meds_megatron.trainer.checkpointer import Checkpointer, restore_engines
 from meds_megatron.trainer.console import Console, ConsoleHandler
 from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.interruption import EXIT_REQUEUE, Interruption
@@ -46,18 +49,16 @@ def train(config: Config) -> None:
     model_dir = ensure_model(config.model, config.data, config.cache_dir, report=_print_progress)
     validate_model(config, ModelShape.from_hf(model_dir))
     prompts = read_prompts(config, model_dir)
-    run = RunDirectory.create(config)
-    # Processes on other nodes have other working directories.
-    config.run_dir = str(run.path)
-    try:
+    run = RunDirectory(config.run_dir)
+    with run.claim(config):
+        checkpoint = run.newest_checkpoint()
+        if checkpoint and checkpoint.step >= config.train.steps:
+            _print_progress(f"{run.path} has finished its {checkpoint.step} steps: raise train.steps to go on")
+            return
+        # Processes on other nodes have other working directories.
+        config.run_dir = str(run.path)
         with ray_cluster(config.cluster), Interruption() as interruption:
             _repeat(config, model_dir, prompts, run, interruption)
-    except UserError:
-        run.discard_if_empty()
-        raise
-    except BaseException:
-        run.discard_if_empty(keep_logs=True)
-        raise
 
 
 def _repeat(config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory, interruption: Interruption) -> None:
@@ -89,6 +90,17 @@ def _repeat(config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory
             )
 
 
+def resume(checkpoint: Checkpoint, policy: PolicyGroup, pool: EnginePool, memory: ErrorMemory) -> None:
+    """Continues from a checkpoint. Under another layout the random states start anew."""
+    same_layout = checkpoint.layout == asdict(policy.layout)
+    policy.load(str(checkpoint.path), same_layout)
+    for damage in memory.restore(str(checkpoint.memory)):
+        logger.warning("the error memory goes on without a part: %s", damage)
+    if not (restore_engines(checkpoint, pool) and same_layout):
+        logger.warning("resumed under another layout: random states start anew")
+    logger.info("resumed from %s", checkpoint.path)
+
+
 def failure_of(error: Exception) -> Failure:
     """Kind of failure that ended an attempt."""
     kinds = {NoNodes: Failure.NO_NODES, ProcessDied: Failure.DIED, Hung: Failure.HUNG}
@@ -108,6 +120,8 @@ def _run(
     stack.enter_context(process_logging(run.path, "driver", ConsoleHandler(console)))
     if prompts.skipped:
         logger.warning("%d prompts are longer than rollout.max_prompt_tokens and were left out", prompts.skipped)
+    checkpoint = run.newest_checkpoint()
+    run.rewind(checkpoint.step if checkpoint else None)
     console.phase("starting engines and trainer ranks")
     use_gpu = config.cluster.device == "cuda"
     # Removed last, when no rank can write into it any more.
@@ -129,18 +143,44 @@ def _run(
     stack.callback(memory.close)
     graders = stack.enter_context(GraderPool(config.reward.workers, config.reward.timeout_seconds))
     state = TrainerState(PromptSampler(len(prompts.train), config.train.seed, config.data.shuffle))
+    if checkpoint:
+        state.load_state_dict(checkpoint.state)
     log = stack.enter_context(RunLog(run, config, console, state.wandb_id))
     state.wandb_id = log.wandb_id
     if not use_gpu:
         policy.start()
     pool.start()
+    if checkpoint:
+        resume(checkpoint, policy, pool, memory)
     shape = ModelShape.from_hf(model_dir)
     weight_sync = WeightSync(config, shape, policy, pool, str(shared_directory), state.policy_version)
     weight_sync.update()
     producer = GroupProducer(pool, graders, config)
+    checkpointer = Checkpointer(config, run, model_dir, policy, pool, memory, state, checkpoint)
     supervisor.started()
     timer.take()  # The start is no part of a step.
-    loop.train(config, state, prompts, policy, pool, weight_sync, producer, memory, run, log, timer, interruption)
+    try:
+        loop.train(
+            config,
+            state,
+            prompts,
+            policy,
+            pool,
+            weight_sync,
+            producer,
+            memory,
+            checkpointer,
+            run,
+            log,
+            timer,
+            interruption,
+        )
+    except Stopped as stop:
+        # Raised before the step changes the policy or the memory.
+        path = checkpointer.save_last()
+        saved = f"the run goes on from {path}" if path else "nothing is saved (checkpoint.every=0)"
+        raise Stopped(f"{stop} after step {state.step - 1}: {saved}", stop.exit_code) from stop
+    checkpointer.complete()
     if config.train.export_hf:
         console.note(f"the trained model is in {run.hf_export(state.step)}")
 
