@@ -16,7 +16,7 @@ from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.trainer.run_dir import RunDirectory
 from meds_megatron.trainer.state import TrainerState
-from meds_megatron.weights.hf_directory import copy_model_files
+from meds_megatron.weights.model_files import copy_model_files
 
 logger = logging.getLogger(__name__)
 
