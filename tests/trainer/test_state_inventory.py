@@ -52,7 +52,7 @@ MUTATORS = {
 CHANGING = {
     "_CopyingWriter": {"_plan": NO_EFFECT, "_planner": NO_EFFECT, "_results": NO_EFFECT},
     "PolicySave": {"_failure": NO_EFFECT},
-    "FingerprintCollector": dict.fromkeys(("_micro_batch", "_places_N", "_rows_B", "_values_NL", "sent_bytes"), STEP),
+    "FingerprintCollector": dict.fromkeys(("_micro_batch", "_places_N", "_values_NL", "sent_bytes"), STEP),
     "Policy": {"micro_batches_begun": NO_EFFECT},
     "PolicyWorker": {"_policy": CHECKPOINT, "_save": NO_EFFECT, "_store": START, "_weight_sender": START},
     "PromptSampler": {"_order": CHECKPOINT, "epoch": CHECKPOINT, "position": CHECKPOINT},
@@ -91,7 +91,7 @@ CHANGING = {
     "HfWeights": {"dtypes": START},
     "WeightReceiver": {"checksums": STEP},
     "WeightSender": {
-        **dict.fromkeys(("_stores", "_trainer_rank", "groups"), START),
+        **dict.fromkeys(("_stores", "groups"), START),
         "_local": STEP,
         "_staged": STEP,
     },
