@@ -22,7 +22,7 @@ def config(tmp_path):
 
 
 def test_every_step_is_a_line_that_is_there_at_once(config):
-    run = RunDirectory.create(config)
+    run = RunDirectory(config.run_dir)
     with RunLog(run, config, Console(config)) as log:
         log.log(0, {"validation/accuracy": 0.1})
         log.log(1, {"accuracy/mean": np.float32(0.25), "memory/clusters": np.int64(3)})
@@ -34,7 +34,7 @@ def test_every_step_is_a_line_that_is_there_at_once(config):
 
 
 def test_values_that_are_not_finite_stay_valid_json(config):
-    run = RunDirectory.create(config)
+    run = RunDirectory(config.run_dir)
     with RunLog(run, config, Console(config)) as log:
         log.log(1, {"policy/kl": float("nan"), "policy/grad_norm": np.float64("inf")})
     assert json.loads(run.metrics.read_text()) == {"step": 1, "policy/kl": None, "policy/grad_norm": None}
@@ -75,7 +75,8 @@ class NoNetwork(socket.socket):
 
 socket.socket = NoNetwork
 config = Config(name="offline", run_dir=sys.argv[1])
-run = RunDirectory.create(config)
+run = RunDirectory(config.run_dir)
+run.path.mkdir()
 with RunLog(run, config, Console(config), sys.argv[2]) as log:
     log.log(1, {"accuracy/mean": 0.5})
     assert log.wandb_id == sys.argv[2]
