@@ -216,6 +216,21 @@ def memory(histories: Sequence[int], keys: int, new: int) -> dict:
     return run(histories=histories, keys=keys, new=new)
 
 
+@bench.command(cls=Command, example="meds bench checkpoint --directory /scratch --json")
+@click.option("--directory", type=click.Path(file_okay=False, exists=True), help="Where to save.  [default: system's]")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, help="Measured saves of each kind.")
+@with_json
+def checkpoint(directory: str | None, rounds: int) -> dict:
+    """Time that training waits for a checkpoint.
+
+    An asynchronous save of model and optimizer against a synchronous one: shape of Qwen2.5-0.5B with random weights on
+    two CPU pipeline stages; needs 18 GiB of memory and 7 GiB of disk.
+    """
+    from meds_megatron.bench.checkpoint import run
+
+    return run(directory, rounds=rounds)
+
+
 @bench.command(cls=Command, example="meds bench reshard --json")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, help="Measured updates of each method.")
 @click.option("--network-gbit", type=float, default=400.0, help="Gbit/s of a node, each way.")

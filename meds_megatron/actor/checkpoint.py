@@ -12,12 +12,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
-from torch import nn
+from megatron.core.optimizer import MegatronOptimizer
 
 from meds_megatron.actor import optimizer_state
 from meds_megatron.actor.background_save import BackgroundSave
-from meds_megatron.actor.policy import Policy
+from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
+from meds_megatron.model.gpt import PolicyModel
 from meds_megatron.weights.chunks import unwrapped
 from meds_megatron.weights.collective import on_all_ranks
 from meds_megatron.weights.conversion.checkpoint import METADATA_FILE, read_metadata
@@ -26,14 +27,16 @@ from meds_megatron.weights.conversion.checkpoint import METADATA_FILE, read_meta
 class PolicySave:
     """A save under way. The constructor and `finish` are collectives of all ranks; the policy may train in between."""
 
-    def __init__(self, policy: Policy, directory: str | Path):
+    def __init__(
+        self, chunks: list[PolicyModel], optimizer: MegatronOptimizer, shape: ModelShape, directory: str | Path
+    ):
         """Copies this rank's share and begins to write it into `directory`, which exists. Raises UserError on all
         ranks when one cannot write."""
         self._directory = Path(directory)
         state = {
-            "optimizer_step": optimizer_state.step_of(policy.optimizer),
-            "optimizer": optimizer_state.sharded_state(policy.optimizer, policy.chunks, policy.shape),
-            **_model_state(policy.chunks),
+            "optimizer_step": optimizer_state.step_of(optimizer),
+            "optimizer": optimizer_state.sharded_state(optimizer, chunks, shape),
+            **_model_state(chunks),
         }
         self._request = dist_checkpointing.save(
             state, str(directory), BackgroundSave(), validate_access_integrity=False, async_sharded_save=True
@@ -84,8 +87,14 @@ class PolicySave:
             raise UserError(f"{path} cannot be written ({error}): make space or access there") from error
 
 
-def load(policy: Policy, directory: str | Path, same_layout: bool) -> None:
-    """Fills the policy with a checkpoint that was saved under any layout; all ranks call it.
+def load(
+    chunks: list[PolicyModel],
+    optimizer: MegatronOptimizer,
+    shape: ModelShape,
+    directory: str | Path,
+    same_layout: bool,
+) -> None:
+    """Fills model and optimizer with a checkpoint that was saved under any layout; all ranks call it.
 
     The random states continue under the same layout only. Raises UserError when the checkpoint is damaged or does not
     fit the model.
@@ -94,8 +103,8 @@ def load(policy: Policy, directory: str | Path, same_layout: bool) -> None:
     # megatron-core unpickles this file: it is checked before.
     read_metadata(directory / METADATA_FILE)
     state = {
-        "optimizer": optimizer_state.sharded_state(policy.optimizer, policy.chunks, policy.shape),
-        **_model_state(policy.chunks),
+        "optimizer": optimizer_state.sharded_state(optimizer, chunks, shape),
+        **_model_state(chunks),
     }
     try:
         loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
@@ -104,10 +113,10 @@ def load(policy: Policy, directory: str | Path, same_layout: bool) -> None:
             f"{directory} cannot be loaded ({str(error).strip().splitlines()[0]}): it is damaged or belongs to another"
             " model; remove it to resume from the checkpoint before it"
         ) from error
-    for number, chunk in enumerate(policy.chunks):
+    for number, chunk in enumerate(chunks):
         # Transformer Engine's extra states, which bfloat16 training does not use, are not saved.
         unwrapped(chunk).load_state_dict(loaded[f"model{number}"], strict=False)
-    optimizer_state.set_step(policy.optimizer, loaded["optimizer_step"])
+    optimizer_state.set_step(optimizer, loaded["optimizer_step"])
     path = _random_states_file(directory, dist.get_rank())
     if same_layout and path.is_file():
         set_random_states(torch.load(path, weights_only=True))
@@ -135,7 +144,7 @@ def set_random_states(states: dict) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _model_state(chunks: list[nn.Module]) -> dict:
+def _model_state(chunks: list[PolicyModel]) -> dict:
     """Megatron's mapping of each model chunk, tensors only: reading its objects back would unpickle them."""
     return {
         f"model{number}": {

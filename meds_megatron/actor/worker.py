@@ -112,7 +112,8 @@ class PolicyWorker(SupervisedActor):
         """Begins to write this rank's part of a checkpoint; training may go on."""
         from meds_megatron.actor.checkpoint import PolicySave
 
-        self._save = PolicySave(self._policy, directory)
+        policy = self._policy
+        self._save = PolicySave(policy.chunks, policy.optimizer, policy.shape, directory)
 
     def save_written(self) -> bool:
         """Whether `finish_save` would not wait for this rank."""
@@ -126,7 +127,8 @@ class PolicyWorker(SupervisedActor):
         """Fills the policy with a checkpoint."""
         from meds_megatron.actor.checkpoint import load
 
-        load(self._policy, directory, same_layout)
+        policy = self._policy
+        load(policy.chunks, policy.optimizer, policy.shape, directory, same_layout)
 
     def export(self, directory: str, source: str) -> None:
         """Writes the model as a Hugging Face directory, configuration and tokenizer taken from `source`."""

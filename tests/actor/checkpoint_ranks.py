@@ -22,7 +22,7 @@ def train_and_save(rank: int, directory: str, parallel: dict, target: str, steps
     for _ in range(steps):
         cases.train_step(policy, parallel)
     state = whole_state(policy)
-    save = checkpoint.PolicySave(policy, target)
+    save = checkpoint.PolicySave(*parts(policy), target)
     cases.train_step(policy, parallel)
     save.finish()
     return state
@@ -31,7 +31,7 @@ def train_and_save(rank: int, directory: str, parallel: dict, target: str, steps
 def load_state(rank: int, directory: str, parallel: dict, target: str, dtype: str = "float32") -> State:
     """The state of a new policy after it was loaded."""
     policy = make_policy(directory, parallel, dtype)
-    checkpoint.load(policy, target, same_layout=False)
+    checkpoint.load(*parts(policy), target, same_layout=False)
     return whole_state(policy)
 
 
@@ -39,14 +39,14 @@ def losses_uninterrupted(rank: int, directory: str, parallel: dict, target: str)
     """Four steps of training, saved in the middle."""
     policy = make_policy(directory, parallel)
     losses = [cases.train_step(policy, parallel) for _ in range(2)]
-    checkpoint.PolicySave(policy, target).finish()
+    checkpoint.PolicySave(*parts(policy), target).finish()
     return losses + [cases.train_step(policy, parallel) for _ in range(2)]
 
 
 def losses_resumed(rank: int, directory: str, parallel: dict, target: str) -> list[list[dict]]:
     """The last two of the four steps."""
     policy = make_policy(directory, parallel)
-    checkpoint.load(policy, target, same_layout=True)
+    checkpoint.load(*parts(policy), target, same_layout=True)
     return [cases.train_step(policy, parallel) for _ in range(2)]
 
 
@@ -56,9 +56,9 @@ def random_numbers(rank: int, directory: str, parallel: dict, target: str, resum
     draw_random_numbers()
     if resumed:
         draw_random_numbers()
-        checkpoint.load(policy, target, same_layout=True)
+        checkpoint.load(*parts(policy), target, same_layout=True)
     else:
-        checkpoint.PolicySave(policy, target).finish()
+        checkpoint.PolicySave(*parts(policy), target).finish()
     return draw_random_numbers()
 
 
@@ -74,7 +74,7 @@ def save_where_one_rank_cannot(rank: int, directory: str, parallel: dict, target
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
-        save.__init__(policy, target)
+        save.__init__(*parts(policy), target)
         save.finish()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -90,6 +90,10 @@ def draw_random_numbers() -> list[float]:
 def make_policy(directory: str, parallel: dict, dtype: str = "float32"):
     layout = {name: size for name, size in parallel.items() if name != "data"}
     return cases.make_policy(directory, layout, dtype=dtype)
+
+
+def parts(policy) -> tuple:
+    return policy.chunks, policy.optimizer, policy.shape
 
 
 def whole_state(policy) -> State:
