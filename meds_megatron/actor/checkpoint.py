@@ -12,7 +12,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from meds_megatron.actor import optimizer_state
 from meds_megatron.actor.background_save import BackgroundSave
@@ -100,17 +103,17 @@ def load(
     fit the model.
     """
     directory = Path(directory)
-    # megatron-core unpickles this file: it is checked before.
-    read_metadata(directory / METADATA_FILE)
+    _refuse_objects(directory / METADATA_FILE)
     state = {
         "optimizer": optimizer_state.sharded_state(optimizer, chunks, shape),
         **_model_state(chunks),
     }
     try:
         loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
-    except (OSError, RuntimeError, KeyError, EOFError, dist_checkpointing.core.CheckpointingException) as error:
+    except (OSError, RuntimeError, KeyError, EOFError, CheckpointingException, CheckpointException) as error:
+        # torch's exception has one line for each rank that failed.
         raise UserError(
-            f"{directory} cannot be loaded ({str(error).strip().splitlines()[0]}): it is damaged or belongs to another"
+            f"{directory} cannot be loaded ({str(error).strip().splitlines()[-1]}): it is damaged or belongs to another"
             " model; remove it to resume from the checkpoint before it"
         ) from error
     for number, chunk in enumerate(chunks):
@@ -142,6 +145,16 @@ def set_random_states(states: dict) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(states["megatron"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _refuse_objects(path: Path) -> None:
+    """Raises UserError for a checkpoint with anything but tensors: torch would unpickle it. The file itself, which
+    megatron-core unpickles, is read with known classes only."""
+    for name, entry in read_metadata(path).state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise UserError(
+                f"{path} describes {name}, which is not a tensor: it was not saved by meds train, remove it"
+            )
 
 
 def _model_state(chunks: list[PolicyModel]) -> dict:

@@ -81,6 +81,16 @@ def save_where_one_rank_cannot(rank: int, directory: str, parallel: dict, target
     return "nothing"
 
 
+def load_error(rank: int, directory: str, parallel: dict, target: str) -> str:
+    """What a load raises."""
+    policy = make_policy(directory, parallel)
+    try:
+        checkpoint.load(*parts(policy), target, same_layout=True)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def draw_random_numbers() -> list[float]:
     with get_cuda_rng_tracker().fork():
         megatron = torch.rand(()).item()

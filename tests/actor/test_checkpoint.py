@@ -1,8 +1,13 @@
 """Checkpoints of the policy: whatever layout saves and whatever layout loads, model and optimizer are the same bits."""
 
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from meds_megatron.weights.conversion.checkpoint import read_metadata
 from tests.actor import checkpoint_ranks as on_rank
 from tests.model import qwen_cases as cases
 
@@ -69,3 +74,43 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all(ranks, tmp_path_factory,
     assert raised[1] == f"UserError: {tmp_path} cannot be written (File too large): make space or access there"
     assert raised[0].startswith(f"UserError: saving {tmp_path} failed on rank 1: ")
     assert not (tmp_path / "metadata.json").exists()
+
+
+def cut_short(directory: Path) -> None:
+    content = (directory / "__0_0.distcp").read_bytes()
+    (directory / "__0_0.distcp").write_bytes(content[: len(content) // 2])
+
+
+def altered(directory: Path) -> None:
+    content = bytearray((directory / "__0_0.distcp").read_bytes())
+    content[1000 : len(content) - 1000] = bytes(len(content) - 2000)
+    (directory / "__0_0.distcp").write_bytes(content)
+
+
+def with_an_object(directory: Path) -> None:
+    metadata = read_metadata(directory / ".metadata")
+    metadata.state_dict_metadata["optimizer.param.model.norm.weight"] = BytesStorageMetadata()
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def with_a_program(directory: Path) -> None:
+    (directory / ".metadata").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (cut_short, "cannot be loaded"),
+        (altered, "cannot be loaded"),
+        (with_an_object, "describes optimizer.param.model.norm.weight, which is not a tensor"),
+        (with_a_program, "needs "),
+    ],
+)
+def test_a_damaged_or_foreign_checkpoint_is_one_sentence(ranks, tmp_path_factory, tmp_path, damage, sentence):
+    directory = str(cases.cached_model(tmp_path_factory, "qwen2 tied"))
+    ranks.run(1, on_rank.train_and_save, directory, {}, str(tmp_path), 0)
+    damage(tmp_path)
+    (raised,) = ranks.run(1, on_rank.load_error, directory, {}, str(tmp_path))
+    assert raised.startswith(f"UserError: {tmp_path}") and sentence in raised
+    assert "\n" not in raised
+    assert not Path("owned").exists()

@@ -17,7 +17,7 @@ class ScriptedPool(EnginePool):
 
     def __init__(self):
         self.calls: list[tuple] = []
-        self.regenerated_prompts = 0
+        self.restarts = self.regenerated_prompts = 0
         self._disk_version, self._queue = None, deque()
         self._numbers = self._batches = iter(range(100))
         self._sleeps, self.asleep = True, False
