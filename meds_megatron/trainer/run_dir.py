@@ -139,8 +139,8 @@ class RunDirectory:
             print(f"meds: resuming with {change}", file=sys.stderr)
 
     def _discard(self, keep_logs: bool) -> None:
-        for path in (self.rollouts, self.checkpoints, self.exports, *([] if keep_logs else [self.path / "logs"])):
-            shutil.rmtree(path, ignore_errors=True)
+        for name in ("rollouts", "checkpoints", "hf", "wandb", *([] if keep_logs else ["logs"])):
+            shutil.rmtree(self.path / name, ignore_errors=True)
         for path in (self.config, self.metrics):
             path.unlink(missing_ok=True)
 
