@@ -16,6 +16,8 @@ SUPERVISION = "supervision"
 """Concurrency group of the methods of `SupervisedActor`, which answer while another method of the actor runs."""
 CONCURRENCY_GROUPS = {SUPERVISION: 3}
 LONGEST_REASON = 300
+RAYS_WRAPPER = "_resume_span"
+"""Function around every method of a Ray actor."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,15 @@ class SupervisedActor:
     def activity(self) -> Activity:
         """The method that is being called, found on the stacks of the process's other threads."""
         for thread, innermost in sys._current_frames().items():
-            method, frame = None, innermost
+            methods, frame = [], innermost
             while frame is not None:
-                if frame.f_locals.get("self") is self:
-                    method = frame.f_code.co_name  # The outermost one, as the walk goes outwards.
+                if frame.f_locals.get("self") is self and frame.f_code.co_name != RAYS_WRAPPER:
+                    methods.append(frame.f_code.co_name)  # The outermost one last.
                 frame = frame.f_back
-            if thread != threading.get_ident() and method not in (None, "watch", "process", "activity"):
+            if thread != threading.get_ident() and methods and methods[-1] != SupervisedActor.watch.__name__:
                 code = innermost.f_code
                 place = f"{code.co_name}, {Path(code.co_filename).name}:{innermost.f_lineno}"
-                return Activity(method, place, self.work)
+                return Activity(methods[-1], place, self.work)
         return Activity(None, work=self.work)
 
     def request_stacks(self, processes: list[int]) -> dict[int, str]:
