@@ -92,13 +92,11 @@ def request_stacks(processes: list[int]) -> dict[int, str]:
 
 
 def failed_process(error: Exception) -> str:
-    """Address and process id of the actor that a Ray error is about, as far as the error has them."""
-    address, process = getattr(error, "ip", None), getattr(error, "pid", None)
-    if process is None:
-        found_address = re.search(r"^\s*ip: (\S+)$", str(error), re.MULTILINE)
-        found_process = re.search(r"^\s*pid: (\d+)$", str(error), re.MULTILINE)
-        address, process = found_address and found_address[1], found_process and found_process[1]
-    return f"process {process or 'unknown'} on {address or 'an unknown node'}"
+    """Process id and address of the actor that a Ray error is about, as far as the error has them."""
+    text = str(error)
+    process = re.search(r"\bpid[:=] ?(\d+)", text)
+    address = re.search(r"\bip[:=] ?([\w.:]*\w)", text)
+    return f"process {process[1] if process else 'unknown'} on {address[1] if address else 'an unknown node'}"
 
 
 def failure_reason(error: Exception) -> str:

@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import secrets
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from meds_megatron.weights.resharding.shared_directory import (
     claim,
     list_files,
     mapped_files,
+    remove,
     remove_unclaimed,
 )
 
@@ -198,7 +198,8 @@ class RolloutEngine:
         self._numbers.clear()
         if hasattr(self, "llm"):
             self.on_vllm_thread(self.llm.llm_engine.engine_core.shutdown)
-            shutil.rmtree(self._shared)
+            # vLLM leaves its files when one of its processes was killed.
+            remove(self._shared)
 
     def _start(self, restarts: int) -> None:
         from transformers import AutoTokenizer

@@ -48,16 +48,21 @@ def mapped_files() -> list[Path]:
     return sorted(path for path in paths if path.parent == SHARED_MEMORY and path.name.startswith(OF_VLLM))
 
 
+def remove(directory: Path) -> None:
+    """Removes a directory with the files that it lists."""
+    for entry in directory.iterdir():
+        if entry.is_symlink():
+            (directory.parent / entry.name).unlink(missing_ok=True)
+    shutil.rmtree(directory)
+
+
 def remove_unclaimed(parent: Path = SHARED_MEMORY) -> list[Path]:
     """Removes the directories named PREFIX... in `parent` that no process has locked, with the files that they list;
     returns the directories. Those of other users stay."""
     removed = []
     for directory in parent.glob(f"{PREFIX}*"):
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError, BlockingIOError), _locked(directory):
-            for entry in directory.iterdir():
-                if entry.is_symlink():
-                    (parent / entry.name).unlink(missing_ok=True)
-            shutil.rmtree(directory)
+            remove(directory)
             removed.append(directory)
     return removed
 
