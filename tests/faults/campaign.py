@@ -63,30 +63,35 @@ class Run:
         """Markers of the complete checkpoints that were there right after a kill."""
         self.orphans: list[psutil.Process] = []
         """Processes of killed drivers."""
-        self._settings = [
+        self._settings = self.settings(directory, model, self.steps, tensor)
+        self._driver = RunProcess(self._settings, self.output)
+        self._shared: set[Path] = set()
+        self._newest_step = 0
+
+    @staticmethod
+    def settings(directory: Path, model: Path, steps: int, tensor: int = 1) -> list[str]:
+        """Of a tiny run with two data-parallel ranks, and so two memory shards."""
+        return [
             f"run_dir={directory}",
             "model.make=no",
             f"model.path={model}",
             "cluster.device=cpu",
-            "parallel.pipeline=1",  # two data-parallel ranks, and so two memory shards
+            "parallel.pipeline=1",
             f"rollout.tensor={tensor}",
             f"data.limit_train={PROMPTS}",
             "filter.metric=none",
             "reward.overlong.buffer=38",
             "rollout.responses_per_prompt=4",
-            f"train.steps={self.steps}",
+            f"train.steps={steps}",
             f"train.prompts_per_step={PROMPTS}",
             f"train.mini_batch_prompts={PROMPTS}",
             "train.micro_batch_responses=6",
             "train.validate_every=0",
             "train.export_hf=false",
             "checkpoint.every=1",
-            f"checkpoint.keep_last={self.steps}",
+            f"checkpoint.keep_last={steps}",
             "wandb.enabled=false",
         ]
-        self._driver = RunProcess(self._settings, self.output)
-        self._shared: set[Path] = set()
-        self._newest_step = 0
 
     def finish(self, report: Callable[[str], None]) -> Counter:
         """Kills that were made, by kind, those during saves also as "during a save"."""
