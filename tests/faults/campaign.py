@@ -173,7 +173,8 @@ class Run:
                 break
             time.sleep(0.1)
         assert not left, f"still running: {left}"
-        assert not [path for path in self._shared if path.exists()], "left in shared memory"
+        left = [str(path) for path in self._shared if path.exists()]
+        assert not left, f"left in shared memory: {left}"
 
     def _check_memory(self) -> None:
         """Every vector of every complete checkpoint is in those after it."""
