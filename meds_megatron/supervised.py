@@ -72,6 +72,12 @@ def node_name() -> str:
     return f"{socket.gethostname()} at {ray.util.get_node_ip_address()}"
 
 
+def may_run(place: tuple[str, int]) -> bool:
+    """Whether a process, by its node and id, still has anything: Ray reports an end before the kernel is done with it.
+    False for those on other nodes."""
+    return place[0] == node_name() and Path(f"/proc/{place[1]}").exists()
+
+
 def ignore_stop_signals() -> None:
     """Leaves the signals that stop a run to the driver, also where a scheduler sends them to every process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

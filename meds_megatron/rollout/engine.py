@@ -7,6 +7,7 @@ variables of `rollout.settings.engine_env_vars`.
 import itertools
 import json
 import logging
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from meds_megatron.logs import configure_process_logging
 from meds_megatron.rollout.answer_position import AnswerLocator
 from meds_megatron.rollout.samples import Completion
 from meds_megatron.rollout.settings import Sampling
-from meds_megatron.supervised import ignore_stop_signals
+from meds_megatron.supervised import ignore_stop_signals, node_name
 from meds_megatron.weights.resharding.shared_directory import (
     PREFIX,
     SHARED_MEMORY,
@@ -95,14 +96,15 @@ class RolloutEngine:
         """Numbers of the unfinished requests by vLLM's name for them."""
         self._finished: SimpleQueue[_Finished | Exception] = SimpleQueue()
 
-    def start(self, restarts: int = 0) -> None:
-        """Loads the model; `restarts` is how often the engine was started before. Raises UserError when this machine
-        cannot run it, and what vLLM raises otherwise."""
+    def start(self, restarts: int = 0) -> tuple[str, int]:
+        """Loads the model; returns the node and process id of the engine. `restarts` is how often the engine was
+        started before. Raises UserError when this machine cannot run it, and what vLLM raises otherwise."""
         configure_process_logging(self._config.run_dir, engine_log(self._index))
         for left_over in remove_unclaimed():
             logger.info("removed %s, which a killed process left", left_over)
         self.on_vllm_thread(self._start, restarts)
         logger.info("engine %d has loaded %s", self._index, self._model_dir)
+        return node_name(), os.getpid()
 
     def on_vllm_thread(self, function: Callable, *arguments: Any, **keywords: Any) -> Any:
         """Calls a function between two decode steps and returns its result."""

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from meds_megatron.errors import RunFailed, Stopped, UserError
 from meds_megatron.logs import last_words
-from meds_megatron.supervised import SUPERVISION, failed_process, failure_reason, node_name
+from meds_megatron.supervised import SUPERVISION, failed_process, failure_reason, may_run
 from meds_megatron.trainer.interruption import Interruption
 
 TICK_SECONDS = 0.25
@@ -53,12 +52,9 @@ class Process:
         """Node and process id; None if the process has not told them."""
         return self.identity.result() if self.identity.done() and not self.identity.exception() else None
 
-    def is_gone(self, this_node: str) -> bool:
-        """Whether the process has ended and, if it was on `this_node`, freed what it had: Ray reports an end before the
-        kernel is done with it."""
-        if not self.ended.done() or not self.place or self.place[0] != this_node:
-            return self.ended.done()
-        return not Path(f"/proc/{self.place[1]}").exists()
+    def is_gone(self) -> bool:
+        """Whether the process has ended and freed what it had."""
+        return self.ended.done() and not (self.place and may_run(self.place))
 
     @property
     def place_name(self) -> str:
@@ -94,8 +90,7 @@ class Supervisor(AbstractContextManager):
         self._closing.set()
         self._thread.join()
         deadline = time.monotonic() + END_SECONDS
-        node = node_name()
-        while not all(process.is_gone(node) for process in self.processes) and time.monotonic() < deadline:
+        while not all(process.is_gone() for process in self.processes) and time.monotonic() < deadline:
             time.sleep(TICK_SECONDS / 5)
 
     def supervise(self, kind: str, number: int, log: str, actor: ray.actor.ActorHandle) -> None:
