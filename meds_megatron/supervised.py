@@ -16,6 +16,8 @@ SUPERVISION = "supervision"
 """Concurrency group of the methods of `SupervisedActor`, which answer while another method of the actor runs."""
 CONCURRENCY_GROUPS = {SUPERVISION: 3}
 LONGEST_REASON = 300
+RAYS_WRAPPER = "_resume_span"
+"""Function around every method of a Ray actor."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,15 @@ class SupervisedActor:
     def activity(self) -> Activity:
         """The method that is being called, found on the stacks of the process's other threads."""
         for thread, innermost in sys._current_frames().items():
-            method, frame = None, innermost
+            methods, frame = [], innermost
             while frame is not None:
-                if frame.f_locals.get("self") is self:
-                    method = frame.f_code.co_name  # The outermost one, as the walk goes outwards.
+                if frame.f_locals.get("self") is self and frame.f_code.co_name != RAYS_WRAPPER:
+                    methods.append(frame.f_code.co_name)  # The outermost one last.
                 frame = frame.f_back
-            if thread != threading.get_ident() and method not in (None, "watch", "process", "activity"):
+            if thread != threading.get_ident() and methods and methods[-1] != SupervisedActor.watch.__name__:
                 code = innermost.f_code
                 place = f"{code.co_name}, {Path(code.co_filename).name}:{innermost.f_lineno}"
-                return Activity(method, place, self.work)
+                return Activity(methods[-1], place, self.work)
         return Activity(None, work=self.work)
 
     def request_stacks(self, processes: list[int]) -> dict[int, str]:
@@ -68,6 +70,12 @@ def node_name() -> str:
     import ray
 
     return f"{socket.gethostname()} at {ray.util.get_node_ip_address()}"
+
+
+def may_run(place: tuple[str, int]) -> bool:
+    """Whether a process, by its node and id, still has anything: Ray reports an end before the kernel is done with it.
+    False for those on other nodes."""
+    return place[0] == node_name() and Path(f"/proc/{place[1]}").exists()
 
 
 def ignore_stop_signals() -> None:
@@ -90,13 +98,11 @@ def request_stacks(processes: list[int]) -> dict[int, str]:
 
 
 def failed_process(error: Exception) -> str:
-    """Address and process id of the actor that a Ray error is about, as far as the error has them."""
-    address, process = getattr(error, "ip", None), getattr(error, "pid", None)
-    if process is None:
-        found_address = re.search(r"^\s*ip: (\S+)$", str(error), re.MULTILINE)
-        found_process = re.search(r"^\s*pid: (\d+)$", str(error), re.MULTILINE)
-        address, process = found_address and found_address[1], found_process and found_process[1]
-    return f"process {process or 'unknown'} on {address or 'an unknown node'}"
+    """Process id and address of the actor that a Ray error is about, as far as the error has them."""
+    text = str(error)
+    process = re.search(r"\bpid[:=] ?(\d+)", text)
+    address = re.search(r"\bip[:=] ?([\w.:]*\w)", text)
+    return f"process {process[1] if process else 'unknown'} on {address[1] if address else 'an unknown node'}"
 
 
 def failure_reason(error: Exception) -> str:

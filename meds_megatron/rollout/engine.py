@@ -4,8 +4,11 @@ Importing this module imports neither vLLM nor Ray; vLLM is imported when an eng
 variables of `rollout.settings.engine_env_vars`.
 """
 
+import itertools
 import json
 import logging
+import os
+import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +24,16 @@ from meds_megatron.logs import configure_process_logging
 from meds_megatron.rollout.answer_position import AnswerLocator
 from meds_megatron.rollout.samples import Completion
 from meds_megatron.rollout.settings import Sampling
-from meds_megatron.supervised import ignore_stop_signals
+from meds_megatron.supervised import ignore_stop_signals, node_name
+from meds_megatron.weights.resharding.shared_directory import (
+    PREFIX,
+    SHARED_MEMORY,
+    claim,
+    list_files,
+    mapped_files,
+    remove,
+    remove_unclaimed,
+)
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, SamplingParams
@@ -84,12 +96,15 @@ class RolloutEngine:
         """Numbers of the unfinished requests by vLLM's name for them."""
         self._finished: SimpleQueue[_Finished | Exception] = SimpleQueue()
 
-    def start(self, restarts: int = 0) -> None:
-        """Loads the model; `restarts` is how often the engine was started before. Raises UserError when this machine
-        cannot run it, and what vLLM raises otherwise."""
+    def start(self, restarts: int = 0) -> tuple[str, int]:
+        """Loads the model; returns the node and process id of the engine. `restarts` is how often the engine was
+        started before. Raises UserError when this machine cannot run it, and what vLLM raises otherwise."""
         configure_process_logging(self._config.run_dir, engine_log(self._index))
+        for left_over in remove_unclaimed():
+            logger.info("removed %s, which a killed process left", left_over)
         self.on_vllm_thread(self._start, restarts)
         logger.info("engine %d has loaded %s", self._index, self._model_dir)
+        return node_name(), os.getpid()
 
     def on_vllm_thread(self, function: Callable, *arguments: Any, **keywords: Any) -> Any:
         """Calls a function between two decode steps and returns its result."""
@@ -185,6 +200,8 @@ class RolloutEngine:
         self._numbers.clear()
         if hasattr(self, "llm"):
             self.on_vllm_thread(self.llm.llm_engine.engine_core.shutdown)
+            # vLLM leaves its files when one of its processes was killed.
+            remove(self._shared)
 
     def _start(self, restarts: int) -> None:
         from transformers import AutoTokenizer
@@ -196,11 +213,14 @@ class RolloutEngine:
         self._tokenizer = AutoTokenizer.from_pretrained(self._model_dir)
         self._answers = AnswerLocator(self._tokenizer)
         self._stop_token_ids = stop_token_ids(self._model_dir, self._tokenizer.eos_token_id)
+        self._shared = SHARED_MEMORY / f"{PREFIX}engine-{secrets.token_hex(8)}"
+        self._claim = claim(self._shared)
         self.llm = make_llm(self._config, self._model_dir, self._use_gpu, self._disk_version is not None)
         # vLLM logs through the process's handlers instead of its own.
         vllm_logger = logging.getLogger("vllm")
         vllm_logger.handlers.clear()
         vllm_logger.propagate = True
+        list_files(self._shared, {*mapped_files(), *itertools.chain(*self.llm.collective_rpc(_mapped_files))})
         # Engines are built with one seed, with which all, and each after every restart, would draw alike.
         self._seed_sampling(self._config.train.seed, restarts)
         self._version = self._disk_version
@@ -298,6 +318,11 @@ def _seed_sampling(worker, seed: int) -> None:
     from vllm.utils.torch_utils import set_random_seed
 
     set_random_seed(seed)
+
+
+def _mapped_files(worker) -> list[Path]:
+    """Files in shared memory that a rank has mapped."""
+    return mapped_files()
 
 
 def _random_states(worker) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -20,7 +21,7 @@ from meds_megatron.rollout.engine import Request, RolloutEngine, engine_log
 from meds_megatron.rollout.health import EngineHealth, EngineState
 from meds_megatron.rollout.samples import Completion
 from meds_megatron.rollout.settings import Sampling, engine_env_vars
-from meds_megatron.supervised import failed_process, failure_reason
+from meds_megatron.supervised import failed_process, failure_reason, may_run
 
 CLOSE_SECONDS = 10
 IN_FLIGHT = 3.0
@@ -44,6 +45,8 @@ class Engine:
     health: EngineHealth
     actor: ray.actor.ActorHandle | None = None
     """Another after every restart."""
+    place: tuple[str, int] | None = None
+    """Node and process id of the last actor that has loaded the model."""
     starting: Future | None = None
     finished: Future | None = None
     """The call that waits for finished requests."""
@@ -237,11 +240,14 @@ class EnginePool:
         return counts
 
     def close(self) -> None:
-        """Ends the engines; one that has not ended after CLOSE_SECONDS is killed."""
+        """Ends the engines and returns when they are gone; one that has not ended after CLOSE_SECONDS is killed."""
         calls = [engine.actor.close.remote() for engine in self.engines]
         ray.wait(calls, num_returns=len(calls), timeout=CLOSE_SECONDS)
         for engine in self.engines:
             ray.kill(engine.actor)
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while any(engine.place and may_run(engine.place) for engine in self.engines) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def _dispatch(self) -> None:
         fresh = [engine for engine in self.engines if engine.health.state is EngineState.FRESH]
@@ -289,8 +295,9 @@ class EnginePool:
             if engine.starting and engine.starting.done():
                 event, engine.starting = engine.starting, None
                 actor = engine.actor
-                self._result(engine, event)
+                place = self._result(engine, event)
                 if engine.actor is actor:
+                    engine.place = place
                     engine.health.started()
                     if self._disk_version is not None:
                         engine.health.updated()

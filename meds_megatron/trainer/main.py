@@ -35,8 +35,7 @@ from meds_megatron.trainer.supervision import ProcessDied, Supervisor
 from meds_megatron.trainer.timer import PhaseTimer
 from meds_megatron.trainer.watchdog import Hung, Watchdog
 from meds_megatron.trainer.weight_sync import WeightSync
-from meds_megatron.weights.resharding.shared_directory import PREFIX
-from meds_megatron.weights.resharding.types import SHARED_MEMORY
+from meds_megatron.weights.resharding.shared_directory import PREFIX, SHARED_MEMORY, remove_unclaimed
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +123,9 @@ def _run(
     run.rewind(checkpoint.step if checkpoint else None)
     console.phase("starting engines and trainer ranks")
     use_gpu = config.cluster.device == "cuda"
-    # Removed last, when no rank can write into it any more.
-    shared_directory = SHARED_MEMORY / f"{PREFIX}{secrets.token_hex(8)}"
+    # Last, when no process has anything in shared memory any more.
+    stack.callback(remove_unclaimed)
+    shared_directory = SHARED_MEMORY / f"{PREFIX}weights-{secrets.token_hex(8)}"
     stack.callback(shutil.rmtree, shared_directory, ignore_errors=True)
     placement = reserve_nodes(config, use_gpu)
     supervisor = stack.enter_context(Supervisor(config.run_dir, interruption))

@@ -12,7 +12,7 @@ import ray
 
 from meds_megatron.errors import RunFailed, Stopped, UserError
 from meds_megatron.logs import last_words
-from meds_megatron.supervised import SUPERVISION, failed_process, failure_reason
+from meds_megatron.supervised import SUPERVISION, failed_process, failure_reason, may_run
 from meds_megatron.trainer.interruption import Interruption
 
 TICK_SECONDS = 0.25
@@ -52,6 +52,10 @@ class Process:
         """Node and process id; None if the process has not told them."""
         return self.identity.result() if self.identity.done() and not self.identity.exception() else None
 
+    def is_gone(self) -> bool:
+        """Whether the process has ended and freed what it had."""
+        return self.ended.done() and not (self.place and may_run(self.place))
+
     @property
     def place_name(self) -> str:
         if self.place:
@@ -86,7 +90,7 @@ class Supervisor(AbstractContextManager):
         self._closing.set()
         self._thread.join()
         deadline = time.monotonic() + END_SECONDS
-        while any(not process.ended.done() for process in self.processes) and time.monotonic() < deadline:
+        while not all(process.is_gone() for process in self.processes) and time.monotonic() < deadline:
             time.sleep(TICK_SECONDS / 5)
 
     def supervise(self, kind: str, number: int, log: str, actor: ray.actor.ActorHandle) -> None:

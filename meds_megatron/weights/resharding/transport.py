@@ -57,7 +57,7 @@ class SharedFile:
 
 class SharedMemory:
     """Files in a directory of the node's shared memory. A writer creates it where it is missing, after it has removed
-    those of killed runs."""
+    those of killed processes."""
 
     def __init__(self, directory: str | Path):
         self._directory = Path(directory)
@@ -70,7 +70,7 @@ class SharedMemory:
         try:
             if self._claim is None:
                 for left_over in remove_unclaimed(self._directory.parent):
-                    logger.info("removed %s, which a killed run left", left_over)
+                    logger.info("removed %s, which a killed process left", left_over)
                 self._claim = claim(self._directory)
             _allocate(path, file.elements * dtype.itemsize)
         except OSError as error:
