@@ -174,6 +174,10 @@ class RunDirectory:
     def exports(self) -> Path:
         return self.path / "hf"
 
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint of the latest step."""
+        return max(self.path.glob("checkpoints/step_*"), default=None)
+
     def hf_export(self, step: int) -> Path:
         return self.exports / f"step_{step:06d}"
 
