@@ -106,7 +106,7 @@ def train(
         log.log(state.step, metrics | throughput_metrics(metrics))
         if config.train.save_rollouts:
             run.save_rollouts(state.step, rollout_columns(rollouts, batch.advantages_B))
-        state.bad_updates = check_updates(state.step, state.bad_updates, updates, config, run.last_checkpoint())
+        state.bad_updates = check_updates(state.step, state.bad_updates, updates, config, run)
         check_mismatch(state.step, metrics, config)
         # Last: a step that a checkpoint holds has its metrics and rollouts.
         with timer("checkpoint"):

@@ -1,7 +1,6 @@
 """Metrics of a step."""
 
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from meds_megatron.config import Config
 from meds_megatron.errors import UserError
 from meds_megatron.trainer.error_memory import TARGETS
 from meds_megatron.trainer.rollout_batch import RolloutBatch
+from meds_megatron.trainer.run_dir import RunDirectory
 
 
 def sampling_metrics(rollouts: RolloutBatch) -> dict[str, float]:
@@ -101,18 +101,19 @@ def check_mismatch(step: int, metrics: dict[str, float], config: Config) -> None
         )
 
 
-def check_updates(step: int, before: int, updates: list[UpdateOutput], config: Config, checkpoint: Path | None) -> int:
+def check_updates(step: int, before: int, updates: list[UpdateOutput], config: Config, run: RunDirectory) -> int:
     """Consecutive skipped updates up to now, `before` of them before this step.
 
-    Raises UserError after `faults.max_bad_updates` in a row; it names `checkpoint`, from which the run can go on.
+    Raises UserError after `faults.max_bad_updates` in a row; it names the checkpoint from which the run can go on.
     """
     in_a_row, limit = before, config.faults.max_bad_updates
     for update in updates:
         in_a_row = in_a_row + 1 if update.skipped else 0
         if in_a_row == limit:
+            checkpoint = run.last_checkpoint()
             go_on = f"and go on from {checkpoint}" if checkpoint else "and start again, as no checkpoint was saved yet"
             raise UserError(
                 f"Step {step}: the loss or gradient of {limit} updates in a row was not finite "
-                f"(faults.max_bad_updates): look for the cause in this step's rollouts, lower optimizer.lr, {go_on}"
+                f"(faults.max_bad_updates): look for the cause in {run.rollouts_of(step)}, lower optimizer.lr, {go_on}"
             )
     return in_a_row

@@ -1,5 +1,4 @@
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +7,7 @@ from meds_megatron.actor.train_batch import TrainBatch, UpdateOutput
 from meds_megatron.config import Config
 from meds_megatron.errors import UserError
 from meds_megatron.trainer.report import check_mismatch, check_updates, training_metrics, update_metrics
+from meds_megatron.trainer.run_dir import RunDirectory
 
 UPDATES = [
     UpdateOutput(1.5, {"tokens": 10.0, "kl": 0.0, "ratio": 10.0, "clip_fraction": 1.0}, 2.0, 1e-6, skipped=False),
@@ -66,16 +66,21 @@ def test_skipped_updates_are_counted_and_left_out_of_the_means():
 )
 def test_bad_updates_in_a_row_are_counted_from_step_to_step(before, made, count):
     updates = [UPDATES[0] if update == "ok" else skipped() for update in made.split()]
-    assert check_updates(7, before, updates, Config(), None) == count
+    assert check_updates(7, before, updates, Config(), RunDirectory("unused")) == count
 
 
 @pytest.mark.parametrize(("before", "made"), [(0, "x x x"), (2, "x ok"), (1, "x x ok ok"), (2, "ok x x x ok")])
 def test_bad_updates_in_a_row_stop_the_run_with_the_last_checkpoint(before, made, tmp_path):
     updates = [UPDATES[0] if update == "ok" else skipped() for update in made.split()]
-    with pytest.raises(UserError, match="Step 7: the loss or gradient of 3 updates in a row .*, and go on from /a/b"):
-        check_updates(7, before, updates, Config(), Path("/a/b"))
-    with pytest.raises(UserError, match="and start again, as no checkpoint was saved yet"):
-        check_updates(7, before, updates, Config(), None)
+    run = RunDirectory(tmp_path)
+    with pytest.raises(
+        UserError, match="Step 7: .* 3 updates in a row .*, and start again, as no checkpoint was saved"
+    ):
+        check_updates(7, before, updates, Config(), run)
+    for step in (2, 10, 6):
+        run.checkpoint(step).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"lower optimizer.lr, and go on from {run.checkpoint(10)}$"):
+        check_updates(7, before, updates, Config(), run)
 
 
 def test_a_step_that_trains_on_nothing_reports_no_training_metrics():
