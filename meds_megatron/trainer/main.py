@@ -141,7 +141,8 @@ def _run(
     stack.enter_context(Watchdog(config.faults.hang_minutes, supervisor, timer, pool))
     memory = ErrorMemory(config, placement, supervisor)
     stack.callback(memory.close)
-    graders = stack.enter_context(GraderPool(config.reward.workers, config.reward.timeout_seconds))
+    reward = config.reward
+    graders = stack.enter_context(GraderPool(reward.workers, reward.timeout_seconds, reward.memory_gib))
     state = TrainerState(PromptSampler(len(prompts.train), config.train.seed, config.data.shuffle))
     if checkpoint:
         state.load_state_dict(checkpoint.state)
