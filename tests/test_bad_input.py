@@ -3,13 +3,8 @@
 import hashlib
 import json
 import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from meds_megatron.cli import main
 from meds_megatron.config.model_shape import ModelShape
@@ -34,7 +33,7 @@ SHAPE = dict(
     num_key_value_heads=2,
     head_dim=4,
     intermediate_size=8,
-    vocab_size=151936,
+    vocab_size=260,
     tie_word_embeddings=True,
     rope_theta=1e6,
     rms_norm_eps=1e-6,
@@ -125,7 +124,7 @@ def command(expected: str, *arguments: str):
 CONFIGS = {
     "no such file": command("missing.yaml: there is no such config file", "train", "{}/missing.yaml"),
     "a directory": command("there is no such config file", "train", "{}"),
-    "not YAML": yaml("mine.yaml line 2: not readable as YAML", "train:\n  steps: [1, 2\n"),
+    "not YAML": yaml("mine.yaml line 3: not readable as YAML", "train:\n  steps: [1, 2\n"),
     "a list": yaml("expected `key: value` lines at the top level, found a list", "- train\n- steps\n"),
     "an empty value": yaml("mine.yaml: train.steps is None, expected a whole number", "train:\n  steps:\n"),
     "bytes": yaml("mine.yaml: not readable as YAML", b"\xff\xfe\x00\x01"),
@@ -265,7 +264,7 @@ MODELS = {
     "a tokenizer cut off": model("the tokenizer in", lambda at: at.cut(at.model / "tokenizer.json", 1000)),
     "a tokenizer with more tokens than the model": model(
         "tokens",
-        lambda at: (at.shape(vocab_size=1000), at.tensors({"model.embed_tokens.weight": torch.zeros(1000, 8)})),
+        lambda at: (at.shape(vocab_size=100), at.tensors({"model.embed_tokens.weight": torch.zeros(100, 8)})),
     ),
     "a broken generation_config.json": model(
         "generation_config.json is not JSON", lambda at: at.file("model/generation_config.json", "{")
@@ -328,7 +327,7 @@ RUNS = {
 COMMANDS = {
     "no such command": command("No such command 'trian'", "trian"),
     "no argument": command("Missing argument 'CONFIG'", "train"),
-    "no such option": command("No such option: --stpes", "bench", "step", QUICKSTART, "--stpes", "3"),
+    "no such option": command("No such option '--stpes'", "bench", "step", QUICKSTART, "--stpes", "3"),
     "an option out of range": command("--steps", "bench", "step", QUICKSTART, "--steps", "0"),
     "an option that is no number": command("--keys", "bench", "memory", "--keys", "many"),
     "a dtype that there is not": command("--dtype", "convert", "to-hf", "{}/model", "{}/out", "--dtype", "int8"),
@@ -352,9 +351,16 @@ CASES = {
 
 
 @pytest.fixture(scope="session")
-def whole_model(shared_data, tmp_path_factory) -> Path:
+def whole_model(tmp_path_factory) -> Path:
+    """A directory as `meds train` wants it, with a tokenizer of bytes."""
     directory = tmp_path_factory.mktemp("bad_input") / "model"
-    shutil.copytree(shared_data / "qwen2-tokenizer", directory)
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({token: place for place, token in enumerate([*alphabet, "<end>"])}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=template).save_pretrained(
+        directory
+    )
     (directory / "config.json").write_text(json.dumps(SHAPE))
     shapes = build_table(ModelShape.from_hf(directory)).hf_shapes
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, directory / "model.safetensors")
