@@ -91,6 +91,10 @@ class Place:
         } | settings
         return ["train", str(config), *(f"{key.replace('__', '.')}={value}" for key, value in settings.items())]
 
+    def earlier_run(self) -> None:
+        self.file("run/config.yaml", "penalty:\n  alpha: 0.5\n")
+        self.file("run/metrics.jsonl", '{"step": 1}\n')
+
     def yaml(self, text: str | bytes) -> list[str]:
         return ["train", str(self.file("mine.yaml", text))]
 
@@ -314,14 +318,17 @@ MODELS = {
 }
 
 RUNS = {
-    "a run that is there": (
-        lambda at: at.train(run_dir=at.file("run/rollouts/step_000001.parquet", "x").parents[1]),
-        "run: there already is a run",
+    "a run with other settings": model("run: there is a run with other settings", lambda at: at.earlier_run()),
+    "a run without checkpoints": model(
+        "run: there already is a run, without checkpoints", lambda at: at.earlier_run(), checkpoint__every=0
     ),
-    "a file in its place": (lambda at: at.train(run_dir=at.file("taken", "x")), "the run directory cannot be made"),
-    "a file above it": (lambda at: at.train(run_dir=at.file("taken", "x") / "run"), "the run directory cannot be made"),
-    "a place that cannot be written": setting("the run directory cannot be made", run_dir="/proc/meds/run"),
-    "a name that is too long": setting("the run directory cannot be made", run_dir="/tmp/" + "x" * 300),
+    "a file in its place": (lambda at: at.train(run_dir=at.file("taken", "x")), "the run directory cannot be written"),
+    "a file above it": (
+        lambda at: at.train(run_dir=at.file("taken", "x") / "run"),
+        "the run directory cannot be written",
+    ),
+    "a place that cannot be written": setting("the run directory cannot be written", run_dir="/proc/meds/run"),
+    "a name that is too long": setting("the run directory cannot be written", run_dir="/tmp/" + "x" * 300),
 }
 
 COMMANDS = {

@@ -111,7 +111,7 @@ def check_updates(step: int, before: int, updates: list[UpdateOutput], config: C
         in_a_row = in_a_row + 1 if update.skipped else 0
         if in_a_row == limit:
             checkpoint = run.newest_checkpoint()
-            go_on = f"and go on from {checkpoint.path}" if checkpoint else "and start again, as no checkpoint was saved yet"
+            go_on = f"and go on from {checkpoint.path}" if checkpoint else "and start again: there is no checkpoint"
             raise UserError(
                 f"Step {step}: the loss or gradient of {limit} updates in a row was not finite "
                 f"(faults.max_bad_updates): look for the cause in {run.rollouts_of(step)}, lower optimizer.lr, {go_on}"

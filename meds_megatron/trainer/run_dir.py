@@ -178,7 +178,7 @@ class RunDirectory:
         return self.exports / f"step_{step:06d}"
 
     def save_rollouts(self, step: int, columns: Mapping[str, Sequence]) -> Path:
-        """Write a step's responses, one row each; the file appears whole or not at all, then with a UserError.
+        """Write a step's responses, one row each; the file appears whole or not at all. Raises UserError.
 
         `columns` has every column of ROLLOUT_SCHEMA but `step`, all of one length; None where a response has no such
         value (no fingerprint, say, or no advantage because the group was not kept).
@@ -196,7 +196,5 @@ class RunDirectory:
         except OSError as error:
             partial.unlink(missing_ok=True)
             reason = error.strerror or str(error).splitlines()[0]
-            raise UserError(
-                f"{path} cannot be written ({reason}): make space or access there, and start the run again"
-            ) from error
+            raise UserError(f"{path} cannot be written ({reason}): make space there and start the run again") from error
         return path

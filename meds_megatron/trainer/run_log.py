@@ -58,7 +58,7 @@ class RunLog:
             with suppress(OSError):
                 self._file.truncate(end)
             raise UserError(
-                f"{self._path} cannot be written ({error.strerror}): make space or access there, and start the run again"
+                f"{self._path} cannot be written ({error.strerror}): make space there and start the run again"
             ) from error
 
     def close(self, failed: bool = False) -> None:

@@ -6,6 +6,7 @@ import pytest
 from meds_megatron.actor.train_batch import TrainBatch, UpdateOutput
 from meds_megatron.config import Config
 from meds_megatron.errors import UserError
+from meds_megatron.trainer.checkpoint_files import mark_complete, write_state
 from meds_megatron.trainer.report import check_mismatch, check_updates, training_metrics, update_metrics
 from meds_megatron.trainer.run_dir import RunDirectory
 
@@ -73,13 +74,14 @@ def test_bad_updates_in_a_row_are_counted_from_step_to_step(before, made, count)
 def test_bad_updates_in_a_row_stop_the_run_with_the_last_checkpoint(before, made, tmp_path):
     updates = [UPDATES[0] if update == "ok" else skipped() for update in made.split()]
     run = RunDirectory(tmp_path)
-    with pytest.raises(
-        UserError, match="Step 7: .* 3 updates in a row .*, and start again, as no checkpoint was saved"
-    ):
+    with pytest.raises(UserError, match="Step 7: .* 3 updates in a row .*, and start again: there is no checkpoint$"):
         check_updates(7, before, updates, Config(), run)
-    for step in (2, 10, 6):
+    for step in (2, 5, 6):
         run.checkpoint(step).mkdir(parents=True)
-    with pytest.raises(UserError, match=f"lower optimizer.lr, and go on from {run.checkpoint(10)}$"):
+        write_state(run.checkpoint(step), {"step": step}, {})
+        if step < 6:
+            mark_complete(run.checkpoint(step))
+    with pytest.raises(UserError, match=f"lower optimizer.lr, and go on from {run.checkpoint(5)}$"):
         check_updates(7, before, updates, Config(), run)
 
 
