@@ -33,7 +33,7 @@ def configure_process_logging(run_dir: str | Path, process: str, terminal: loggi
     if Path(run_dir).is_dir():
         path = log_file(run_dir, process)
         path.parent.mkdir(exist_ok=True)
-        file = logging.FileHandler(path)
+        file = _LogFile(path)
         file.setFormatter(formatter)
         faulthandler.enable(file.stream)
         handlers.append(file)
@@ -42,6 +42,17 @@ def configure_process_logging(run_dir: str | Path, process: str, terminal: loggi
     root = logging.getLogger()
     root.handlers = handlers
     root.setLevel(logging.INFO)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that ends, with one warning on standard error, when it cannot be written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        logging.getLogger().removeHandler(self)
+        print(f"{self.baseFilename} cannot be written ({error.strerror}): the log ends here", file=sys.stderr)
 
 
 @contextmanager

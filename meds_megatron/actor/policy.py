@@ -57,7 +57,10 @@ class Policy:
         )
 
     def update(self, batch: TrainBatch, minibatches: list[list[np.ndarray]], step: int) -> list[UpdateOutput]:
-        """One optimizer step for each mini-batch of training step `step`; off the last stage there are no sums."""
+        """One optimizer step for each mini-batch of training step `step`; off the last stage there are no sums.
+
+        A step whose loss or gradient is not finite is skipped (`UpdateOutput.skipped`), on all ranks.
+        """
         rate = optimizer.learning_rate(step, self._config.optimizer)
         optimizer.set_learning_rate(self.optimizer, rate)
         loss = _MicroBatchLoss(batch, self._config, self.device)
@@ -67,9 +70,10 @@ class Policy:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             kept = self._run(batch, micro_batches, loss, forward_only=False)
-            _, grad_norm, _ = self.optimizer.step()
+            loss_share = sum(part["loss"] for part in kept)
+            grad_norm, made = optimizer.step(self.optimizer, loss_share)
             sums = _add_up([part["token_sums"] for part in kept])
-            updates.append(UpdateOutput(sum(part["loss"] for part in kept), sums, float(grad_norm), rate))
+            updates.append(UpdateOutput(loss_share, sums, grad_norm, rate, skipped=not made))
         return updates
 
     def _run(self, batch, micro_batches, on_last_stage, before_chunk=None, **settings) -> list[dict]:

@@ -12,11 +12,6 @@ from meds_megatron.config import ParallelConfig
 from meds_megatron.model import cpu_backend
 
 
-def open_store(host: str, world_size: int) -> dist.TCPStore:
-    """The store through which ranks connect, on rank 0 and a port that the system picks."""
-    return dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
-
-
 def join(
     host: str, port: int, rank: int, world_size: int, timeout_minutes: int = 30, store: dist.TCPStore | None = None
 ) -> str:

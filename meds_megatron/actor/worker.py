@@ -11,6 +11,7 @@ import numpy as np
 
 from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput
 from meds_megatron.config import Config
+from meds_megatron.config.network import LOOPBACK, network_env_vars, on_one_machine
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.supervised import SupervisedActor, ignore_stop_signals
 from meds_megatron.weights.resharding.types import SyncSpec
@@ -27,6 +28,7 @@ def rank_env_vars(config: Config) -> dict[str, str]:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "NCCL_CUMEM_ENABLE": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        **network_env_vars(config.cluster),
         # torch and megatron-core warn at every start; errors are raised.
         "PYTHONWARNINGS": "ignore::UserWarning,ignore::FutureWarning",
     }
@@ -52,13 +54,17 @@ class PolicyWorker(SupervisedActor):
         """Micro-batches begun."""
         return self._policy.micro_batches_begun if self._policy else 0
 
-    def open_store(self, world_size: int) -> tuple[str, int]:
-        """Opens the store through which the ranks connect, on rank 0: its host and port."""
+    def _host(self) -> str:
+        """Address at which the other processes of the run reach this one."""
         import ray
 
-        from meds_megatron.actor.process_group import open_store
+        return LOOPBACK if on_one_machine(self._config.cluster) else ray.util.get_node_ip_address()
 
-        host = ray.util.get_node_ip_address()
+    def open_store(self, world_size: int) -> tuple[str, int]:
+        """Opens the store through which the ranks connect, on rank 0: its host and port."""
+        from meds_megatron.weights.store import open_store
+
+        host = self._host()
         self._store = open_store(host, world_size)
         return host, self._store.port
 
@@ -87,13 +93,11 @@ class PolicyWorker(SupervisedActor):
 
     def prepare_weight_sync(self, spec: SyncSpec) -> None:
         """Makes the rank ready to send its share of the weights to engines."""
-        import ray
-
         from meds_megatron.weights.chunks import rank_parameters
         from meds_megatron.weights.resharding.transfer import WeightSender
 
         parameters = rank_parameters(self._policy.chunks, self._policy.shape, spec.layout.tensor)
-        host = ray.util.get_node_ip_address()
+        host = self._host()
         self._weight_sender = WeightSender(spec, self._rank, parameters, self._policy.device, host)
 
     def weights(self, method: str, *args):

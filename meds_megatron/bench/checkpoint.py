@@ -14,10 +14,11 @@ from torch import nn
 
 from meds_megatron.actor import optimizer, optimizer_state
 from meds_megatron.actor.checkpoint import PolicySave
-from meds_megatron.actor.process_group import form_groups, join, open_store
+from meds_megatron.actor.process_group import form_groups, join
 from meds_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from meds_megatron.config.model_shape import QWEN, ModelShape
 from meds_megatron.model.gpt import build_chunks, transformer_config
+from meds_megatron.weights.store import open_store
 
 POLL_SECONDS = 0.05
 

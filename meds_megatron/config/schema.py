@@ -176,6 +176,9 @@ class RewardConfig:
     whose grading failed is neither right nor wrong. It is counted (`grading/timeout`, `grading/error`) and left out
     of its group's mean and deviation, the group filter, the memory and the loss; the published code counts it as
     wrong."""
+    memory_gib: float = setting(4.0, ge=0.25)
+    """Address space of a grader process, of which 0.1 GiB are its own; an answer that needs more ends it, and its
+    grading has failed."""
     overlong: OverlongConfig = field(default_factory=OverlongConfig)
 
 

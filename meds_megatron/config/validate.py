@@ -24,6 +24,10 @@ GSPO_CLIP_LIMIT = 0.1
 def validate(config: Config) -> None:
     """UserError, in one sentence, for the first setting that no model can be trained with."""
     _check_ranges(config, "")
+    _require(
+        config.name not in ("", ".", "..") and "/" not in config.name and config.name.isprintable(),
+        f"name is {config.name!r}, expected the name of a directory: printable, without a slash",
+    )
     _check_model_source(config)
     _check_ranks(config)
     _check_batches(config)

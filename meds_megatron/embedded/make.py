@@ -80,8 +80,13 @@ def _cached(cache: Path, name: str, key: dict, make: Callable[[Path], None]) -> 
     final = cache / f"{name}-{_digest(json.dumps(key, sort_keys=True).encode())[:16]}"
     if final.is_dir():
         return final
-    cache.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+    except OSError as error:
+        raise UserError(
+            f"cache_dir = {cache} cannot be written ({error.strerror}): set cache_dir=... to a writable directory"
+        ) from error
     try:
         make(draft)
         draft.chmod(0o755)

@@ -19,7 +19,8 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
     if config.address is not None:
         ray.init(address=config.address, log_to_driver=True, logging_level="warning")
     else:
-        # Ray guards its own cluster with a token and logs that at every start.
+        # Ray listens on all interfaces, and its own clusters accept only who has the token in the user's home. It logs
+        # that at every start.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         ray.init(include_dashboard=False, logging_level="warning", log_to_driver=True)
     try:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from meds_megatron.config import Config
+from meds_megatron.config.model_shape import ModelShape
+from meds_megatron.data.tokenizer import load_tokenizer
 from meds_megatron.errors import UserError
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.rollout.answer_position import AnswerLocator
@@ -204,13 +206,11 @@ class RolloutEngine:
             remove(self._shared)
 
     def _start(self, restarts: int) -> None:
-        from transformers import AutoTokenizer
-
         # vLLM logs warnings while it is imported, before it applies the level that its environment sets.
         logging.getLogger("vllm").setLevel(logging.ERROR)
         if not self._use_gpu:
             check_cpu_can_run(self._model_dir)
-        self._tokenizer = AutoTokenizer.from_pretrained(self._model_dir)
+        self._tokenizer = load_tokenizer(self._model_dir)
         self._answers = AnswerLocator(self._tokenizer)
         self._stop_token_ids = stop_token_ids(self._model_dir, self._tokenizer.eos_token_id)
         self._shared = SHARED_MEMORY / f"{PREFIX}engine-{secrets.token_hex(8)}"
@@ -365,6 +365,7 @@ def make_llm(config: Config, model_dir: str, use_gpu: bool, read_weights: bool =
     )
     return LLM(
         model=model_dir,
+        trust_remote_code=False,
         load_format="auto" if read_weights else "dummy",
         dtype=engine_dtype(config),
         seed=config.train.seed,
@@ -392,11 +393,9 @@ def engine_dtype(config: Config) -> str:
 
 def check_cpu_can_run(model_dir: str) -> None:
     """Raises UserError for a size of attention heads that vLLM's CPU kernels lack: vLLM itself fails in generation."""
-    from transformers import AutoConfig
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    config = AutoConfig.from_pretrained(model_dir)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = ModelShape.from_hf(model_dir).head_dim
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if size not in sizes:
         raise UserError(
@@ -406,11 +405,17 @@ def check_cpu_can_run(model_dir: str) -> None:
 
 
 def stop_token_ids(model_dir: str | Path, tokenizer_eos: int | None) -> list[int]:
-    """Tokens that end a response: the tokenizer's end-of-sequence token and those named in the model's files."""
+    """Tokens that end a response: the tokenizer's end-of-sequence token and those named in the model's files.
+
+    Raises UserError for a file that is not JSON.
+    """
     stops = set() if tokenizer_eos is None else {tokenizer_eos}
     for name in ("generation_config.json", "config.json"):
         path = Path(model_dir) / name
-        eos = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        try:
+            eos = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path} is not JSON of a model ({error}): download the model again") from error
         if eos is not None:
             stops.update(eos if isinstance(eos, list) else [eos])
             break

@@ -25,6 +25,7 @@ from meds_megatron.trainer.checkpointer import Checkpointer, restore_engines
 from meds_megatron.trainer.console import Console, ConsoleHandler
 from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.interruption import EXIT_REQUEUE, Interruption
+from meds_megatron.trainer.model_check import check_model_files
 from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.trainer.prompts import Prompts, read_prompts
 from meds_megatron.trainer.recovery import Decision, Failure, Recovery
@@ -46,8 +47,9 @@ def train(config: Config) -> None:
     validate(config)
     check_machine(config)
     model_dir = ensure_model(config.model, config.data, config.cache_dir, report=_print_progress)
-    validate_model(config, ModelShape.from_hf(model_dir))
-    prompts = read_prompts(config, model_dir)
+    shape = ModelShape.from_hf(model_dir)
+    validate_model(config, shape)
+    prompts = read_prompts(config, check_model_files(model_dir, shape))
     run = RunDirectory(config.run_dir)
     with run.claim(config):
         checkpoint = run.newest_checkpoint()
@@ -141,7 +143,8 @@ def _run(
     stack.enter_context(Watchdog(config.faults.hang_minutes, supervisor, timer, pool))
     memory = ErrorMemory(config, placement, supervisor)
     stack.callback(memory.close)
-    graders = stack.enter_context(GraderPool(config.reward.workers, config.reward.timeout_seconds))
+    reward = config.reward
+    graders = stack.enter_context(GraderPool(reward.workers, reward.timeout_seconds, reward.memory_gib))
     state = TrainerState(PromptSampler(len(prompts.train), config.train.seed, config.data.shuffle))
     if checkpoint:
         state.load_state_dict(checkpoint.state)

@@ -145,4 +145,6 @@ def add_up(updates: tuple[UpdateOutput, ...]) -> UpdateOutput:
     """One optimizer step from the parts of the data-parallel ranks."""
     first = updates[0]
     sums = {name: sum(update.token_sums[name] for update in updates) for name in first.token_sums}
-    return UpdateOutput(sum(update.loss for update in updates), sums, first.grad_norm, first.learning_rate)
+    return UpdateOutput(
+        sum(update.loss for update in updates), sums, first.grad_norm, first.learning_rate, first.skipped
+    )

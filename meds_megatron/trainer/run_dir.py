@@ -178,7 +178,7 @@ class RunDirectory:
         return self.exports / f"step_{step:06d}"
 
     def save_rollouts(self, step: int, columns: Mapping[str, Sequence]) -> Path:
-        """Write a step's responses, one row each; the file appears whole or not at all.
+        """Write a step's responses, one row each; the file appears whole or not at all. Raises UserError.
 
         `columns` has every column of ROLLOUT_SCHEMA but `step`, all of one length; None where a response has no such
         value (no fingerprint, say, or no advantage because the group was not kept).
@@ -187,9 +187,14 @@ class RunDirectory:
         table = pa.table({**columns, "step": [step] * rows}, schema=ROLLOUT_SCHEMA)
         path = self.rollouts_of(step)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        with open(partial, "wb") as file:
-            pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        try:
+            with open(partial, "wb") as file:
+                pq.write_table(table, file, compression="zstd")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            reason = error.strerror or str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be written ({reason}): make space there and start the run again") from error
         return path

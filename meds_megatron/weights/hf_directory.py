@@ -15,7 +15,7 @@ from torch import Tensor
 
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.weights.load import INDEX_FILE, SINGLE_FILE, open_safetensors
+from meds_megatron.weights.hf_weights import INDEX_FILE, SINGLE_FILE, open_safetensors
 from meds_megatron.weights.model_files import copy_model_files
 from meds_megatron.weights.table import HfShape, build_table
 

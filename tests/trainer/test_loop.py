@@ -89,7 +89,7 @@ class ScriptedPolicy:
         self.calls.append("update")
         self.updated.append(len(batch))
         sums = dict.fromkeys(("tokens", "kl", "ratio", "clip_fraction", "dual_clip_fraction"), 1.0)
-        return [UpdateOutput(0.0, sums, 0.0, 0.0)]
+        return [UpdateOutput(0.0, sums, 0.0, 0.0, skipped=False)]
 
 
 class RecordedPool:

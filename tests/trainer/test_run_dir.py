@@ -1,3 +1,4 @@
+import resource
 import subprocess
 import sys
 from contextlib import AbstractContextManager
@@ -186,4 +187,17 @@ def test_a_missing_column_is_refused(tmp_path):
     del columns["penalty"]
     with pytest.raises(KeyError, match="penalty"):
         run.save_rollouts(1, columns)
+    assert list(run.rollouts.iterdir()) == []
+
+
+def test_rollouts_on_a_full_disk_are_one_sentence_and_leave_no_file(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.rollouts.mkdir()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, unlimited[1]))
+    try:
+        with pytest.raises(UserError, match=r"step_000003.parquet cannot be written \(.*\): make space"):
+            run.save_rollouts(3, columns_of(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert list(run.rollouts.iterdir()) == []

@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 from meds_megatron.errors import UserError
 from meds_megatron.weights.resharding.shared_directory import claim, remove_unclaimed
 from meds_megatron.weights.resharding.types import Rendezvous
+from meds_megatron.weights.store import open_store
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,7 @@ class TransferGroup:
 
 def open_rendezvous(host: str, senders: int, receivers: int) -> tuple[Rendezvous, dist.TCPStore]:
     """A rendezvous at a free port of this machine; it exists as long as the returned store is kept."""
-    store = dist.TCPStore(host, 0, senders + receivers, is_master=True, wait_for_workers=False)
+    store = open_store(host, senders + receivers)
     return Rendezvous(host, store.port, senders, receivers), store
 
 
