@@ -71,7 +71,7 @@ class ClusterConfig:
     """Trainer ranks on each node: GPUs on CUDA, processes on CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     gpu_memory_gib: float = setting(79.0, gt=0)
-    """Usable memory of a GPU, by which `meds plan` and `meds train` judge whether a run fits: 79 of an H100 with 80 GB."""
+    """Usable memory of a GPU, by which `meds plan` and `meds train` judge whether a run fits: 79 of an 80 GB H100."""
     address: str | None = None
     """Ray cluster to join (`auto` inside `ray symmetric-run`); null starts Ray on this machine."""
     threads_per_rank: int = setting(1, gt=0)
@@ -91,8 +91,8 @@ class ParallelConfig:
     """Megatron sequence parallelism over the tensor-parallel ranks."""
     first_stage_layers: int | None = setting(None, gt=0)
     last_stage_layers: int | None = setting(None, gt=0)
-    """Layers on the first / last pipeline stage; null, like the stages between, an equal part of the rest. Where it does
-    not divide, some stages have one layer less, the last and the first before others (`meds plan` prints them)."""
+    """Layers on the first / last pipeline stage. Null, like the stages between: an equal part of the rest. Where this
+    does not divide, some have one layer less, the last and the first before others (`meds plan` prints them)."""
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Time of a step by phase, from stated assumptions (`plan.hardware`): an estimate to compare layouts by.
 
 Matrix products cost 2 operations a weight and token forward and 4 backward, attention 4 * heads * head_dim * context
-operations a layer and token forward, halved by the causal mask (Megatron-LM, arXiv 2104.04473, section 5.1, without the
-factor of recomputation, which is added where it is on). A pipeline of p stages and v chunks idles (p - 1) / (v m) of the
+operations a layer and token forward, halved by the causal mask (Megatron-LM, arXiv 2104.04473, section 5.1; its fourth
+pass, the recomputation, only where that is on). A pipeline of p stages and v chunks idles (p - 1) / (v m) of the
 time of m micro-batches (same paper, section 2.2). Decoding reads all weights and the KV cache of its sequences once a
 step ("Efficiently Scaling Transformer Inference", arXiv 2211.05102, section 2). Nothing is assumed to overlap.
 """

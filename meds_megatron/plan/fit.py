@@ -46,9 +46,10 @@ def problem(config: Config, memory: Memory) -> str | None:
     if not engine.full_sequences:
         needed = engine.kv_bytes_per_token * engine.longest
         return (
-            f"an engine's rank keeps {max(engine.kv_cache, 0) / GIB:.1f} GiB of rollout.gpu_memory_utilization = "
-            f"{config.rollout.gpu_memory_utilization} for its KV cache beside {engine.weights / GIB:.1f} of weights and "
-            f"{engine.work / GIB:.1f} of work, less than the {needed / GIB:.1f} of one response of {engine.longest} tokens"
+            f"rollout.gpu_memory_utilization = {config.rollout.gpu_memory_utilization} leaves an engine rank "
+            f"{max(engine.kv_cache, 0) / GIB:.1f} GiB of KV cache beside {engine.weights / GIB:.1f} of weights and "
+            f"{engine.work / GIB:.1f} of work, less than the {needed / GIB:.1f} of one prompt and response of "
+            f"{engine.longest} tokens"
         )
     return None
 

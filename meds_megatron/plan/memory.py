@@ -15,6 +15,21 @@ from meds_megatron.plan.hardware import GIB, Hardware
 from meds_megatron.plan.sizes import largest_bucket, rank_sizes
 
 PHASES = ("generate", "forward", "update", "weight sync")
+PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "fingerprints",
+    "temporary",
+    "engine weights",
+    "engine work",
+    "KV cache",
+    "resharding",
+    "contexts",
+)
+"""Names of the parts of a demand, in the order in which they are shown."""
 
 
 @dataclass(frozen=True)

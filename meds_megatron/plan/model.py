@@ -26,8 +26,8 @@ def planned_shape(config: Config) -> ModelShape:
     shape = published_shape(model.path)
     if shape is None:
         raise UserError(
-            f"{path} is not here, and its name is not that of a model whose shape is known ({', '.join(QWEN)}); copy the "
-            "model's config.json into a directory and give that as model.path."
+            f"{path} is not here, and its name is not that of a model whose shape is known ({', '.join(QWEN)}); copy "
+            "the model's config.json into a directory and give that as model.path."
         )
     return shape
 

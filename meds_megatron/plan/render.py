@@ -6,7 +6,7 @@ from rich.table import Table
 
 from meds_megatron.plan.duration import TIMED
 from meds_megatron.plan.hardware import GIB
-from meds_megatron.plan.memory import PHASES
+from meds_megatron.plan.memory import PARTS, PHASES
 from meds_megatron.plan.plan import Plan
 
 MOST_ROWS = 16
@@ -35,18 +35,18 @@ def show_plan(plan: Plan, console: Console) -> None:
         fits = "The run fits." if plan.on_gpu else "Without GPUs there is no limit to check against."
         _line(console, fits, style="green" if plan.on_gpu else None)
     else:
-        _line(console, plan.refusal[0].upper() + plan.refusal[1:], style="red")
+        _line(console, plan.refusal, style="red")
 
 
 def headline(plan: Plan) -> str:
     layout, cluster, rollout = plan.layout, plan.config.cluster, plan.config.rollout
     device = plan.hardware.name if plan.on_gpu else "processes without GPUs"
     virtual = f" x {layout.virtual} virtual" if layout.virtual > 1 else ""
-    own = "sharing the trainer's" if rollout.nodes is None else f"on {rollout.nodes} nodes of their own"
+    own = "on the trainer's nodes" if rollout.nodes is None else f"on {_count(rollout.nodes, 'node')} of their own"
     return (
-        f"{plan.config.name}: {cluster.nodes} nodes x {cluster.ranks_per_node} {device}; trainer of {layout.tensor} "
-        f"tensor x {layout.pipeline} pipeline{virtual} x {layout.data} data ranks; {rollout.engines} engines of "
-        f"{rollout.tensor}, {own}."
+        f"{plan.config.name}: {_count(cluster.nodes, 'node')} x {cluster.ranks_per_node} {device}; trainer ranks: "
+        f"{layout.tensor} tensor x {layout.pipeline} pipeline{virtual} x {layout.data} data parallel; "
+        f"{_count(rollout.engines, 'engine')} of {_count(rollout.tensor, 'rank')}, {own}."
     )
 
 
@@ -59,7 +59,8 @@ def divisions(plan: Plan) -> list[str]:
         f"{shape.num_layers} layers as {stages}; on a tensor rank {shape.num_heads // layout.tensor} heads, "
         f"{shape.num_kv_heads // layout.tensor} key/value heads and {shape.ffn_size // layout.tensor} feed-forward "
         f"columns; an update's {train.mini_batch_prompts * plan.config.rollout.responses_per_prompt} responses as "
-        f"{plan.micro_batches} micro-batches of {train.micro_batch_responses} on each of {layout.data} data ranks."
+        f"{_count(plan.micro_batches, 'micro-batch')} of {train.micro_batch_responses} on each of "
+        f"{_count(layout.data, 'replica')}."
     ]
 
 
@@ -82,8 +83,9 @@ def memory_table(plan: Plan) -> Table:
     unit, name = (GIB, "GiB") if max(peak.total for peak in peaks) >= SMALL else (2**20, "MiB")
     table = _table(name, *PHASES)
     table.add_row("on", *(_device(peak.device, plan.on_gpu) for peak in peaks))
-    for part in dict.fromkeys(part for peak in peaks for part in peak.parts):
-        table.add_row(part, *(_number(peak.parts.get(part), unit) for peak in peaks))
+    for part in PARTS:
+        if any(part in peak.parts for peak in peaks):
+            table.add_row(part, *(_number(peak.parts.get(part), unit) for peak in peaks))
     table.add_section()
     table.add_row("total", *(_number(peak.total, unit) for peak in peaks))
     if plan.memory.limit is not None:
@@ -103,10 +105,11 @@ def traffic_table(plan: Plan) -> Table:
         ("weights to all engines, within nodes", weights.local_bytes, False),
         ("weights to all engines, between nodes", weights.network_bytes, True),
     ]
-    table = _table("what", "GiB", "over")
+    unit, name = (GIB, "GiB") if max(size for _, size, _ in rows) >= SMALL else (2**20, "MiB")
+    table = _table("what", name, "over")
     for what, size, crosses in rows:
         if size:
-            table.add_row(what, f"{size / GIB:,.2f}", "network" if crosses else "links of a node")
+            table.add_row(what, f"{size / unit:,.1f}", "network" if crosses else "links of a node")
     return table
 
 
@@ -132,12 +135,13 @@ def notes(plan: Plan) -> list[str]:
     tokens, engine, hardware = plan.tokens, plan.memory.engine, plan.hardware
     source = "as in the run" if plan.calibration else "assumed"
     lines = [
-        f"A step ({source}): {tokens.generated:,.0f} responses generated, {tokens.trained:,.0f} trained on; mean prompt "
-        f"{tokens.prompt:,.0f} and response {tokens.response:,.0f} tokens. An engine's KV cache holds "
-        f"{max(engine.kv_cache, 0) // engine.kv_bytes_per_token:,} tokens, {engine.full_sequences:,} longest responses.",
+        f"A step ({source}): {tokens.generated:,.0f} responses generated, {tokens.trained:,.0f} trained on; mean "
+        f"prompt {tokens.prompt:,.0f} and response {tokens.response:,.0f} tokens. An engine's KV cache holds "
+        f"{max(engine.kv_cache, 0) // engine.kv_bytes_per_token:,} tokens, {engine.full_sequences:,} sequences of the "
+        "longest prompt and response.",
         f"Assumed: {hardware.tflops:g} TFLOP/s at {hardware.efficiency:.0%}, memory {hardware.memory_gbyte:g} GB/s at "
-        f"{hardware.memory_efficiency:.0%}, {hardware.local_gbyte:g} GB/s within a node, {hardware.network_gbit:g} Gbit/s "
-        "a node between them; no overlap.",
+        f"{hardware.memory_efficiency:.0%}, {hardware.local_gbyte:g} GB/s within a node, {hardware.network_gbit:g} "
+        "Gbit/s of a node to others; nothing overlaps.",
     ]
     if plan.calibration:
         lines.append(f"Times are multiplied by what {plan.calibration.steps} steps of {plan.calibration.run_dir} took.")
@@ -156,6 +160,10 @@ def _table(first: str, *others: str) -> Table:
 
 def _line(console: Console, text: str, style: str | None = None) -> None:
     console.print(text, style=style, highlight=False, markup=False)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 'es' if what.endswith('ch') else 's'}"
 
 
 def _device(device, on_gpu: bool) -> str:

@@ -50,7 +50,7 @@ class RankSizes:
 
 @lru_cache(maxsize=4096)
 def rank_sizes(shape: ModelShape, layout: ParallelLayout, stage: int, data: int = 0) -> RankSizes:
-    """Sizes on the ranks of pipeline stage `stage` and data-parallel rank `data`; all tensor-parallel ranks are alike."""
+    """Sizes on a rank of pipeline stage `stage` and data-parallel rank `data`; tensor-parallel ranks are alike."""
     parameters = buffer = optimizer = largest = 0
     for chunk in range(layout.virtual):
         elements = chunk_parameters(shape, layout, stage, chunk)

@@ -15,6 +15,8 @@ from meds_megatron.embedded.make import ensure_model
 from meds_megatron.errors import UserError
 from meds_megatron.launch.cluster import ray_cluster, reserve_nodes
 from meds_megatron.logs import process_logging
+from meds_megatron.plan.fit import check_fit
+from meds_megatron.plan.hardware import H100
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.producer import GroupProducer
@@ -39,7 +41,10 @@ def train(config: Config) -> None:
     validate(config)
     check_machine(config)
     model_dir = ensure_model(config.model, config.data, config.cache_dir, report=_print_progress)
-    validate_model(config, ModelShape.from_hf(model_dir))
+    shape = ModelShape.from_hf(model_dir)
+    validate_model(config, shape)
+    if config.cluster.device == "cuda":
+        check_fit(config, shape, H100)
     prompts = read_prompts(config, model_dir)
     run = RunDirectory.create(config)
     # Processes on other nodes have other working directories.

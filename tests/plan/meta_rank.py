@@ -1,4 +1,4 @@
-"""A trainer rank of any layout in this process, without memory: real megatron-core on the meta device, with torch's fake
+"""A trainer rank of any layout in one process: real megatron-core on the meta device or the CPU, with torch's fake
 process groups in place of the other ranks."""
 
 from collections.abc import Iterator
@@ -53,14 +53,7 @@ def rank_bytes(_rank: int, cases: list[tuple]) -> list[Bytes]:
     for shape, parallel, ranks, rank, dtype in cases:
         with rank_of(parallel, ranks, rank), torch.device("meta"):
             found.append(_bytes(shape, parallel, dtype))
-    dist.init_process_group("fake", store=_store(), rank=0, world_size=1)
     return found
-
-
-def _store():
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    return FakeStore()
 
 
 def _bytes(shape, parallel, dtype: str) -> Bytes:
