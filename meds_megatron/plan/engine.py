@@ -4,7 +4,7 @@ and its CUDA graphs leave of that is KV cache."""
 from dataclasses import dataclass
 
 from meds_megatron.config import Config, ModelShape
-from meds_megatron.plan.hardware import GIB, VLLM_BATCH_TOKENS, VLLM_CPU_BASE_GIB, VLLM_GRAPH_GIB
+from meds_megatron.plan.hardware import GIB, VLLM_BATCH_TOKENS, VLLM_GRAPH_GIB
 from meds_megatron.plan.sizes import ITEM_BYTES, engine_elements
 
 
@@ -51,7 +51,6 @@ def engine_memory(config: Config, shape: ModelShape, on_gpu: bool) -> EngineMemo
     work = tokens * item * (4 * shape.hidden_size + 3 * shape.ffn_size // rollout.tensor)
     work += rollout.max_num_seqs * shape.vocab_size * (item + 8)
     if not on_gpu:
-        work += int(VLLM_CPU_BASE_GIB * GIB)
         return EngineMemory(weights, work, int(rollout.cpu_kv_cache_gib * GIB), per_token, longest)
     if not rollout.enforce_eager:
         work += int(VLLM_GRAPH_GIB * GIB)

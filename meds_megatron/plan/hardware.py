@@ -29,7 +29,10 @@ class Hardware:
     collective_us: float
     """Latency of one collective between devices of a node."""
     context_gib: float
-    """Memory of a process on the device before any tensor: CUDA context, loaded kernels, cuBLAS workspaces."""
+    """Memory of a trainer rank on the device before any tensor: CUDA context, loaded kernels, cuBLAS workspaces; on a
+    CPU the process itself."""
+    engine_context_gib: float
+    """The same of an engine rank."""
     communicator_gib: float
     """Buffers of a process's NCCL communicators, none where it has no peer."""
     allocator_slack: float
@@ -50,13 +53,15 @@ H100 = Hardware(
     decode_step_ms=4.0,
     collective_us=15.0,
     context_gib=0.75,
+    engine_context_gib=0.75,
     communicator_gib=1.25,
     allocator_slack=0.05,
 )
 
 CPU = Hardware(
-    # One core of a server: rates of torch 2.13 in float32 as seen on the machine that runs the tests. The memory of a
-    # process before any tensor is measured by `python -m meds_megatron.plan.measure`.
+    # One core of a server: rates of torch 2.13 in float32 as seen on the machine that runs the tests. The memory of
+    # processes is what `python tools/measure.py --processes meds train configs/quickstart.yaml` shows there with
+    # train.micro_batch_responses=1.
     name="CPU core",
     tflops=0.05,
     efficiency=0.4,
@@ -67,7 +72,8 @@ CPU = Hardware(
     network_gbit=10.0,
     decode_step_ms=8.0,
     collective_us=200.0,
-    context_gib=0.6,
+    context_gib=0.55,
+    engine_context_gib=0.9,
     communicator_gib=0.0,
     allocator_slack=0.05,
 )
@@ -89,5 +95,3 @@ class Workload:
 VLLM_BATCH_TOKENS = 16384
 # CUDA graphs of vLLM's default capture sizes, outside of its KV cache's budget.
 VLLM_GRAPH_GIB = 1.0
-# Memory of vLLM on a CPU before weights and KV cache.
-VLLM_CPU_BASE_GIB = 1.2

@@ -105,7 +105,7 @@ def plan_memory(config: Config, shape: ModelShape, layout: ParallelLayout, hardw
         for phase in PHASES:
             parts = base | trainer
             if kind.engine:
-                parts |= _engine_parts(config, engine, phase)
+                parts |= _engine_parts(engine, phase, sleeps=on_gpu and config.rollout.nodes is None)
             parts |= _phase_parts(config, shape, layout, kind, phase, hardware, on_gpu)
             demands.append(Demand(kind, phase, {name: size for name, size in parts.items() if size}))
     return Memory(demands, engine, int(config.cluster.gpu_memory_gib * GIB) if on_gpu else None)
@@ -117,7 +117,7 @@ def _base(config: Config, layout: ParallelLayout, hardware: Hardware, kind: Devi
     if kind.stage is not None:
         gib += hardware.context_gib + hardware.communicator_gib * (layout.ranks > 1)
     if kind.engine:
-        gib += hardware.context_gib + hardware.communicator_gib * (config.rollout.tensor > 1)
+        gib += hardware.engine_context_gib + hardware.communicator_gib * (config.rollout.tensor > 1)
     return {"contexts": int(gib * GIB)}
 
 
@@ -131,11 +131,11 @@ def _static(config: Config, shape: ModelShape, layout: ParallelLayout, stage: in
     }
 
 
-def _engine_parts(config: Config, engine: EngineMemory, phase: str) -> dict[str, int]:
-    """Of an engine rank: all of it while it generates and, on nodes of its own, always."""
-    if phase == "weight sync" and config.rollout.nodes is None:
+def _engine_parts(engine: EngineMemory, phase: str, sleeps: bool) -> dict[str, int]:
+    """Of an engine rank: all of it while it generates and, if it does not sleep meanwhile, always."""
+    if phase == "weight sync" and sleeps:
         return {"engine weights": engine.weights}
-    if phase in ("forward", "update") and config.rollout.nodes is None:
+    if phase in ("forward", "update") and sleeps:
         return {}
     return {
         "engine weights": engine.weights,
