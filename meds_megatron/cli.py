@@ -79,6 +79,32 @@ def train(config) -> None:
     train(config)
 
 
+@cli.command(cls=Command, example="meds plan configs/meds_qwen2.5_72b.yaml rollout.gpu_memory_utilization=0.4")
+@click.option("--calibrate", metavar="RUN_DIR", help="Replace assumed times and lengths by those of a finished run.")
+@click.option("--network-gbit", type=click.FloatRange(min=0, min_open=True), help="Gbit/s of a node, each way.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@with_config
+def plan(config, calibrate: str | None, network_gbit: float | None, as_json: bool) -> None:
+    """Show what a run puts where, whether it fits, and how long a step takes.
+
+    Needs no GPU and no model: the shapes of published Qwen2.5 and Qwen3 models are known by the last part of
+    model.path. The exit status is 1 if the run does not fit; `meds train` then refuses it in the same words.
+    """
+    from meds_megatron.plan.plan import make_plan
+
+    made = make_plan(config, calibrate, network_gbit)
+    if as_json:
+        click.echo(json.dumps(made.to_dict()))
+    else:
+        from rich.console import Console
+
+        from meds_megatron.plan.render import show_plan
+
+        show_plan(made, Console())
+    if made.refusal:
+        click.get_current_context().exit(EXIT_FAILURE)
+
+
 @cli.group()
 def convert() -> None:
     """Convert models to megatron-core checkpoints and back, and compare models."""

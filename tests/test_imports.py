@@ -27,6 +27,8 @@ ALLOWED = {
     "algorithm": {"config"},
     "weights": {"config"},
     "launch": {"config"},
+    # Reads the conversion table's shapes and the resharding plan, both pure Python, and where ranks and engines go.
+    "plan": {"config", "weights", "launch"},
     "model": {"config", "weights"},
     "rollout": {"config", "weights", "reward", "data", "launch"},
     "actor": {"config", "model", "weights", "algorithm"},
@@ -46,6 +48,7 @@ NOT_LOADED = {
     "data.sampler": (*CLUSTER, "torch"),
     "memory": (*CLUSTER, "torch"),
     "launch": ("megatron", "torch", "vllm"),
+    "plan": (*CLUSTER, "torch"),
     "algorithm": CLUSTER,
     "weights.resharding.plan": CLUSTER,
     "actor.schedule": CLUSTER,

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-BLOCK_TOKENS = 512
+from meds_megatron.config.model_shape import LOGITS_BLOCK_TOKENS
+
 _NEVER = -1e30
 """Logit of a padded vocabulary row: probability 0, and 0 * _NEVER stays 0 in the entropy."""
 
@@ -20,7 +21,7 @@ def logprobs_and_entropy(
     *,
     temperature: float,
     vocab_size: int,
-    block_tokens: int = BLOCK_TOKENS,
+    block_tokens: int = LOGITS_BLOCK_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of its distribution, both float32 [R]; only the log-prob has a gradient.
 

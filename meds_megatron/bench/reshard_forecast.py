@@ -1,15 +1,13 @@
 """Predicted traffic and least time of weight updates of large models, from shapes and places alone."""
 
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
 from math import prod
 
 from meds_megatron.config import ClusterConfig, RolloutConfig
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import QWEN
 from meds_megatron.launch.placement import engine_places, rank_places
-from meds_megatron.weights.resharding.plan import ReshardPlan, Route, find_routes
+from meds_megatron.plan.network import predict
+from meds_megatron.weights.resharding.plan import ReshardPlan, find_routes
 
 # Model, trainer nodes, TP, PP, engines, engine TP, nodes of the engines' own (None: shared); nodes of 8 GPUs.
 PLANS = [
@@ -46,8 +44,9 @@ def predicted(
     rollout = RolloutConfig(engines=engines, tensor=engine_tensor, nodes=engine_nodes)
     rank_nodes = [place.node for place in rank_places(cluster)]
     nodes_of_engines = [place.node for place in engine_places(cluster, rollout)]
+    plan = ReshardPlan(QWEN[model], layout, engine_tensor)
     traffic = predict(
-        ReshardPlan(QWEN[model], layout, engine_tensor),
+        plan,
         find_routes(layout, rank_nodes, nodes_of_engines),
         rank_nodes,
         nodes_of_engines,
@@ -62,68 +61,9 @@ def predicted(
         "placement": "colocated" if engine_nodes is None else "disaggregated",
         "network_gib": traffic.network_bytes / 2**30,
         "local_gib": traffic.local_bytes / 2**30,
-        "gather_gib": traffic.gathered_bytes / 2**30,
+        "gather_gib": gathered_bytes(plan, engines, item_bytes=2) / 2**30,
         "predicted_s": traffic.seconds,
     }
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of one weight update, and the seconds that they take at least."""
-
-    local_bytes: int
-    network_bytes: int
-    gathered_bytes: int
-    """Bytes that a gather in the trainer and whole tensors to every engine rank would move instead."""
-    local_seconds: float
-    network_seconds: float
-
-    @property
-    def seconds(self) -> float:
-        """Both kinds of traffic run in parallel."""
-        return max(self.local_seconds, self.network_seconds)
-
-
-def predict(
-    plan: ReshardPlan,
-    routes: Iterable[Route],
-    rank_nodes: list[int],
-    engine_nodes: list[int],
-    *,
-    item_bytes: int,
-    local_bytes_per_second: float,
-    network_bytes_per_second: float,
-) -> Traffic:
-    """Traffic of an update when weights have `item_bytes` an element.
-
-    A local connection is one GPU's, both ways together; a network connection is one node's, each way. The busiest
-    connection decides.
-    """
-    routes = list(routes)
-    local, network = 0, 0
-    gpu: dict[tuple, int] = defaultdict(int)
-    sent: dict[int, int] = defaultdict(int)
-    received: dict[int, int] = defaultdict(int)
-    sizes = _share_sizes(plan)
-    for route in routes:
-        for engine_rank in range(plan.engine_tensor):
-            size = item_bytes * sizes[route.stage, route.trainer_rank, engine_rank]
-            if route.local:
-                local += size
-                gpu["engine", route.engine, engine_rank] += size
-                gpu["trainer", route.rank] += size
-            else:
-                network += size
-                sent[rank_nodes[route.rank]] += size
-                received[engine_nodes[route.engine]] += size
-    busiest = max([*sent.values(), *received.values()], default=0)
-    return Traffic(
-        local_bytes=local,
-        network_bytes=network,
-        gathered_bytes=gathered_bytes(plan, len(engine_nodes), item_bytes),
-        local_seconds=max(gpu.values(), default=0) / local_bytes_per_second,
-        network_seconds=busiest / network_bytes_per_second,
-    )
 
 
 def gathered_bytes(plan: ReshardPlan, engines: int, item_bytes: int) -> int:
@@ -135,12 +75,3 @@ def gathered_bytes(plan: ReshardPlan, engines: int, item_bytes: int) -> int:
         if parameter.split is not None:
             gathered += elements * (plan.layout.tensor - 1) // plan.layout.tensor
     return (gathered + delivered) * item_bytes
-
-
-def _share_sizes(plan: ReshardPlan) -> dict[tuple[int, int, int], int]:
-    """Elements by pipeline stage, trainer rank and engine rank."""
-    sizes: dict[tuple[int, int, int], int] = defaultdict(int)
-    for bucket in plan.buckets:
-        for transfer in plan.transfers(bucket):
-            sizes[plan.stage(bucket), transfer.trainer_rank, transfer.engine_rank] += transfer.elements
-    return sizes

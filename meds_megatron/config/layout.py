@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from meds_megatron.config.model_shape import ModelShape
-from meds_megatron.config.schema import Config
+from meds_megatron.config.schema import Config, ParallelConfig
 from meds_megatron.errors import UserError
 
 
@@ -47,11 +47,16 @@ class ParallelLayout:
                 f"divided by parallel.tensor x parallel.pipeline = {parallel.tensor} x {parallel.pipeline}; "
                 f"make the number of ranks a multiple of {model_ranks}."
             )
+        return cls.of(parallel, ranks // model_ranks)
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, data: int = 1) -> "ParallelLayout":
+        """The layout of `data` replicas of the model; without `data`, that of one."""
         return cls(
             tensor=parallel.tensor,
             pipeline=parallel.pipeline,
             virtual=parallel.virtual_pipeline,
-            data=ranks // model_ranks,
+            data=data,
             first_stage_layers=parallel.first_stage_layers,
             last_stage_layers=parallel.last_stage_layers,
         )
@@ -71,33 +76,50 @@ class ParallelLayout:
         return tensor + self.tensor * (data + self.data * pipeline)
 
     def stage_sizes(self, num_layers: int) -> list[int]:
-        """Layers on each pipeline stage, first to last; UserError when they cannot be divided evenly."""
+        """Layers on each pipeline stage, first to last.
+
+        Stages without a size of their own get equal numbers. Where these do not divide, some have one layer less: the
+        last, which has the head to compute, then the first and those after it, which keep the activations of the most
+        micro-batches. Raises UserError when a model chunk would get no layer.
+        """
         ends = ((0, self.first_stage_layers), (self.pipeline - 1, self.last_stage_layers))
-        fixed = {stage: size for stage, size in ends if size is not None}
-        rest, stages_left = num_layers - sum(fixed.values()), self.pipeline - len(fixed)
-        if self.pipeline == 1 and fixed:
+        sizes = {stage: size for stage, size in ends if size is not None}
+        if self.pipeline == 1 and sizes:
             raise UserError(
                 "parallel.first_stage_layers and parallel.last_stage_layers need parallel.pipeline > 1; leave them out."
             )
-        if rest < stages_left or rest % max(stages_left, 1) or (stages_left == 0 and rest):
-            raise UserError(self._uneven_split(num_layers, fixed, rest, stages_left))
-        share = rest // stages_left if stages_left else 0
-        sizes = [fixed.get(stage, share) for stage in range(self.pipeline)]
-        if any(size < 1 or size % self.virtual for size in sizes):
+        rest, others = num_layers - sum(sizes.values()), [s for s in range(self.pipeline) if s not in sizes]
+        if rest < len(others) * self.virtual or (rest and not others):
+            raise UserError(self._too_few_layers(num_layers, rest, len(others)))
+        fewest_first = sorted(others, key=lambda stage: (stage != self.pipeline - 1, stage))
+        for place, stage in enumerate(fewest_first):
+            sizes[stage] = (rest + place) // len(others)
+        if min(sizes.values()) < self.virtual:
             raise UserError(
-                f"pipeline stages of {sizes} layers cannot each be divided into equal chunks by "
-                f"parallel.virtual_pipeline = {self.virtual}; choose a virtual_pipeline that divides every stage."
+                f"pipeline stages of {[sizes[stage] for stage in range(self.pipeline)]} layers have too few for the "
+                f"parallel.virtual_pipeline = {self.virtual} model chunks of each; lower it, or enlarge "
+                "parallel.first_stage_layers and parallel.last_stage_layers."
             )
-        return sizes
+        return [sizes[stage] for stage in range(self.pipeline)]
+
+    def chunk_sizes(self, num_layers: int) -> list[list[int]]:
+        """Layers of each model chunk, by chunk and stage: the order of the model.
+
+        Of a stage whose layers do not divide over its chunks, the first chunks have one more.
+        """
+        stages = self.stage_sizes(num_layers)
+        return [
+            [size // self.virtual + (chunk < size % self.virtual) for size in stages] for chunk in range(self.virtual)
+        ]
 
     def layers_of(self, stage: int, chunk: int, num_layers: int) -> list[int]:
         """Indices (0-based, in the whole model) of the layers of model chunk `chunk` on pipeline stage `stage`.
 
         Chunks interleave: chunk 0 of every stage in order, then chunk 1 of every stage, and so on.
         """
-        chunk_sizes = [size // self.virtual for size in self.stage_sizes(num_layers)]
-        start = chunk * sum(chunk_sizes) + sum(chunk_sizes[:stage])
-        return list(range(start, start + chunk_sizes[stage]))
+        sizes = self.chunk_sizes(num_layers)
+        start = sum(map(sum, sizes[:chunk])) + sum(sizes[chunk][:stage])
+        return list(range(start, start + sizes[chunk][stage]))
 
     def check_model(self, model: ModelShape) -> None:
         """UserError when the model's heads, feed-forward width or layers do not divide over this layout."""
@@ -113,14 +135,15 @@ class ParallelLayout:
                 )
         self.stage_sizes(model.num_layers)
 
-    def _uneven_split(self, num_layers: int, fixed: dict[int, int], rest: int, stages_left: int) -> str:
-        if not fixed:
+    def _too_few_layers(self, num_layers: int, rest: int, stages_left: int) -> str:
+        if self.first_stage_layers is None and self.last_stage_layers is None:
             return (
-                f"the model's {num_layers} layers cannot be divided over parallel.pipeline = {self.pipeline} stages; "
-                "choose a divisor, or set parallel.first_stage_layers and parallel.last_stage_layers."
+                f"the model's {num_layers} layers are fewer than the model chunks of parallel.pipeline x "
+                f"parallel.virtual_pipeline = {self.pipeline} x {self.virtual}; lower one of them."
             )
         return (
             f"{rest} of the model's {num_layers} layers are left for {stages_left} pipeline stages by "
             f"parallel.first_stage_layers = {self.first_stage_layers} and parallel.last_stage_layers = "
-            f"{self.last_stage_layers}; choose them so that the other stages get equal numbers of layers."
+            f"{self.last_stage_layers}; choose them so that every model chunk of the other stages gets a layer and "
+            "none is left over."
         )

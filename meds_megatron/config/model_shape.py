@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from meds_megatron.errors import UserError
@@ -127,10 +128,34 @@ def _rope_theta(raw: dict, path: Path) -> float:
     return _number(raw if "rope_theta" in raw else raw.get("rope_parameters") or {}, "rope_theta", path)
 
 
+def published_shape(path: str | Path) -> ModelShape | None:
+    """The shape of the published model that a path names, the last of its parts first; None if it names none.
+
+    `models/Qwen2.5-7B`, `Qwen/Qwen3-8B-Base` and a Hugging Face cache's `models--Qwen--Qwen3-8B/snapshots/...` do.
+    """
+    for part in reversed(Path(path).parts):
+        name = part.rpartition("--")[2]
+        shape = QWEN.get(re.sub(r"-(Instruct|Base)$", "", name))
+        if shape is not None:
+            # Qwen2.5's instruction-tuned models are published for fewer positions than their bases.
+            limit = 32768 if name.endswith("-Instruct") else shape.max_positions
+            return replace(shape, max_positions=min(shape.max_positions, limit))
+    return None
+
+
 def _qwen2(
-    hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, ffn: int, vocab: int, tied: bool
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    ffn: int,
+    vocab: int,
+    tied: bool,
+    positions: int = 32768,
+    theta: float = 1e6,
 ) -> ModelShape:
-    return ModelShape("qwen2", hidden, layers, heads, kv_heads, head_dim, ffn, vocab, tied, 1e6, 1e-6, 32768)
+    return ModelShape("qwen2", hidden, layers, heads, kv_heads, head_dim, ffn, vocab, tied, theta, 1e-6, positions)
 
 
 def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: bool) -> ModelShape:
@@ -140,15 +165,21 @@ def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: 
 VLLM_VOCABULARY_MULTIPLE = 64
 """vLLM rounds the vocabulary up to a multiple of this before it shares it out over an engine's ranks."""
 
+LOGITS_BLOCK_TOKENS = 512
+"""Response tokens whose logits the trainer has in memory at once."""
+
 # The published models, for plans and benchmarks without a model directory. Source: their config.json on Hugging Face.
 QWEN = {
     "Qwen2.5-0.5B": _qwen2(896, 24, 14, 2, 64, 4864, 151936, True),
     "Qwen2.5-1.5B": _qwen2(1536, 28, 12, 2, 128, 8960, 151936, True),
     "Qwen2.5-3B": _qwen2(2048, 36, 16, 2, 128, 11008, 151936, True),
-    "Qwen2.5-7B": _qwen2(3584, 28, 28, 4, 128, 18944, 152064, False),
-    "Qwen2.5-14B": _qwen2(5120, 48, 40, 8, 128, 13824, 152064, False),
-    "Qwen2.5-32B": _qwen2(5120, 64, 40, 8, 128, 27648, 152064, False),
-    "Qwen2.5-72B": _qwen2(8192, 80, 64, 8, 128, 29568, 152064, False),
+    "Qwen2.5-7B": _qwen2(3584, 28, 28, 4, 128, 18944, 152064, False, 131072),
+    "Qwen2.5-14B": _qwen2(5120, 48, 40, 8, 128, 13824, 152064, False, 131072),
+    "Qwen2.5-32B": _qwen2(5120, 64, 40, 8, 128, 27648, 152064, False, 131072),
+    "Qwen2.5-72B": _qwen2(8192, 80, 64, 8, 128, 29568, 152064, False, 131072),
+    "Qwen2.5-Math-1.5B": _qwen2(1536, 28, 12, 2, 128, 8960, 151936, True, 4096, 1e4),
+    "Qwen2.5-Math-7B": _qwen2(3584, 28, 28, 4, 128, 18944, 152064, False, 4096, 1e4),
+    "Qwen2.5-Math-72B": _qwen2(8192, 80, 64, 8, 128, 29568, 152064, False, 4096, 1e4),
     "Qwen3-0.6B": _qwen3(1024, 28, 16, 8, 3072, True),
     "Qwen3-1.7B": _qwen3(2048, 28, 16, 8, 6144, True),
     "Qwen3-4B": _qwen3(2560, 36, 32, 8, 9728, True),
@@ -156,3 +187,6 @@ QWEN = {
     "Qwen3-14B": _qwen3(5120, 40, 40, 8, 17408, False),
     "Qwen3-32B": _qwen3(5120, 64, 64, 8, 25600, False),
 }
+
+ARITHMETIC = ModelShape("qwen3", 128, 4, 4, 2, 32, 512, 320, True, 1e4, 1e-6, 512)
+"""The model that `model.make: arithmetic` generates, for plans before it exists."""

@@ -70,6 +70,8 @@ class ClusterConfig:
     ranks_per_node: int = setting(8, gt=0)
     """Trainer ranks on each node: GPUs on CUDA, processes on CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    gpu_memory_gib: float = setting(79.0, gt=0)
+    """Usable memory of a GPU, by which `meds plan` and `meds train` judge whether a run fits: 79 of an 80 GB H100."""
     address: str | None = None
     """Ray cluster to join (`auto` inside `ray symmetric-run`); null starts Ray on this machine."""
     threads_per_rank: int = setting(1, gt=0)
@@ -89,7 +91,8 @@ class ParallelConfig:
     """Megatron sequence parallelism over the tensor-parallel ranks."""
     first_stage_layers: int | None = setting(None, gt=0)
     last_stage_layers: int | None = setting(None, gt=0)
-    """Uneven pipeline split: layers on the first / last stage; the stages between share the rest evenly."""
+    """Layers on the first / last pipeline stage. Null, like the stages between: an equal part of the rest. Where this
+    does not divide, some have one layer less, the last and the first before others (`meds plan` prints them)."""
 
 
 @dataclass

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from meds_megatron.config import ModelConfig, ParallelConfig
+from meds_megatron.config import ModelConfig, ParallelConfig, ParallelLayout
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.model.layers import CausalAttention, RMSNorm
 from meds_megatron.weights.chunks import local_parameters, local_table
@@ -81,8 +81,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         sequence_parallel=parallel.sequence,
-        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
-        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
+        pipeline_model_parallel_layout=pipeline_layout(ParallelLayout.of(parallel), shape.num_layers),
         variable_seq_lengths=parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # required by variable_seq_lengths, though no layer has experts
         # With the interleaved schedule two stages send to each other: only unbatched sends and receives keep the order.
@@ -100,6 +99,17 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         recompute_method="uniform" if model.recompute == "full" else None,
         recompute_num_layers=1 if model.recompute == "full" else None,
     )
+
+
+def pipeline_layout(layout: ParallelLayout, num_layers: int) -> list[list[str]] | None:
+    """The modules of each model chunk in the order of the model, as megatron-core's `pipeline_model_parallel_layout`;
+    None without a pipeline."""
+    if layout.pipeline == 1:
+        return None
+    chunks = [["decoder"] * size for sizes in layout.chunk_sizes(num_layers) for size in sizes]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 def layer_specs(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:

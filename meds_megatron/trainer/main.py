@@ -16,6 +16,8 @@ from meds_megatron.embedded.make import ensure_model
 from meds_megatron.errors import RunFailed, Stopped, UserError
 from meds_megatron.launch.cluster import NoNodes, ray_cluster, reserve_nodes
 from meds_megatron.logs import process_logging
+from meds_megatron.plan.fit import check_fit
+from meds_megatron.plan.hardware import H100
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.producer import GroupProducer
@@ -49,6 +51,8 @@ def train(config: Config) -> None:
     model_dir = ensure_model(config.model, config.data, config.cache_dir, report=_print_progress)
     shape = ModelShape.from_hf(model_dir)
     validate_model(config, shape)
+    if config.cluster.device == "cuda":
+        check_fit(config, shape, H100)
     prompts = read_prompts(config, check_model_files(model_dir, shape))
     run = RunDirectory(config.run_dir)
     with run.claim(config):

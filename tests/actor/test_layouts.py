@@ -12,6 +12,7 @@ LAYOUTS = {
     "PP2": (dict(pipeline=2), 1),
     "PP2 micro-batch 4": (dict(pipeline=2), 4),
     "PP2xVPP2": (dict(pipeline=2, virtual_pipeline=2), 1),
+    "PP3, layers do not divide": (dict(pipeline=3), 1),
     "DP2": (dict(data=2), 1),
     "DP2 micro-batch 4": (dict(data=2), 4),
     "DP2xPP2": (dict(data=2, pipeline=2), 2),

@@ -2,7 +2,7 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from meds_megatron.config import QWEN, ClusterConfig, Config, ParallelConfig, ParallelLayout
@@ -66,36 +66,64 @@ def test_every_layer_is_on_exactly_one_chunk_in_order(pipeline, virtual, chunk_l
     assert order == list(range(num_layers))
 
 
+@given(pipeline=st.integers(1, 8), virtual=st.integers(1, 3), num_layers=st.integers(1, 80))
+def test_stages_and_chunks_are_as_equal_as_they_can_be(pipeline, virtual, num_layers):
+    assume(num_layers >= pipeline * virtual)
+    layout = ParallelLayout(pipeline=pipeline, virtual=virtual)
+    stages, chunks = layout.stage_sizes(num_layers), layout.chunk_sizes(num_layers)
+    assert sum(stages) == sum(map(sum, chunks)) == num_layers
+    assert max(stages) - min(stages) <= 1
+    assert [max(sizes) - min(sizes) <= 1 for sizes in zip(*chunks, strict=True)] == [True] * pipeline
+    assert min(map(min, chunks)) >= 1
+    assert stages[-1] == min(stages)
+
+
+def test_the_stages_at_the_ends_have_fewer_layers():
+    assert ParallelLayout(pipeline=8).stage_sizes(28) == [3, 3, 3, 4, 4, 4, 4, 3]
+    assert ParallelLayout(pipeline=6).stage_sizes(80) == [13, 13, 13, 14, 14, 13]
+    assert ParallelLayout(pipeline=4, first_stage_layers=5).stage_sizes(28) == [5, 8, 8, 7]
+    assert ParallelLayout(pipeline=3, virtual=2).chunk_sizes(7) == [[1, 2, 1], [1, 1, 1]]
+
+
 @pytest.mark.parametrize(
     ("layout", "num_layers"),
     [
         (dict(pipeline=4), 28),
+        (dict(pipeline=8), 28),
+        (dict(pipeline=6), 80),
         (dict(pipeline=2, virtual=7), 28),
+        (dict(pipeline=3, virtual=2), 80),
         (dict(pipeline=4, virtual=2, first_stage_layers=6, last_stage_layers=2), 24),
+        (dict(pipeline=4, virtual=2, first_stage_layers=5), 24),
     ],
 )
-def test_layers_agree_with_megatron_core(layout, num_layers):
+def test_layers_agree_with_megatron_core(layout, num_layers, monkeypatch):
     pytest.importorskip("megatron.core")
+    from megatron.core import parallel_state
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+    from meds_megatron.model.gpt import pipeline_layout
+
     ours = ParallelLayout(**layout)
+    virtual = ours.virtual if ours.virtual > 1 else None
     theirs = TransformerConfig(
         num_layers=num_layers,
         hidden_size=8,
         num_attention_heads=2,
         pipeline_dtype="float32",
         pipeline_model_parallel_size=ours.pipeline,
-        virtual_pipeline_model_parallel_size=ours.virtual if ours.virtual > 1 else None,
-        num_layers_in_first_pipeline_stage=ours.first_stage_layers,
-        num_layers_in_last_pipeline_stage=ours.last_stage_layers,
+        virtual_pipeline_model_parallel_size=virtual,
+        pipeline_model_parallel_layout=pipeline_layout(ours, num_layers),
     )
+    monkeypatch.setattr(parallel_state, "_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE", virtual)
     for stage, chunk in product(range(ours.pipeline), range(ours.virtual)):
+        monkeypatch.setattr(parallel_state, "_MPU_PIPELINE_MODEL_PARALLEL_RANK", stage)
         chunk_layers = ours.layers_of(stage, chunk, num_layers)
         vp_stage = chunk if ours.virtual > 1 else None
-        assert chunk_layers[0] == get_transformer_layer_offset(theirs, vp_stage, stage)
-        assert len(chunk_layers) == get_num_layers_to_build(theirs, vp_stage, stage)
+        assert chunk_layers[0] == get_transformer_layer_offset(theirs, vp_stage)
+        assert len(chunk_layers) == get_num_layers_to_build(theirs, vp_stage)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +132,9 @@ def test_layers_agree_with_megatron_core(layout, num_layers):
         (dict(tensor=8), {}, "28 attention heads cannot be divided over parallel.tensor = 8"),
         (dict(tensor=7), {}, "4 key/value heads cannot be divided over parallel.tensor = 7 ranks; choose"),
         (dict(tensor=4), dict(ffn_size=18), "18 feed-forward columns"),
-        (dict(pipeline=3), {}, "28 layers cannot be divided over parallel.pipeline = 3 stages"),
-        (dict(pipeline=2, virtual=4), {}, r"stages of \[14, 14\] layers .* parallel.virtual_pipeline = 4"),
-        (dict(pipeline=4, first_stage_layers=5), {}, "23 of the model's 28 layers are left for 3 pipeline stages"),
+        (dict(pipeline=8, virtual=4), {}, "28 layers are fewer than the model chunks of .* = 8 x 4"),
+        (dict(pipeline=2, virtual=4, first_stage_layers=3), {}, r"stages of \[3, 25\] layers .* = 4 model chunks"),
+        (dict(pipeline=4, first_stage_layers=26), {}, "2 of the model's 28 layers are left for 3 pipeline stages"),
         (dict(pipeline=2, first_stage_layers=28), {}, "0 of the model's 28 layers are left for 1"),
         (dict(pipeline=2, first_stage_layers=9, last_stage_layers=9), {}, "10 of the model's 28 layers are left for 0"),
         (dict(first_stage_layers=28), {}, "need parallel.pipeline > 1"),

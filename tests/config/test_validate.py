@@ -121,7 +121,7 @@ def test_the_overlong_buffer_is_not_checked_when_the_penalty_is_off():
     ("settings", "expected"),
     [
         (dict(parallel__tensor=8), "28 attention heads cannot be divided over parallel.tensor = 8"),
-        (dict(parallel__pipeline=8), "28 layers cannot be divided over parallel.pipeline = 8"),
+        (dict(parallel__pipeline=8, parallel__virtual_pipeline=4), "28 layers are fewer than the model chunks of"),
         (dict(rollout__tensor=8), "28 attention heads cannot be divided over rollout.tensor = 8"),
         (dict(rollout__tensor=7), "rollout.tensor = 7 neither divides nor is a multiple of"),
         (dict(rollout__tensor=14), "neither divides nor is a multiple of"),

@@ -17,7 +17,7 @@ RESPONSES = 7
 WITH_ANSWER = 5
 
 
-def make_model(directory: Path, name: str, spread: float = 0.1) -> Path:
+def make_model(directory: Path, name: str, spread: float = 0.1, layers: int = LAYERS) -> Path:
     """Writes a random model with norms and biases away from their initial values, so that each one matters."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -26,7 +26,7 @@ def make_model(directory: Path, name: str, spread: float = 0.1) -> Path:
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
         intermediate_size=96,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=128,
@@ -204,7 +204,8 @@ def transformers_answers(directory: Path, norm: str = "last") -> ForwardOutput:
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     batch = train_batch()
-    logprobs, entropies, fingerprints_BL = [], [], np.zeros((RESPONSES, LAYERS), dtype=np.float32)
+    logprobs, entropies = [], []
+    fingerprints_BL = np.zeros((RESPONSES, model.config.num_hidden_layers), dtype=np.float32)
     for row in range(RESPONSES):
         tokens_T = torch.from_numpy(batch.tokens_T[batch.offsets_B1[row] : batch.offsets_B1[row + 1]])
         # The input of the final norm is the one state that transformers does not return.

@@ -36,6 +36,26 @@ def test_logprobs_entropy_and_fingerprints_match_transformers(ranks, model_dirs,
     assert np.abs(found.fingerprints_BL - one_rank.fingerprints_BL).max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        dict(pipeline=3),
+        dict(pipeline=4, first_stage_layers=1),
+        dict(pipeline=2, virtual_pipeline=3),
+        dict(tensor=2, sequence=True, pipeline=3, virtual_pipeline=2),
+    ],
+    ids=str,
+)
+def test_layers_that_do_not_divide_over_the_stages_match_transformers(ranks, seven_layers, parallel):
+    world_size = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
+    expected = cases.transformers_answers(seven_layers)
+    results = ranks.run(world_size, cases.forward, str(seven_layers), parallel)
+    (found,) = [result for result in results if result is not None]
+    assert np.abs(found.logprobs_R - expected.logprobs_R).max() < 1e-4
+    assert np.abs(found.entropy_R - expected.entropy_R).max() < 1e-4
+    assert np.abs(found.fingerprints_BL - expected.fingerprints_BL).max() < 1e-4
+
+
 @pytest.mark.parametrize("layout", ["TP1", "PP2 uneven", "TP2xPP2+SP", "TP2xPP2xVPP2+SP"])
 @pytest.mark.parametrize("norm", ["all", "none"])
 def test_layers_that_pass_the_final_norm_are_configurable(ranks, model_dirs, norm, layout):
@@ -86,6 +106,11 @@ def test_bytes_between_stages_are_what_the_shapes_say(ranks, model_dirs, stages)
 @pytest.fixture(scope="module")
 def model_dirs(tmp_path_factory):
     return {name: cases.cached_model(tmp_path_factory, name) for name in cases.MODELS}
+
+
+@pytest.fixture(scope="module")
+def seven_layers(tmp_path_factory):
+    return cases.make_model(tmp_path_factory.mktemp("models") / "seven layers", "qwen3 tied", layers=7)
 
 
 def test_models_differ(model_dirs):

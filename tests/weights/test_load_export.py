@@ -30,6 +30,8 @@ LAYOUTS = {
     "TP4xPP2xVPP2": dict(tensor=4, pipeline=2, virtual_pipeline=2),
     "TP4xPP4": dict(tensor=4, pipeline=4),
     "TP4xPP4xVPP2": dict(tensor=4, pipeline=4, virtual_pipeline=2),
+    "PP3": dict(pipeline=3),
+    "PP3xVPP2": dict(pipeline=3, virtual_pipeline=2),
     "PP2 uneven": dict(pipeline=2, first_stage_layers=5),
     "PP4 uneven": dict(pipeline=4, first_stage_layers=1, last_stage_layers=3),
     "TP2xPP2xVPP2 uneven": dict(tensor=2, pipeline=2, virtual_pipeline=2, last_stage_layers=2),

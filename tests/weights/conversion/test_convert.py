@@ -19,6 +19,7 @@ SAVED = {
     "TP1": dict(),
     "TP4": dict(tensor=4),
     "TP2xPP2": dict(tensor=2, pipeline=2),
+    "PP3": dict(pipeline=3),
     "TP2xPP2xVPP2 uneven": dict(tensor=2, pipeline=2, virtual_pipeline=2, last_stage_layers=2),
 }
 

@@ -1,0 +1,67 @@
+"""Measured times of a run in place of assumed ones."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from meds_megatron.config import Config, load_config
+from meds_megatron.errors import UserError
+from meds_megatron.plan.duration import TIMED, StepTokens
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Means of a run's steps, the first, which warms up, left out."""
+
+    config: Config
+    """The run's own."""
+    steps: int
+    tokens: StepTokens
+    seconds: dict[str, float]
+    """Of each of TIMED."""
+
+
+def read_run(directory: str | Path, prompt_share: float) -> Measured:
+    """Means over the lines of `directory`/metrics.jsonl that are training steps.
+
+    Prompts, of which metrics have no length, have `prompt_share` of `rollout.max_prompt_tokens`. Raises UserError when
+    the directory has no config.yaml, no metrics.jsonl or fewer than two steps.
+    """
+    directory = Path(directory).expanduser()
+    config = load_config(directory / "config.yaml")
+    lines = [line for line in _lines(directory / "metrics.jsonl") if "time/rollout" in line and "time/update" in line]
+    if len(lines) < 2:
+        raise UserError(
+            f"{directory / 'metrics.jsonl'} has {len(lines)} finished steps, and a calibration needs 2 or more, since "
+            "the first is a warm-up; give a longer run."
+        )
+    lines = lines[1:]
+
+    def mean(name: str) -> float:
+        return sum(line.get(name, 0.0) for line in lines) / len(lines)
+
+    generated = mean("response/count")
+    kept = sum(line["response/count"] * line["filter/kept_share"] for line in lines) / len(lines)
+    return Measured(
+        config=config,
+        steps=len(lines),
+        tokens=StepTokens(
+            generated=generated,
+            trained=kept,
+            prompt=prompt_share * config.rollout.max_prompt_tokens,
+            response=mean("response/length_mean"),
+        ),
+        seconds={phase: mean(f"time/{phase}") for phase in TIMED},
+    )
+
+
+def _lines(path: Path) -> list[dict]:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give --calibrate the directory of a run, which has a metrics.jsonl.")
+    found = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found.append(json.loads(text))
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is not JSON ({error}); remove the line.") from error
+    return found

@@ -1,0 +1,97 @@
+"""Bytes of weights, gradients and optimizer state against megatron-core's own tensors."""
+
+import pytest
+
+from meds_megatron.config import QWEN, ParallelConfig, ParallelLayout
+from meds_megatron.plan.sizes import ITEM_BYTES, rank_sizes
+from tests.model import qwen_cases
+from tests.plan import meta_rank
+
+MODELS = [
+    "Qwen2.5-0.5B",
+    "Qwen2.5-Math-7B",
+    "Qwen2.5-32B",
+    "Qwen2.5-72B",
+    "Qwen3-1.7B",
+    "Qwen3-8B",
+    "Qwen3-32B",
+]
+"""Those of configs/, and the smallest."""
+LAYOUTS = [
+    dict(data=4),
+    dict(tensor=2, data=3, sequence=True),
+    dict(pipeline=3, data=2),
+    dict(tensor=2, pipeline=4, virtual_pipeline=2, data=2),
+    dict(tensor=8, pipeline=4, virtual_pipeline=2, data=2, sequence=True),
+]
+"""The 0.5B model has heads for two tensor ranks; the others take the last layout as well."""
+
+
+def layouts_of(model: str) -> list[dict]:
+    return LAYOUTS[:-1] if QWEN[model].num_kv_heads < 8 else LAYOUTS
+
+
+def parts(layout: dict) -> tuple[ParallelConfig, ParallelLayout]:
+    data = layout["data"]
+    parallel = ParallelConfig(**{name: value for name, value in layout.items() if name != "data"})
+    return parallel, ParallelLayout.of(parallel, data)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_ranks_bytes_are_those_of_megatron_on_the_meta_device(ranks, model):
+    shape, cases, expected = QWEN[model], [], []
+    for settings in layouts_of(model):
+        parallel, layout = parts(settings)
+        for stage in range(layout.pipeline):
+            for data in {0, layout.data - 1}:
+                rank = layout.rank(layout.tensor - 1, data, stage)
+                for dtype in ("bfloat16", "float32"):
+                    cases.append((shape, parallel, layout.ranks, rank, dtype))
+                    sizes = rank_sizes(shape, layout, stage, data)
+                    expected.append(
+                        meta_rank.Bytes(
+                            parameters=sizes.parameters * ITEM_BYTES[dtype],
+                            weights=sizes.weight_bytes(dtype),
+                            gradients=sizes.gradient_bytes,
+                            optimizer=sizes.optimizer_bytes(dtype),
+                        )
+                    )
+    (found,) = ranks.run(1, meta_rank.rank_bytes, cases)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(data=3), dict(tensor=2, data=2), dict(pipeline=2, data=2), dict(pipeline=3)], ids=str
+)
+@pytest.mark.parametrize("model", ["qwen2 untied", "qwen3 tied"])
+def test_a_small_models_bytes_are_those_of_real_ranks_with_their_padding(ranks, tmp_path_factory, model, settings):
+    from meds_megatron.config import ModelShape
+
+    directory = qwen_cases.cached_model(tmp_path_factory, model)
+    parallel, layout = parts({"data": 1} | settings)
+    shape = ModelShape.from_hf(directory)
+    found = ranks.run(layout.ranks, real_bytes, str(directory), {k: v for k, v in settings.items() if k != "data"})
+    for rank, bytes_of_rank in enumerate(found):
+        where = layout.coordinates(rank)
+        sizes = rank_sizes(shape, layout, where.pipeline, where.data)
+        assert bytes_of_rank == (
+            sizes.weight_bytes("float32"),
+            sizes.gradient_bytes,
+            sizes.optimizer_bytes("float32"),
+        )
+    padded = [rank_sizes(shape, layout, stage) for stage in range(layout.pipeline)]
+    assert model == "qwen2 untied" or any(sizes.buffer > sizes.parameters for sizes in padded)
+
+
+def real_bytes(_rank: int, directory: str, parallel: dict) -> tuple[int, int, int]:
+    policy = qwen_cases.make_policy(directory, parallel)
+    buffers = [buffer for chunk in policy._wrapped for buffer in chunk.buffers]
+    for buffer in buffers:
+        buffer.grad_data.normal_()
+    policy._optimizer.step()
+    state = [s for part in policy._optimizer.chained_optimizers for s in part.optimizer.state.values()]
+    return (
+        sum(buffer.param_data.nbytes for buffer in buffers),
+        sum(buffer.grad_data.nbytes for buffer in buffers),
+        sum(value.nbytes for values in state for name, value in values.items() if name.startswith("exp_avg")),
+    )
