@@ -29,7 +29,7 @@ ALLOWED = {
     "launch": {"config"},
     "model": {"config", "weights"},
     "rollout": {"config", "weights", "reward", "data", "launch"},
-    "actor": {"config", "model", "weights", "algorithm"},
+    "actor": {"config", "launch", "model", "weights", "algorithm"},
     "embedded": {"config", "data", "model"},
     "trainer": PACKAGES - {"bench"},
     "bench": PACKAGES,

@@ -70,11 +70,18 @@ class ClusterConfig:
     ranks_per_node: int = setting(8, gt=0)
     """Trainer ranks on each node: GPUs on CUDA, processes on CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto`: `cuda` where a node of the cluster has a GPU. Configs for GPUs say `cuda`: a rank or engine that finds
+    none, by mistake, ends the run."""
     address: str | None = None
     """Ray cluster to join (`auto` inside `ray symmetric-run`); null starts Ray on this machine."""
     threads_per_rank: int = setting(1, gt=0)
     """CPU threads of each trainer rank; only used without CUDA."""
     collective_timeout_minutes: int = setting(30, gt=0)
+    interface: str | None = None
+    """Network interfaces for gloo and NCCL (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), such as `ib0`; null: gloo takes
+    the one that the host name resolves to, NCCL chooses."""
+    infiniband: str | None = None
+    """InfiniBand adapters for NCCL (NCCL_IB_HCA), such as `mlx5`; null: all."""
 
 
 @dataclass

@@ -149,7 +149,13 @@ def environment(directory: Path, token: str) -> dict[str, str]:
     token_file = directory / "token"
     token_file.touch(mode=0o600)
     token_file.write_text(token)
-    return {**os.environ, "TMPDIR": str(directory), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
+    return {
+        **os.environ,
+        "TMPDIR": str(directory),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def gpu_options() -> list[str]:
@@ -180,7 +186,7 @@ def job_settings(config: Config, nodes: int, overrides: Sequence[str]) -> list[s
     trainer_nodes = nodes - (config.rollout.nodes or 0)
     if trainer_nodes < 1:
         raise UserError(
-            f"rollout.nodes = {config.rollout.nodes}, but the job has {nodes} nodes and the trainer needs at least one; "
+            f"rollout.nodes = {config.rollout.nodes}, but the job has {nodes} nodes and the trainer needs one; "
             "start it with more (sbatch --nodes=...) or lower rollout.nodes."
         )
     settings = [f"cluster.nodes={trainer_nodes}"]

@@ -49,7 +49,7 @@ class SlurmJob:
         has ended, and the job would have their exit code. Without --cpu-bind=none a task may be bound to one core.
         """
         layout = [f"--nodes={self.nodes}", f"--ntasks={self.nodes}", "--ntasks-per-node=1", "--cpu-bind=none"]
-        ends = ["--kill-on-bad-exit=0", "--wait=0", "--mpi=none", "--overlap", "--unbuffered"]
+        ends = ["--kill-on-bad-exit=0", "--wait=0", "--mpi=none", "--overlap"]
         return ["srun", "--job-name=meds", *layout, *ends, *options, *command]
 
     def requeue(self) -> str | None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from meds_megatron.config import Config
 from meds_megatron.errors import UserError
+from meds_megatron.launch.device import require_gpu
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.rollout.answer_position import AnswerLocator
 from meds_megatron.rollout.samples import Completion
@@ -191,7 +192,9 @@ class RolloutEngine:
 
         # vLLM logs warnings while it is imported, before it applies the level that its environment sets.
         logging.getLogger("vllm").setLevel(logging.ERROR)
-        if not self._use_gpu:
+        if self._use_gpu:
+            require_gpu()
+        else:
             check_cpu_can_run(self._model_dir)
         self._tokenizer = AutoTokenizer.from_pretrained(self._model_dir)
         self._answers = AnswerLocator(self._tokenizer)
