@@ -29,6 +29,7 @@ from meds_megatron.launch.slurm import SlurmJob
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
+EXIT_RESUME = 75
 CANCEL_SECONDS = 20
 """From SIGTERM to the end of the run: Slurm sends SIGKILL after its KillWait, by default 30 seconds."""
 KILL_SECONDS = 5
@@ -119,6 +120,8 @@ class NodeTask:
         command.append(f"cluster.address={self._ray_address}")
         self._driver = subprocess.Popen(command, env=self._environment, preexec_fn=processes.ends_with_parent)
         code = self._driver.wait()
+        if code == -signal.SIGUSR1:
+            code = EXIT_RESUME  # Before the run handled signals: there is nothing to save.
         self._send(("ended", 128 - code if code < 0 else code))
 
     def _signal_driver(self, number: int) -> None:

@@ -1,10 +1,11 @@
 """Jobs of a real Slurm: a run over two nodes, beside another one; saved, killed, requeued and resumed; cancelled."""
 
 import json
-import signal
+import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from tests.slurm.cluster import Cluster
 
@@ -99,13 +100,14 @@ def test_a_job_that_is_told_to_save_and_then_loses_a_node_resumes_by_itself(slur
     assert_nothing_is_left(slurm)
 
 
-def test_strangers_stay_out_and_a_cancelled_job_leaves_nothing(slurm, small_model):
+def test_strangers_stay_out_and_a_cancelled_job_leaves_nothing(slurm, small_model, cpu_engines):
     job = submit(slurm, small_model, "cancelled", **{"train.steps": 1000})
     slurm.wait(lambda: metrics(slurm, "cancelled"), JOB_SECONDS)
-    (address,) = {part for part in log_of_driver(slurm, "cancelled") if part.startswith("address: ")}
-    for token in (None, "0" * 64):
-        joined = join(slurm, address.partition(" ")[2], token)
-        assert joined.returncode != 0 and "uthent" in joined.stdout + joined.stderr
+    address = OmegaConf.load(run_directory(slurm, "cancelled") / "config.yaml").cluster.address
+    connect = [sys.executable, "-c", f"import ray; ray.init({address!r}, logging_level='error')"]
+    for variables in (["RAY_AUTH_MODE=disabled"], ["RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN={'0' * 64}"]):
+        connected = slurm.on_node("node1", "env", *variables, *connect, timeout=60)
+        assert connected.returncode != 0 and "AuthenticationError" in connected.stderr
     slurm.run("scancel", job)
     assert slurm.finish(job, 60) == "CANCELLED"
     slurm.wait(lambda: slurm.idle() == slurm.names, 60)
