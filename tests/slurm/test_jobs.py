@@ -50,6 +50,16 @@ def metrics(slurm: Cluster, name: str) -> list[dict]:
     return [{key: value for key, value in line.items() if not key.startswith(VARYING)} for line in lines]
 
 
+def wait_for_steps(slurm: Cluster, name: str, job: str, steps: int) -> None:
+    """Returns when the run has finished `steps` steps."""
+
+    def reached() -> bool:
+        assert slurm.state(job) in ("PENDING", "RUNNING", "COMPLETING"), log(slurm, name)
+        return len(metrics(slurm, name)) >= steps
+
+    slurm.wait(reached, JOB_SECONDS)
+
+
 def log(slurm: Cluster, name: str) -> str:
     return (slurm.directory / f"{name}.log").read_text()
 
@@ -68,8 +78,9 @@ def two_jobs(slurm, small_model, cpu_engines) -> dict[str, str]:
         "two_nodes": submit(slurm, small_model, "two_nodes"),
         "one_node": submit(slurm, small_model, "one_node", "--nodes=1", **{"cluster.ranks_per_node": 2}),
     }
-    slurm.wait(lambda: metrics(slurm, "two_nodes") and metrics(slurm, "one_node"), JOB_SECONDS)
-    assert set(slurm.run("squeue", "-h", "-t", "R", "-o", "%i").split()) == set(jobs.values())
+    slurm.wait(lambda: [slurm.state(job) for job in jobs.values()] == ["RUNNING", "RUNNING"], 30)
+    for name, job in jobs.items():
+        wait_for_steps(slurm, name, job, 1)
     return jobs
 
 
@@ -87,11 +98,11 @@ def test_two_jobs_at_once_train_over_two_nodes_as_on_one(slurm, two_jobs):
 
 def test_a_job_that_is_told_to_save_and_then_loses_a_node_resumes_by_itself(slurm, small_model, two_jobs):
     job = submit(slurm, small_model, "resumed")
-    slurm.wait(lambda: metrics(slurm, "resumed"), JOB_SECONDS)
+    wait_for_steps(slurm, "resumed", job, 1)
     slurm.run("scancel", "--signal=USR1", job)
     slurm.wait(lambda: slurm.state(job) == "PENDING", JOB_SECONDS)
     saved = len(metrics(slurm, "resumed"))
-    slurm.wait(lambda: len(metrics(slurm, "resumed")) > saved, JOB_SECONDS)
+    wait_for_steps(slurm, "resumed", job, saved + 1)
     slurm.kill("node1")
     slurm.wait(lambda: slurm.state(job) == "PENDING", JOB_SECONDS)
     slurm.boot("node1")
@@ -102,7 +113,7 @@ def test_a_job_that_is_told_to_save_and_then_loses_a_node_resumes_by_itself(slur
 
 def test_strangers_stay_out_and_a_cancelled_job_leaves_nothing(slurm, small_model, cpu_engines):
     job = submit(slurm, small_model, "cancelled", **{"train.steps": 1000})
-    slurm.wait(lambda: metrics(slurm, "cancelled"), JOB_SECONDS)
+    wait_for_steps(slurm, "cancelled", job, 1)
     address = OmegaConf.load(run_directory(slurm, "cancelled") / "config.yaml").cluster.address
     connect = [sys.executable, "-c", f"import ray; ray.init({address!r}, logging_level='error')"]
     for variables in (["RAY_AUTH_MODE=disabled"], ["RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN={'0' * 64}"]):
