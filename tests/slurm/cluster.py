@@ -91,10 +91,11 @@ def _path() -> str:
 
 
 class Cluster:
-    """`nodes` nodes named node0, node1, ..., with their slurmd running. `directory` must be visible on every node."""
+    """`nodes` nodes named node0, node1, ..., with their slurmd running. Of /tmp the nodes share only `shared`, which
+    contains `directory`, and the repository."""
 
-    def __init__(self, directory: Path, nodes: int = 2):
-        self.directory = directory
+    def __init__(self, directory: Path, shared: Path, nodes: int = 2):
+        self.directory, self._shared = directory, shared
         self.key = secrets.token_hex(2)
         self.bridge = f"meds{self.key}"
         self.network = f"10.{77 + int(self.key[:2], 16) % 100}.{int(self.key[2:], 16)}"
@@ -161,7 +162,7 @@ class Cluster:
         """Starts a node."""
         local, number = self.directory / name, self.names.index(name)
         (local / "spool").mkdir(parents=True, exist_ok=True)
-        kept = [path for path in (ROOT, self.directory) if path.is_relative_to("/tmp")]
+        kept = [path for path in (ROOT, self._shared) if path.is_relative_to("/tmp")]
         script = NODE.format(
             name=name,
             local=local,
