@@ -26,7 +26,7 @@ ALLOWED = {
     "memory": {"config"},
     "algorithm": {"config"},
     "weights": {"config"},
-    "launch": {"config"},
+    "launch": {"config", "weights"},
     "model": {"config", "weights"},
     "rollout": {"config", "weights", "reward", "data", "launch"},
     "actor": {"config", "launch", "model", "weights", "algorithm"},

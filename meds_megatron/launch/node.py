@@ -26,6 +26,7 @@ from meds_megatron.config.validate import validate
 from meds_megatron.errors import UserError
 from meds_megatron.launch import processes
 from meds_megatron.launch.slurm import SlurmJob
+from meds_megatron.weights.resharding.shared_directory import remove_unclaimed
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -132,7 +133,8 @@ class NodeTask:
         """Ends all processes of the job on this node and removes what they leave behind."""
         left = processes.shared_files(processes.descendants())
         processes.kill_descendants(KILL_SECONDS)
-        processes.remove(left | {*processes.SHARED_MEMORY.glob(f"meds-*-{self._ray_address}-*"), self.directory})
+        processes.remove(left | {self.directory})
+        remove_unclaimed(processes.SHARED_MEMORY)
 
 
 def make_directory(job: SlurmJob) -> Path:
