@@ -2,7 +2,7 @@
 
 It starts one task on each node (`launch.node`), connects to all of them, passes the address of the first one's Ray to
 the others, and lets the first one run `meds train`. Its exit code is that of the run. A run that was told by SIGUSR1
-to save and stop, since the job's time is nearly up, exits with EXIT_RESUME: the job is then requeued, and `meds train`
+to save and stop, since the job's time is nearly up, exits with EXIT_REQUEUE: the job is then requeued, and `meds train`
 resumes the run at the next start.
 
 `ray symmetric-run` falls short of this: it refuses to start beside another job's Ray, its `ray stop` ends that job's as
@@ -26,12 +26,10 @@ from multiprocessing.connection import Connection, Listener
 from queue import SimpleQueue
 from typing import Any
 
-from meds_megatron.launch.slurm import SlurmJob
+from meds_megatron.launch.slurm import EXIT_REQUEUE, SlurmJob
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
-EXIT_RESUME = 75
-"""Exit code of a run that has saved its state and is to be started again (EX_TEMPFAIL)."""
 SAVE_SECONDS = 300
 """Before the end of the job's time, where Slurm's own signal (sbatch --signal) did not come earlier."""
 STOP_SECONDS = 60
@@ -151,9 +149,15 @@ def main(arguments: list[str] | None = None) -> int:
     if slurm is None:
         _print("this is no Slurm job; start it with sbatch, or `meds train` without Slurm")
         return EXIT_USER_ERROR
-    job = Job(slurm, options.srun, options.python, options.arguments)
+    return run_job(slurm, options.srun, options.python, options.arguments)
+
+
+def run_job(slurm: SlurmJob, srun_options: list[str], python: str, arguments: list[str]) -> int:
+    """Runs `meds train` with `arguments` on the job's nodes and requeues the job where the run is to be continued; the
+    run's exit code."""
+    job = Job(slurm, srun_options, python, arguments)
     code = job.run()
-    if code == EXIT_RESUME and not job.cancelled:
+    if code == EXIT_REQUEUE and not job.cancelled:
         refusal = slurm.requeue()
         _print(f"job {slurm.id} goes on from its checkpoint: {refusal or 'requeued'}")
     return code

@@ -25,12 +25,11 @@ from meds_megatron.config import Config, load_config
 from meds_megatron.config.validate import validate
 from meds_megatron.errors import UserError
 from meds_megatron.launch import processes
-from meds_megatron.launch.slurm import SlurmJob
+from meds_megatron.launch.slurm import EXIT_REQUEUE, SlurmJob
 from meds_megatron.weights.resharding.shared_directory import remove_unclaimed
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
-EXIT_RESUME = 75
 CANCEL_SECONDS = 20
 """From SIGTERM to the end of the run: Slurm sends SIGKILL after its KillWait, by default 30 seconds."""
 KILL_SECONDS = 5
@@ -122,7 +121,7 @@ class NodeTask:
         self._driver = subprocess.Popen(command, env=self._environment, preexec_fn=processes.ends_with_parent)
         code = self._driver.wait()
         if code == -signal.SIGUSR1:
-            code = EXIT_RESUME  # Before the run handled signals: there is nothing to save.
+            code = EXIT_REQUEUE  # Before the run handled signals: there is nothing to save.
         self._send(("ended", 128 - code if code < 0 else code))
 
     def _signal_driver(self, number: int) -> None:

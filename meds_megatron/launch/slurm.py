@@ -10,6 +10,9 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+EXIT_REQUEUE = 75
+"""Exit code of a run that has saved its state and is to be started again (EX_TEMPFAIL)."""
+
 
 @dataclass(frozen=True)
 class SlurmJob:

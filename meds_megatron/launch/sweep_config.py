@@ -99,7 +99,7 @@ def load_sweep(path: str | Path) -> SweepConfig:
     if not sweep.config:
         raise UserError(f"{path}: config is not set; name the runs' config, relative to this file.")
     sweep.name = sweep.name or path.stem
-    sweep.config = str(path.parent / sweep.config)
+    sweep.config = str((path.parent / sweep.config).resolve())
     sweep.directory = str(Path(sweep.directory or f"runs/{sweep.name}").expanduser().absolute())
     return sweep
 
@@ -131,12 +131,11 @@ def expand(sweep: SweepConfig, path: str | Path) -> list[SweepRun]:
     """All runs, each with a valid config. Raises UserError for a key that no config has, and for the first run whose
     config is not valid."""
     runs = []
-    for label, differences in _combinations(sweep):
+    for name, differences in _combinations(sweep):
         for key in (*sweep.settings, *differences):
             if key not in schema_types():
                 nearest = nearest_key(key)
                 raise UserError(f"{path}: unknown key `{key}`" + (f"; did you mean `{nearest}`?" if nearest else "."))
-        name = ",".join([*([label] if label else []), *(_label(key, value) for key, value in differences.items())])
         directory = Path(sweep.directory) / name
         settings = {**sweep.settings, **differences, "name": f"{sweep.name}/{name}", "run_dir": str(directory)}
         overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
@@ -159,7 +158,9 @@ def _combinations(sweep: SweepConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     for label, own in (sweep.runs or {"": {}}).items():
         for values in itertools.product(*sweep.grid.values()):
             for seed in sweep.seeds:
-                yield label, {**own, **dict(zip(sweep.grid, values, strict=True)), SEED: seed}
+                varied = {**dict(zip(sweep.grid, values, strict=True)), SEED: seed}
+                labels = [_label(key, value) for key, value in varied.items()]
+                yield ",".join([label, *labels] if label else labels), {**own, **varied}
 
 
 def _label(key: str, value: Any) -> str:

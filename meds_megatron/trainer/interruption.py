@@ -11,11 +11,10 @@ from contextlib import AbstractContextManager
 from queue import SimpleQueue
 
 from meds_megatron.errors import Stopped
+from meds_megatron.launch.slurm import EXIT_REQUEUE
 
 logger = logging.getLogger(__name__)
 
-EXIT_REQUEUE = 75
-"""EX_TEMPFAIL: schedulers put the run back into the queue."""
 EXIT_INTERRUPTED = 130
 EXIT_CODES = {
     signal.SIGTERM: EXIT_REQUEUE,
