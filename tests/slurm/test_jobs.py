@@ -54,8 +54,10 @@ def wait_for_steps(slurm: Cluster, name: str, job: str, steps: int) -> None:
     """Returns when the run has finished `steps` steps."""
 
     def reached() -> bool:
+        if len(metrics(slurm, name)) >= steps:
+            return True
         assert slurm.state(job) in ("PENDING", "RUNNING", "COMPLETING"), log(slurm, name)
-        return len(metrics(slurm, name)) >= steps
+        return False
 
     slurm.wait(reached, JOB_SECONDS)
 
