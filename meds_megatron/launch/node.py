@@ -30,7 +30,7 @@ from meds_megatron.weights.resharding.shared_directory import remove_unclaimed
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
-CANCEL_SECONDS = 20
+CANCEL_SECONDS = 15
 """From SIGTERM to the end of the run: Slurm sends SIGKILL after its KillWait, by default 30 seconds."""
 KILL_SECONDS = 5
 START_TRIES = 3

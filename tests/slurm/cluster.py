@@ -67,7 +67,7 @@ SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=2,batch_sched_delay=0,bf_interval=2
 SlurmdTimeout=5
 SlurmdParameters=config_overrides
-KillWait=20
+KillWait=30
 ReturnToService=2
 MpiDefault=none
 GresTypes=gpu
@@ -122,11 +122,11 @@ class Cluster:
         enter = ["nsenter", f"--target={self._init(name)}", "--net", "--mount", "--pid", "--uts", "--wd=/"]
         return subprocess.run([*enter, *command], env=self.environment, capture_output=True, text=True, **options)
 
-    def processes(self, name: str) -> set[int]:
-        """Process ids on a node, as the node numbers them, without those of slurmd."""
-        listed = self.on_node(name, "ps", "-eo", "pid=,args=").stdout.splitlines()
-        rows = [line.split(None, 1) for line in listed]
-        return {int(pid) for pid, command in rows if not command.startswith(("slurmd", "ps ", "nsenter"))}
+    def processes(self, name: str) -> list[str]:
+        """Command lines of a node's processes, without slurmd's own and those that have ended."""
+        rows = [line.split(None, 1) for line in self.on_node(name, "ps", "-eo", "stat=,args=").stdout.splitlines()]
+        own = ("slurmd", "ps ", "nsenter")
+        return [command for state, command in rows if not state.startswith("Z") and not command.startswith(own)]
 
     def state(self, job: str) -> str:
         return dict(

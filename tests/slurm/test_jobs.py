@@ -68,7 +68,7 @@ def log(slurm: Cluster, name: str) -> str:
 
 def assert_nothing_is_left(slurm: Cluster) -> None:
     for node in slurm.names:
-        assert slurm.processes(node) == set()
+        assert slurm.processes(node) == []
         assert slurm.on_node(node, "ls", "/dev/shm").stdout.split() == []
         assert not [name for name in slurm.on_node(node, "ls", "/tmp").stdout.split() if name.startswith("meds-")]
 
@@ -117,10 +117,16 @@ def test_strangers_stay_out_and_a_cancelled_job_leaves_nothing(slurm, small_mode
     job = submit(slurm, small_model, "cancelled", **{"train.steps": 1000})
     wait_for_steps(slurm, "cancelled", job, 1)
     address = OmegaConf.load(run_directory(slurm, "cancelled") / "config.yaml").cluster.address
-    connect = [sys.executable, "-c", f"import ray; ray.init({address!r}, logging_level='error')"]
-    for variables in (["RAY_AUTH_MODE=disabled"], ["RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN={'0' * 64}"]):
+    (token,) = slurm.on_node("node1", "sh", "-c", "cat /tmp/meds-*/token").stdout.split()
+    connect = [sys.executable, "-m", "ray.scripts.scripts", "status", f"--address={address}"]
+    for variables, welcome in (
+        (["RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN={token}"], True),
+        (["RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN={'0' * 64}"], False),
+        (["RAY_AUTH_MODE=disabled"], False),
+    ):
         connected = slurm.on_node("node1", "env", *variables, *connect, timeout=60)
-        assert connected.returncode != 0 and "AuthenticationError" in connected.stderr
+        assert (connected.returncode == 0) == welcome, connected.stderr
+        assert welcome or "AuthenticationError" in connected.stderr
     slurm.run("scancel", job)
     assert slurm.finish(job, 60) == "CANCELLED"
     slurm.wait(lambda: slurm.idle() == slurm.names, 60)
