@@ -105,6 +105,28 @@ def plan(config, calibrate: str | None, network_gbit: float | None, as_json: boo
         click.get_current_context().exit(EXIT_FAILURE)
 
 
+@cli.command(cls=Command, example="meds sweep configs/sweeps/penalty_qwen7b.yaml")
+@click.argument("file", metavar="SWEEP.yaml")
+@click.option(
+    "--executor",
+    type=click.Choice(["auto", "slurm", "local"]),
+    default="auto",
+    help="Slurm jobs, or processes of this machine; auto is Slurm where there is an sbatch.",
+)
+def sweep(file: str, executor: str) -> None:
+    """Train the runs of a sweep: grids and lists over any settings, with several seeds.
+
+    The table of results is shown as it grows and is in results.csv in the sweep's directory. Runs that fail are tried
+    again, and a sweep that was interrupted goes on where it stopped when it is started again. The exit status is 1 if a
+    run failed for good. meds_megatron/launch/sweep_config.py explains every key of the file.
+    """
+    from meds_megatron.launch.sweep_runs import sweep_with_live_table
+
+    rows = sweep_with_live_table(file, executor)
+    if any(row["state"] == "failed" for row in rows):
+        click.get_current_context().exit(EXIT_FAILURE)
+
+
 @cli.group()
 def convert() -> None:
     """Convert models to megatron-core checkpoints and back, and compare models."""

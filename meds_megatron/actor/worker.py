@@ -12,6 +12,7 @@ import numpy as np
 from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput
 from meds_megatron.config import Config
 from meds_megatron.config.network import LOOPBACK, network_env_vars, on_one_machine
+from meds_megatron.launch.device import require_gpu
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.supervised import SupervisedActor, ignore_stop_signals
 from meds_megatron.weights.resharding.types import SyncSpec
@@ -78,6 +79,8 @@ class PolicyWorker(SupervisedActor):
         from meds_megatron.actor.policy import Policy
         from meds_megatron.actor.process_group import form_groups, join
 
+        if self._config.cluster.device == "cuda":
+            require_gpu()
         torch.set_num_threads(self._config.cluster.threads_per_rank)
         timeout = self._config.cluster.collective_timeout_minutes
         device = join(host, port, self._rank, world_size, timeout, self._store)

@@ -70,6 +70,8 @@ class ClusterConfig:
     ranks_per_node: int = setting(8, gt=0)
     """Trainer ranks on each node: GPUs on CUDA, processes on CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto`: `cuda` where a node of the cluster has a GPU. Configs for GPUs say `cuda`: a rank or engine that finds
+    none, by mistake, ends the run."""
     gpu_memory_gib: float = setting(79.0, gt=0)
     """Usable memory of a GPU, by which `meds plan` and `meds train` judge whether a run fits: 79 of an 80 GB H100."""
     address: str | None = None
@@ -77,6 +79,11 @@ class ClusterConfig:
     threads_per_rank: int = setting(1, gt=0)
     """CPU threads of each trainer rank; only used without CUDA."""
     collective_timeout_minutes: int = setting(30, gt=0)
+    interface: str | None = None
+    """Network interfaces for gloo and NCCL (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), such as `ib0`; null: gloo takes
+    the one that the host name resolves to, NCCL chooses."""
+    infiniband: str | None = None
+    """InfiniBand adapters for NCCL (NCCL_IB_HCA), such as `mlx5`; null: all."""
 
 
 @dataclass

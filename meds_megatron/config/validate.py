@@ -129,6 +129,11 @@ def _check_ranks(config: Config) -> None:
         f"parallel.virtual_pipeline = {parallel.virtual_pipeline} needs more than one pipeline stage; raise "
         "parallel.pipeline or set parallel.virtual_pipeline=1",
     )
+    _require(
+        cluster.nodes == 1 or cluster.ranks_per_node % parallel.tensor == 0,
+        f"parallel.tensor = {parallel.tensor} does not divide cluster.ranks_per_node = {cluster.ranks_per_node}, but a "
+        "tensor-parallel group cannot span nodes; choose a parallel.tensor that does",
+    )
     if cluster.device != "cuda":
         return
     key = "cluster.nodes" if rollout.nodes is None else "rollout.nodes"

@@ -1,8 +1,9 @@
 """The Ray cluster of a run: connecting to it, and reserving its nodes."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from meds_megatron.config import ClusterConfig, Config
 from meds_megatron.errors import UserError
@@ -33,14 +34,28 @@ class NoNodes(UserError):
     """The Ray cluster does not have the nodes of the run."""
 
 
-def reserve_nodes(config: Config, use_gpu: bool) -> Placement:
-    """The nodes of the run. Raises NoNodes when the Ray cluster does not have them in time."""
+def reserve_nodes(config: Config, use_gpu: bool, paths: Sequence[str | Path] = ()) -> Placement:
+    """The nodes of the run. Raises NoNodes when the Ray cluster does not have them in time, and UserError when one of
+    them cannot read `paths`."""
     placement = Placement(config.cluster, use_gpu, config.rollout.nodes or 0)
-    if not placement.wait(PLACEMENT_SECONDS):
+    if not placement.wait(PLACEMENT_SECONDS, paths):
         kind = f" with {config.cluster.ranks_per_node} free GPUs each" if use_gpu else ""
         placement.close()
         raise NoNodes(
-            f"The Ray cluster did not have {placement.nodes} nodes{kind} within {PLACEMENT_SECONDS} s: lower "
-            "cluster.nodes, rollout.nodes or cluster.ranks_per_node, or start Ray on more nodes"
+            f"The Ray cluster did not have {placement.nodes} nodes{kind} within {PLACEMENT_SECONDS} s, but "
+            f"{_machines(use_gpu)}: lower cluster.nodes, rollout.nodes or cluster.ranks_per_node, start Ray on more "
+            "nodes, or set cluster.device=cpu to train without GPUs"
         )
     return placement
+
+
+def _machines(use_gpu: bool) -> str:
+    """The machines of the connected cluster, in words."""
+    import ray
+
+    names = [
+        node["NodeManagerHostname"] + (f" with {node['Resources'].get('GPU', 0):.0f} GPUs" if use_gpu else "")
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return f"{len(names)}: {', '.join(sorted(names))}"

@@ -22,6 +22,7 @@ from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.data.tokenizer import load_tokenizer
 from meds_megatron.errors import UserError
+from meds_megatron.launch.device import require_gpu
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.rollout.answer_position import AnswerLocator
 from meds_megatron.rollout.samples import Completion
@@ -208,7 +209,9 @@ class RolloutEngine:
     def _start(self, restarts: int) -> None:
         # vLLM logs warnings while it is imported, before it applies the level that its environment sets.
         logging.getLogger("vllm").setLevel(logging.ERROR)
-        if not self._use_gpu:
+        if self._use_gpu:
+            require_gpu()
+        else:
             check_cpu_can_run(self._model_dir)
         self._tokenizer = load_tokenizer(self._model_dir)
         self._answers = AnswerLocator(self._tokenizer)

@@ -5,22 +5,24 @@ import os
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from queue import SimpleQueue
 
 from meds_megatron.errors import Stopped
+from meds_megatron.launch.slurm import EXIT_REQUEUE
 
 logger = logging.getLogger(__name__)
 
-EXIT_REQUEUE = 75
-"""EX_TEMPFAIL: schedulers put the run back into the queue."""
 EXIT_INTERRUPTED = 130
 EXIT_CODES = {
     signal.SIGTERM: EXIT_REQUEUE,
     signal.SIGUSR1: EXIT_REQUEUE,
     signal.SIGINT: EXIT_INTERRUPTED,
 }
+SAME_SECONDS = 1.0
+"""Within it signals are one request: a scheduler may send one to every process of a job, some of which pass it on."""
 SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -60,9 +62,12 @@ class Interruption(AbstractContextManager):
             raise Stopped(f"{self.requested.result().name} stopped the run", self.exit_code)
 
     def _take(self) -> None:
+        first = 0.0
         while (received := self._received.get()) is not None:
             received = signal.Signals(received)
             if self.requested.done():
+                if time.monotonic() - first < SAME_SECONDS:
+                    continue
                 cursor = SHOW_CURSOR if sys.stderr.isatty() else ""
                 print(f"{cursor}meds: {received.name} again: ended at once, nothing more is saved", file=sys.stderr)
                 os._exit(EXIT_CODES[received])
@@ -71,4 +76,5 @@ class Interruption(AbstractContextManager):
                 "at once",
                 received.name,
             )
+            first = time.monotonic()
             self.requested.set_result(received)

@@ -15,6 +15,7 @@ from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.embedded.make import ensure_model
 from meds_megatron.errors import RunFailed, Stopped, UserError
 from meds_megatron.launch.cluster import NoNodes, ray_cluster, reserve_nodes
+from meds_megatron.launch.device import resolve_device
 from meds_megatron.logs import process_logging
 from meds_megatron.plan.fit import check_fit
 from meds_megatron.plan.hardware import H100
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 def train(config: Config) -> None:
     """Runs `config` to its end. Raises UserError, before anything is started, for what can be found out by then."""
-    config.cluster.device = resolve_device(config.cluster.device)
+    config.cluster.device = resolve_device(config.cluster)
     validate(config)
     check_machine(config)
     model_dir = ensure_model(config.model, config.data, config.cache_dir, report=_print_progress)
@@ -133,7 +134,7 @@ def _run(
     stack.callback(remove_unclaimed)
     shared_directory = SHARED_MEMORY / f"{PREFIX}weights-{secrets.token_hex(8)}"
     stack.callback(shutil.rmtree, shared_directory, ignore_errors=True)
-    placement = reserve_nodes(config, use_gpu)
+    placement = reserve_nodes(config, use_gpu, paths=[model_dir, run.path])
     supervisor = stack.enter_context(Supervisor(config.run_dir, interruption))
     stack.callback(placement.close)
     policy = PolicyGroup(config, str(model_dir), placement, supervisor)
@@ -203,15 +204,6 @@ def check_machine(config: Config) -> None:
                 f"cluster.ranks_per_node = {cluster.ranks_per_node}, but this machine has {torch.cuda.device_count()} "
                 "GPUs; lower it, and parallel.tensor and parallel.pipeline with it"
             )
-
-
-def resolve_device(device: str) -> str:
-    """`auto` becomes `cuda` on a machine that has it, else `cpu`."""
-    if device != "auto":
-        return device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _print_progress(text: str) -> None:
