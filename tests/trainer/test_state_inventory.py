@@ -28,7 +28,7 @@ RANDOMNESS = {
     "launch/job.py": NO_EFFECT,  # the token of a job's Ray cluster
     "reward/differences.py": "a function of the answers",
     "rollout/engine.py": CHECKPOINT,
-    "trainer/main.py": NO_EFFECT,  # name of a directory in shared memory
+    "trainer/attempt.py": NO_EFFECT,  # name of a directory in shared memory
     "trainer/run_log.py": NO_EFFECT,  # id of the wandb run
 }
 RANDOM = re.compile(
