@@ -4,7 +4,7 @@ import logging
 
 from meds_megatron.config import Config
 from meds_megatron.rollout.pool import EnginePool
-from meds_megatron.rollout.producer import GroupProducer, failed_gradings
+from meds_megatron.rollout.producer import GroupProducer, failed_gradings, first_failed_grading
 from meds_megatron.trainer.checkpointer import Checkpointer
 from meds_megatron.trainer.collect import collect, shortfall, wake_engines
 from meds_megatron.trainer.error_memory import ErrorMemory
@@ -93,7 +93,12 @@ def train(
         if sentence := shortfall(rollouts, config):
             logger.warning("step %d: %s: the step goes on with those", state.step, sentence)
         if failed := failed_gradings(rollouts.groups):
-            logger.warning("step %d: grading failed for %d responses, left out", state.step, failed)
+            logger.warning(
+                "step %d: grading failed for %d responses, left out; the first: %s",
+                state.step,
+                failed,
+                first_failed_grading(rollouts.groups),
+            )
         log.log(state.step, metrics | throughput_metrics(metrics))
         if config.train.save_rollouts:
             run.save_rollouts(state.step, rollout_columns(rollouts, batch.advantages_B))
