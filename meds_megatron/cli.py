@@ -73,6 +73,9 @@ def train(config) -> None:
 
     The run directory (run_dir, by default runs/NAME) gets config.yaml with all settings, metrics.jsonl with a line a
     step, rollouts/ with every response, hf/ with the trained model.
+
+    SIGTERM, SIGUSR1 and Ctrl-C stop the run between two steps and save it; a second one ends it at once. The exit
+    status is then 75 (put the run back into the queue), or 130 after Ctrl-C; the same command continues.
     """
     from meds_megatron.trainer.main import train
 
