@@ -1,2 +1,14 @@
 class UserError(Exception):
     """A mistake of the user, described in one sentence: the command line prints it without a traceback."""
+
+
+class RunFailed(Exception):
+    """A failure of the machines that a run is on, in one sentence: the same run may succeed when it is tried again."""
+
+
+class Stopped(Exception):
+    """The run ended on request before its last step; one sentence says what was saved."""
+
+    def __init__(self, sentence: str, exit_code: int):
+        super().__init__(sentence)
+        self.exit_code = exit_code

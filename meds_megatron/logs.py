@@ -2,6 +2,8 @@
 
 import faulthandler
 import logging
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +11,14 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 FORMAT = "%(asctime)s %(levelname)-7s {process} %(name)s: %(message)s"
+STACKS_SIGNAL = signal.SIGUSR2
+"""Makes a process write the stacks of all its threads into its log."""
+LONGEST_LAST_WORDS = 200
 
 
 def configure_process_logging(run_dir: str | Path, process: str, terminal: logging.Handler | None = None) -> None:
     """Logs this process to `run_dir`/logs/`process`.log from INFO on, and the stack of a fatal signal (a segmentation
-    fault or an abort) as well.
+    fault or an abort) and, at STACKS_SIGNAL, of all threads as well.
 
     `process` is its role and number (`rank00003`, `engine000`) and stands in every line. `terminal` shows warnings
     (default: standard error, which Ray forwards to the driver). There is no file where the run directory does not
@@ -28,13 +33,26 @@ def configure_process_logging(run_dir: str | Path, process: str, terminal: loggi
     if Path(run_dir).is_dir():
         path = log_file(run_dir, process)
         path.parent.mkdir(exist_ok=True)
-        file = logging.FileHandler(path)
+        file = _LogFile(path)
         file.setFormatter(formatter)
         faulthandler.enable(file.stream)
         handlers.append(file)
+    # Also without a log: the default action of the signal ends the process.
+    faulthandler.register(STACKS_SIGNAL, file.stream if len(handlers) > 1 else sys.stderr, chain=False)
     root = logging.getLogger()
     root.handlers = handlers
     root.setLevel(logging.INFO)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that ends, with one warning on standard error, when it cannot be written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        logging.getLogger().removeHandler(self)
+        print(f"{self.baseFilename} cannot be written ({error.strerror}): the log ends here", file=sys.stderr)
 
 
 @contextmanager
@@ -51,6 +69,7 @@ def process_logging(run_dir: str | Path, process: str, terminal: logging.Handler
         raise
     finally:
         faulthandler.disable()
+        faulthandler.unregister(STACKS_SIGNAL)
         for handler in root.handlers:
             handler.close()
         root.handlers, root.level = handlers, level
@@ -60,3 +79,19 @@ def process_logging(run_dir: str | Path, process: str, terminal: logging.Handler
 
 def log_file(run_dir: str | Path, process: str) -> Path:
     return Path(run_dir) / "logs" / f"{process}.log"
+
+
+def last_words(run_dir: str | Path, process: str) -> str:
+    """What `process` died of if its log has a fatal signal after its last record, else the last record; "" without a
+    log."""
+    path = log_file(run_dir, process)
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**16))
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    for line in reversed(lines):
+        found = line.startswith("Fatal Python error") or f" {process} " in line
+        if found:
+            return line.partition(f" {process} ")[2][:LONGEST_LAST_WORDS] or line[:LONGEST_LAST_WORDS]
+    return ""

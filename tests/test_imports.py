@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "meds_megatron"
 PACKAGES = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
 
-SHARED = {"errors", "latex", "logs"}
+SHARED = {"errors", "latex", "logs", "supervised"}
 """Top-level modules that every package may import."""
 ALLOWED = {
     "config": set(),
@@ -26,12 +26,12 @@ ALLOWED = {
     "memory": {"config"},
     "algorithm": {"config"},
     "weights": {"config"},
-    "launch": {"config"},
+    "launch": {"config", "weights"},
     # Reads the conversion table's shapes and the resharding plan, both pure Python, and where ranks and engines go.
     "plan": {"config", "weights", "launch"},
     "model": {"config", "weights"},
     "rollout": {"config", "weights", "reward", "data", "launch"},
-    "actor": {"config", "model", "weights", "algorithm"},
+    "actor": {"config", "launch", "model", "weights", "algorithm"},
     "embedded": {"config", "data", "model"},
     "trainer": PACKAGES - {"bench"},
     "bench": PACKAGES,

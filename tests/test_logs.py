@@ -73,3 +73,11 @@ def test_the_error_that_ends_a_run_is_in_its_log_and_the_callers_logging_is_rest
 def test_without_a_run_directory_there_is_no_file(tmp_path):
     done = run(tmp_path / "none", LOGGED)
     assert done.returncode == 0 and not (tmp_path / "none").exists()
+
+
+def test_a_log_on_a_full_disk_ends_with_one_line(tmp_path):
+    limited = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))\n"
+    done = run(tmp_path, limited + LOGGED + "logger.info('again')\nprint('goes on')\n")
+    assert done.stdout == "goes on\n" and done.returncode == 0
+    assert done.stderr.count("rank00003.log cannot be written (File too large): the log ends here") == 1
+    assert "Traceback" not in done.stderr

@@ -1,5 +1,6 @@
 # Makes .venv and installs meds_megatron into it. Sourced by quickstart.sh, test.sh and .ci/run, which then call `set_up`
 # (what a run needs) or `set_up dev` (what the tests need as well). What is already installed costs nothing.
+# `bash tools/setup.sh cuda` (or cpu) installs for that device, on a login node that has no GPU, say, and it stays so.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
@@ -13,7 +14,9 @@ pip() { "$VENV/bin/python" -m pip --quiet --quiet --disable-pip-version-check "$
 pinned() { sed -n "s/.*\"$1==\([0-9.]*\)\".*/\1/p" "$ROOT/pyproject.toml"; }
 
 device() {
-    if command -v nvidia-smi > /dev/null; then
+    if [ -e "$VENV/.device" ]; then
+        cat "$VENV/.device"
+    elif command -v nvidia-smi > /dev/null; then
         nvidia-smi -L > /dev/null 2>&1 && echo cuda || echo cpu
     else
         [ -e /proc/driver/nvidia/version ] && echo cuda || echo cpu
@@ -114,3 +117,13 @@ set_up() {
         say "installed the $extra extra in $((SECONDS - started)) s"
     done
 }
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+    set -euo pipefail
+    case "${1-}" in
+        cuda | cpu) make_venv && echo "$1" > "$VENV/.device" ;;
+        "") ;;
+        *) fail "there is no device $1 to install for: name cuda or cpu, or none for this machine's own" ;;
+    esac
+    set_up
+fi

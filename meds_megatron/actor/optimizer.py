@@ -1,9 +1,12 @@
 """The distributed optimizer around the policy, and its learning rate."""
 
+import math
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from meds_megatron.config import OptimizerConfig
@@ -23,7 +26,8 @@ def wrap(chunks: list[PolicyModel]) -> list[DistributedDataParallel]:
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
-        check_for_nan_in_grad=True,
+        # megatron-core's check raises on the rank that finds a NaN while the others wait for it; `step` has its own.
+        check_for_nan_in_grad=False,
     )
     model_config = chunks[0].config
     wrapped = [
@@ -63,3 +67,33 @@ def build(
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+@torch.no_grad()
+def step(optimizer: MegatronOptimizer, loss: float) -> tuple[float, bool]:
+    """Clips the gradients and updates the weights: the whole model's gradient norm, and whether the update was made.
+
+    It is skipped on every rank, with weights, moments and step count unchanged, when the loss of any rank (a share of
+    the mini-batch's; 0 off the last pipeline stage), any gradient, or the norm is not finite. megatron-core skips only
+    where it scales the loss, for float16.
+    """
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    parameters = [part.get_parameters() for part in optimizer.chained_optimizers]
+    # The norm leaves out the copies that tensor-parallel ranks hold of the same parameter.
+    gradients = [parameter.grad for group in parameters for parameter in group if parameter.grad is not None]
+    local_norm = float(torch.nn.utils.get_total_norm(gradients))
+    if not _on_all_ranks(all(map(math.isfinite, (loss, grad_norm, local_norm)))):
+        return grad_norm, False
+    clip_grad = optimizer.config.clip_grad
+    for group in parameters:
+        if group and clip_grad > 0:
+            clip_grad_by_total_norm_fp32(group, clip_grad, grad_norm)
+    optimizer.step_with_ready_grads()
+    return grad_norm, True
+
+
+def _on_all_ranks(condition: bool) -> bool:
+    agreed = torch.tensor([condition], dtype=torch.int32, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN)
+    return bool(agreed.item())

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meds_megatron.actor import optimizer
+from meds_megatron.actor import optimizer, optimizer_state
 from meds_megatron.actor.fingerprint import FingerprintCollector
 from meds_megatron.actor.microbatch import MicroBatch
 from meds_megatron.actor.pipeline import run_pipeline
@@ -27,13 +27,15 @@ class Policy:
     def __init__(self, config: Config, model_dir: str, device: str):
         self._config = config
         self.device = device
+        self.micro_batches_begun = 0
         self.shape = ModelShape.from_hf(model_dir)
         model_config = transformer_config(self.shape, config.model, config.parallel)
         longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
         self.chunks = build_chunks(self.shape, model_config, longest)
         load_hf(self.chunks, self.shape, model_dir)
         self._wrapped = optimizer.wrap(self.chunks)
-        self._optimizer = optimizer.build(self._wrapped, model_config, config.optimizer)
+        self.optimizer = optimizer.build(self._wrapped, model_config, config.optimizer)
+        optimizer_state.make_state(self.optimizer)
 
     def forward(self, batch: TrainBatch, micro_batches: list[np.ndarray]) -> ForwardOutput | None:
         """Log-probs, entropies and fingerprints of all responses; None except on the replica's output rank."""
@@ -55,22 +57,31 @@ class Policy:
         )
 
     def update(self, batch: TrainBatch, minibatches: list[list[np.ndarray]], step: int) -> list[UpdateOutput]:
-        """One optimizer step for each mini-batch of training step `step`; off the last stage there are no sums."""
+        """One optimizer step for each mini-batch of training step `step`; off the last stage there are no sums.
+
+        A step whose loss or gradient is not finite is skipped (`UpdateOutput.skipped`), on all ranks.
+        """
         rate = optimizer.learning_rate(step, self._config.optimizer)
-        optimizer.set_learning_rate(self._optimizer, rate)
+        optimizer.set_learning_rate(self.optimizer, rate)
         loss = _MicroBatchLoss(batch, self._config, self.device)
         updates = []
         for micro_batches in minibatches:
             for chunk in self._wrapped:
                 chunk.zero_grad_buffer()
-            self._optimizer.zero_grad()
+            self.optimizer.zero_grad()
             kept = self._run(batch, micro_batches, loss, forward_only=False)
-            _, grad_norm, _ = self._optimizer.step()
+            loss_share = sum(part["loss"] for part in kept)
+            grad_norm, made = optimizer.step(self.optimizer, loss_share)
             sums = _add_up([part["token_sums"] for part in kept])
-            updates.append(UpdateOutput(sum(part["loss"] for part in kept), sums, float(grad_norm), rate))
+            updates.append(UpdateOutput(loss_share, sums, grad_norm, rate, skipped=not made))
         return updates
 
-    def _run(self, batch, micro_batches, on_last_stage, **settings) -> list[dict]:
+    def _run(self, batch, micro_batches, on_last_stage, before_chunk=None, **settings) -> list[dict]:
+        def begin(micro_batch: MicroBatch) -> None:
+            self.micro_batches_begun += 1
+            if before_chunk is not None:
+                before_chunk(micro_batch)
+
         return run_pipeline(
             self._wrapped,
             batch,
@@ -79,6 +90,7 @@ class Policy:
             temperature=self._config.rollout.temperature,
             vocab_size=self.shape.vocab_size,
             device=self.device,
+            before_chunk=begin,
             **settings,
         )
 

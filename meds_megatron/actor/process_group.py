@@ -1,18 +1,15 @@
 """torch.distributed, megatron-core's process groups and its random states in this process."""
 
+import random
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from meds_megatron.config import ParallelConfig
 from meds_megatron.model import cpu_backend
-
-
-def open_store(host: str, world_size: int) -> dist.TCPStore:
-    """The store through which ranks connect, on rank 0 and a port that the system picks."""
-    return dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
 
 
 def join(
@@ -38,13 +35,17 @@ def join(
 
 
 def form_groups(parallel: ParallelConfig, seed: int) -> None:
-    """Makes megatron-core's tensor-, pipeline- and data-parallel groups; every rank calls it together."""
+    """Makes megatron-core's tensor-, pipeline- and data-parallel groups and seeds all random generators; every rank
+    calls it together."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         create_gloo_process_groups=torch.cuda.is_available(),
     )
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 

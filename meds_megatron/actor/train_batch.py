@@ -139,6 +139,8 @@ class UpdateOutput:
     """As `LossOutput.token_sums`; empty on ranks without the last pipeline stage."""
     grad_norm: float
     learning_rate: float
+    skipped: bool
+    """The loss or gradient was not finite on some rank, and the weights are as before; the sums may be NaN."""
 
 
 def offsets(lengths_B: np.ndarray) -> np.ndarray:

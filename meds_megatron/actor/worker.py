@@ -11,7 +11,10 @@ import numpy as np
 
 from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput
 from meds_megatron.config import Config
+from meds_megatron.config.network import LOOPBACK, network_env_vars, on_one_machine
+from meds_megatron.launch.device import require_gpu
 from meds_megatron.logs import configure_process_logging
+from meds_megatron.supervised import SupervisedActor, ignore_stop_signals
 from meds_megatron.weights.resharding.types import SyncSpec
 
 logger = logging.getLogger(__name__)
@@ -26,26 +29,43 @@ def rank_env_vars(config: Config) -> dict[str, str]:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "NCCL_CUMEM_ENABLE": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        **network_env_vars(config.cluster),
         # torch and megatron-core warn at every start; errors are raised.
         "PYTHONWARNINGS": "ignore::UserWarning,ignore::FutureWarning",
     }
 
 
-class PolicyWorker:
+def rank_log(rank: int) -> str:
+    """Name of a rank's log."""
+    return f"rank{rank:05d}"
+
+
+class PolicyWorker(SupervisedActor):
     """One rank. The driver calls every method on all ranks at once; results come from the output ranks."""
 
     def __init__(self, config: Config, rank: int):
-        configure_process_logging(config.run_dir, f"rank{rank:05d}")
+        ignore_stop_signals()
+        configure_process_logging(config.run_dir, rank_log(rank))
         self._config, self._rank = config, rank
         self._store = None
+        self._policy = None
+
+    @property
+    def work(self) -> int:
+        """Micro-batches begun."""
+        return self._policy.micro_batches_begun if self._policy else 0
+
+    def _host(self) -> str:
+        """Address at which the other processes of the run reach this one."""
+        import ray
+
+        return LOOPBACK if on_one_machine(self._config.cluster) else ray.util.get_node_ip_address()
 
     def open_store(self, world_size: int) -> tuple[str, int]:
         """Opens the store through which the ranks connect, on rank 0: its host and port."""
-        import ray
+        from meds_megatron.weights.store import open_store
 
-        from meds_megatron.actor.process_group import open_store
-
-        host = ray.util.get_node_ip_address()
+        host = self._host()
         self._store = open_store(host, world_size)
         return host, self._store.port
 
@@ -59,6 +79,8 @@ class PolicyWorker:
         from meds_megatron.actor.policy import Policy
         from meds_megatron.actor.process_group import form_groups, join
 
+        if self._config.cluster.device == "cuda":
+            require_gpu()
         torch.set_num_threads(self._config.cluster.threads_per_rank)
         timeout = self._config.cluster.collective_timeout_minutes
         device = join(host, port, self._rank, world_size, timeout, self._store)
@@ -74,13 +96,11 @@ class PolicyWorker:
 
     def prepare_weight_sync(self, spec: SyncSpec) -> None:
         """Makes the rank ready to send its share of the weights to engines."""
-        import ray
-
         from meds_megatron.weights.chunks import rank_parameters
         from meds_megatron.weights.resharding.transfer import WeightSender
 
         parameters = rank_parameters(self._policy.chunks, self._policy.shape, spec.layout.tensor)
-        host = ray.util.get_node_ip_address()
+        host = self._host()
         self._weight_sender = WeightSender(spec, self._rank, parameters, self._policy.device, host)
 
     def weights(self, method: str, *args):
@@ -94,6 +114,28 @@ class PolicyWorker:
         if self._policy.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.ipc_collect()
+
+    def begin_save(self, directory: str) -> None:
+        """Begins to write this rank's part of a checkpoint; training may go on."""
+        from meds_megatron.actor.checkpoint import PolicySave
+
+        policy = self._policy
+        self._save = PolicySave(policy.chunks, policy.optimizer, policy.shape, directory)
+
+    def save_written(self) -> bool:
+        """Whether `finish_save` would not wait for this rank."""
+        return self._save.written
+
+    def finish_save(self) -> None:
+        """Waits until all parts are written and completes the checkpoint's model."""
+        self._save.finish()
+
+    def load(self, directory: str, same_layout: bool) -> None:
+        """Fills the policy with a checkpoint."""
+        from meds_megatron.actor.checkpoint import load
+
+        policy = self._policy
+        load(policy.chunks, policy.optimizer, policy.shape, directory, same_layout)
 
     def export(self, directory: str, source: str) -> None:
         """Writes the model as a Hugging Face directory, configuration and tokenizer taken from `source`."""

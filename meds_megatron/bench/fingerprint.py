@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from meds_megatron.actor.fingerprint import FingerprintCollector
 from meds_megatron.actor.pipeline import run_pipeline
-from meds_megatron.actor.process_group import form_groups, join, open_store
+from meds_megatron.actor.process_group import form_groups, join
 from meds_megatron.actor.train_batch import TrainBatch
 from meds_megatron.config import ModelConfig, ParallelConfig
 from meds_megatron.config.model_shape import QWEN, ModelShape
 from meds_megatron.model.gpt import PolicyModel, build_chunks, chunk_layers, transformer_config
+from meds_megatron.weights.store import open_store
 
 
 def run(

@@ -22,9 +22,10 @@ from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import QWEN
 from meds_megatron.weights.gather import whole_tensors
 from meds_megatron.weights.resharding.plan import engine_slices
+from meds_megatron.weights.resharding.shared_directory import SHARED_MEMORY
 from meds_megatron.weights.resharding.transfer import WeightReceiver, WeightSender
 from meds_megatron.weights.resharding.transport import TransferGroup, open_rendezvous
-from meds_megatron.weights.resharding.types import SHARED_MEMORY, Rendezvous, SyncSpec
+from meds_megatron.weights.resharding.types import Rendezvous, SyncSpec
 
 KINDS = ("aligned", "gather", "memory", "copy")
 
@@ -46,7 +47,7 @@ def run(
     after the other) and `bucket_bytes` (the largest bucket).
     """
     layout = ParallelLayout(tensor=tensor, pipeline=pipeline)
-    with tempfile.TemporaryDirectory(prefix="meds-bench-", dir=SHARED_MEMORY) as directory:
+    with tempfile.TemporaryDirectory(prefix="bench-meds-", dir=SHARED_MEMORY) as directory:
         spec = SyncSpec(QWEN[model], layout, engine_tensor, "bfloat16", directory)
         measured = Ranks(spec).measure(rounds)
     return {

@@ -10,6 +10,7 @@ import numpy as np
 import ray
 
 from meds_megatron.config import Config
+from meds_megatron.launch.cluster import reserve_nodes
 from meds_megatron.launch.placement import Placement, engine_places
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.samples import Completion
@@ -38,7 +39,7 @@ def run(config: Config, model_dir: str, prompts: Sequence[list[int]], use_gpu: b
     # Two engines share the memory that a run gives to one.
     config.rollout.gpu_memory_utilization /= 2
     sampling = Sampling.training(config.rollout)
-    placement = Placement(config.cluster, use_gpu)
+    placement = reserve_nodes(config, use_gpu)
     (place,) = engine_places(config.cluster, config.rollout)
     options = placement.options(place, engine_env_vars(config, use_gpu))
     plain = ray.remote(PlainEngine).options(**options).remote(config, model_dir, use_gpu)

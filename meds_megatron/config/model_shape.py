@@ -1,6 +1,7 @@
 """Sizes of a Qwen model, read from its config.json without torch or transformers."""
 
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,8 +44,8 @@ class ModelShape:
     def from_hf(cls, directory: str | Path) -> "ModelShape":
         """The shape in `directory`/config.json.
 
-        Raises UserError when the directory or its config.json is missing, is not JSON, lacks a key or describes an
-        unsupported model.
+        Raises UserError when the directory or its config.json is missing, is not JSON, lacks a key, has a value of a
+        wrong type or describes an unsupported model.
         """
         path = Path(directory).expanduser() / "config.json"
         if not path.parent.is_dir():
@@ -60,20 +61,20 @@ class ModelShape:
         architecture = _architecture(raw, path)
         _check_supported(raw, path)
         try:
-            heads = raw["num_attention_heads"]
+            hidden, heads = _size(raw, "hidden_size", path), _size(raw, "num_attention_heads", path)
             return cls(
                 architecture=architecture,
-                hidden_size=raw["hidden_size"],
-                num_layers=raw["num_hidden_layers"],
+                hidden_size=hidden,
+                num_layers=_size(raw, "num_hidden_layers", path),
                 num_heads=heads,
-                num_kv_heads=raw.get("num_key_value_heads", heads),
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-                ffn_size=raw["intermediate_size"],
-                vocab_size=raw["vocab_size"],
+                num_kv_heads=_size(raw, "num_key_value_heads", path, heads),
+                head_dim=_size(raw, "head_dim", path, hidden // heads),
+                ffn_size=_size(raw, "intermediate_size", path),
+                vocab_size=_size(raw, "vocab_size", path),
                 tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-                rope_theta=_rope_theta(raw),
-                norm_eps=raw.get("rms_norm_eps", 1e-6),
-                max_positions=raw.get("max_position_embeddings", 32768),
+                rope_theta=_rope_theta(raw, path),
+                norm_eps=_number(raw, "rms_norm_eps", path, 1e-6),
+                max_positions=_size(raw, "max_position_embeddings", path, 32768),
             )
         except KeyError as error:
             raise UserError(f"{path} has no key {error}, which every Qwen2 and Qwen3 config.json has") from error
@@ -81,6 +82,8 @@ class ModelShape:
 
 def _architecture(raw: dict, path: Path) -> str:
     names = raw.get("architectures") or []
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{path}: architectures is {names!r}, expected a list with one name: download the model again")
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
@@ -93,17 +96,36 @@ def _check_supported(raw: dict, path: Path) -> None:
         raise UserError(f"{path} turns on use_sliding_window, which is not supported: use a full-attention model")
     for key in ("rope_scaling", "rope_parameters"):
         scaling = raw.get(key) or {}
+        if not isinstance(scaling, dict):
+            raise UserError(f"{path}: {key} is {scaling!r}, expected a JSON object: download the model again")
         if scaling.get("rope_type", scaling.get("type", "default")) != "default":
             raise UserError(f"{path} has {key} {scaling}, which is not supported: remove it or use another model")
     if raw.get("attention_bias"):
         raise UserError(f"{path} turns on attention_bias, which no published Qwen3 has: use another model")
 
 
-def _rope_theta(raw: dict) -> float:
+def _size(raw: dict, key: str, path: Path, default: int | None = None) -> int:
+    """A whole number above 0. Raises KeyError when it is missing without a default, UserError when it is another value.
+
+    A null counts as missing where there is a default.
+    """
+    value = raw[key] if default is None else raw.get(key)
+    value = default if value is None and default is not None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{path}: {key} is {value!r}, expected a whole number above 0: download the model again")
+    return value
+
+
+def _number(raw: dict, key: str, path: Path, default: float | None = None) -> float:
+    value = raw[key] if default is None else raw.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"{path}: {key} is {value!r}, expected a number above 0: download the model again")
+    return float(value)
+
+
+def _rope_theta(raw: dict, path: Path) -> float:
     """`rope_theta` is a key of its own up to transformers 4, and one of `rope_parameters` from transformers 5 on."""
-    if "rope_theta" in raw:
-        return float(raw["rope_theta"])
-    return float((raw.get("rope_parameters") or {})["rope_theta"])
+    return _number(raw if "rope_theta" in raw else raw.get("rope_parameters") or {}, "rope_theta", path)
 
 
 def published_shape(path: str | Path) -> ModelShape | None:

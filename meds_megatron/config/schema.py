@@ -70,6 +70,8 @@ class ClusterConfig:
     ranks_per_node: int = setting(8, gt=0)
     """Trainer ranks on each node: GPUs on CUDA, processes on CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto`: `cuda` where a node of the cluster has a GPU. Configs for GPUs say `cuda`: a rank or engine that finds
+    none, by mistake, ends the run."""
     gpu_memory_gib: float = setting(79.0, gt=0)
     """Usable memory of a GPU, by which `meds plan` and `meds train` judge whether a run fits: 79 of an 80 GB H100."""
     address: str | None = None
@@ -77,6 +79,11 @@ class ClusterConfig:
     threads_per_rank: int = setting(1, gt=0)
     """CPU threads of each trainer rank; only used without CUDA."""
     collective_timeout_minutes: int = setting(30, gt=0)
+    interface: str | None = None
+    """Network interfaces for gloo and NCCL (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), such as `ib0`; null: gloo takes
+    the one that the host name resolves to, NCCL chooses."""
+    infiniband: str | None = None
+    """InfiniBand adapters for NCCL (NCCL_IB_HCA), such as `mlx5`; null: all."""
 
 
 @dataclass
@@ -179,6 +186,9 @@ class RewardConfig:
     whose grading failed is neither right nor wrong. It is counted (`grading/timeout`, `grading/error`) and left out
     of its group's mean and deviation, the group filter, the memory and the loss; the published code counts it as
     wrong."""
+    memory_gib: float = setting(4.0, ge=0.25)
+    """Address space of a grader process, of which 0.1 GiB are its own; an answer that needs more ends it, and its
+    grading has failed."""
     overlong: OverlongConfig = field(default_factory=OverlongConfig)
 
 
@@ -353,8 +363,9 @@ class FaultsConfig:
     """What a run does when something breaks."""
 
     max_restarts: int = setting(3, ge=0)
-    """Consecutive restarts from the last checkpoint, without a finished step in between, after a trainer rank or a
-    memory shard died. Engines are restarted alone (`rollout.max_failures`), and graders always."""
+    """Consecutive restarts from the last checkpoint after a trainer rank or a memory shard died or the run hung. A step
+    beyond all that were finished before sets the count back to 0. Engines are restarted alone
+    (`rollout.max_failures`), and graders always."""
     max_bad_updates: int = setting(3, gt=0)
     """Consecutive optimizer updates that are skipped because their loss or gradient is not finite, before the run
     stops."""

@@ -24,6 +24,10 @@ GSPO_CLIP_LIMIT = 0.1
 def validate(config: Config) -> None:
     """UserError, in one sentence, for the first setting that no model can be trained with."""
     _check_ranges(config, "")
+    _require(
+        config.name not in ("", ".", "..") and "/" not in config.name and config.name.isprintable(),
+        f"name is {config.name!r}, expected the name of a directory: printable, without a slash",
+    )
     _check_model_source(config)
     _check_ranks(config)
     _check_batches(config)
@@ -107,7 +111,13 @@ def _check_model_source(config: Config) -> None:
 
 
 def _check_ranks(config: Config) -> None:
-    parallel, cluster, rollout = config.parallel, config.cluster, config.rollout
+    parallel, cluster, rollout, hang = config.parallel, config.cluster, config.rollout, config.faults.hang_minutes
+    _require(
+        hang is None or hang < cluster.collective_timeout_minutes,
+        f"faults.hang_minutes = {hang} is not below cluster.collective_timeout_minutes = "
+        f"{cluster.collective_timeout_minutes}, after which the ranks of a hanging run are aborted; lower the first or "
+        "raise the second",
+    )
     ParallelLayout.from_config(config)
     _require(
         not parallel.sequence or parallel.tensor > 1,
@@ -118,6 +128,11 @@ def _check_ranks(config: Config) -> None:
         parallel.virtual_pipeline == 1 or parallel.pipeline > 1,
         f"parallel.virtual_pipeline = {parallel.virtual_pipeline} needs more than one pipeline stage; raise "
         "parallel.pipeline or set parallel.virtual_pipeline=1",
+    )
+    _require(
+        cluster.nodes == 1 or cluster.ranks_per_node % parallel.tensor == 0,
+        f"parallel.tensor = {parallel.tensor} does not divide cluster.ranks_per_node = {cluster.ranks_per_node}, but a "
+        "tensor-parallel group cannot span nodes; choose a parallel.tensor that does",
     )
     if cluster.device != "cuda":
         return

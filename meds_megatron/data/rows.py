@@ -73,7 +73,15 @@ def parse_row(row: object) -> tuple[str | None, str, str]:
         raise RowError(
             f"expected a JSON object with a question and an answer, found {_kind(row)}: correct or remove the row"
         )
-    return _id(row), _question(row), _answer(row)
+    parsed = _id(row), _question(row), _answer(row)
+    for field, text in zip(("id", "question", "answer"), parsed, strict=True):
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError as error:
+            raise RowError(
+                f"the {field} holds {text[error.start]!r}, half of a character: write the file again as UTF-8"
+            ) from None
+    return parsed
 
 
 def _id(row: dict) -> str | None:

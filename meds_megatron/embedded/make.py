@@ -27,7 +27,8 @@ def ensure_model(
     Generating the arithmetic model takes a minute or two, once; `report` is called with its progress. Raises UserError
     when `model.path` is missing, has no config.json or an unsupported architecture.
     """
-    cache = Path(cache_dir).expanduser()
+    # Absolute paths: processes on other nodes have other working directories.
+    cache = Path(cache_dir).expanduser().absolute()
     if config.make == "arithmetic":
         return _arithmetic_model(data.arithmetic_rules, cache, report)
     if config.make == "random":
@@ -35,7 +36,7 @@ def ensure_model(
     if not config.path:
         raise UserError("model.path is not set: give it a Hugging Face directory, or set model.make")
     ModelShape.from_hf(config.path)
-    return Path(config.path).expanduser()
+    return Path(config.path).expanduser().absolute()
 
 
 def _arithmetic_model(rules: str, cache: Path, report: Callable[[str], None]) -> Path:
@@ -80,8 +81,13 @@ def _cached(cache: Path, name: str, key: dict, make: Callable[[Path], None]) -> 
     final = cache / f"{name}-{_digest(json.dumps(key, sort_keys=True).encode())[:16]}"
     if final.is_dir():
         return final
-    cache.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+    except OSError as error:
+        raise UserError(
+            f"cache_dir = {cache} cannot be written ({error.strerror}): set cache_dir=... to a writable directory"
+        ) from error
     try:
         make(draft)
         draft.chmod(0o755)

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from meds_megatron.config import RandomModelConfig
+from meds_megatron.data.tokenizer import load_tokenizer
 from meds_megatron.errors import UserError
 
 TOKENIZER_FILES = (
@@ -48,7 +48,7 @@ def make_random_model(config: RandomModelConfig, directory: Path) -> None:
     source = Path(config.tokenizer).expanduser()
     if not (source / "tokenizer.json").is_file():
         raise UserError(f"{source} has no tokenizer.json: give model.random.tokenizer a directory with tokenizer files")
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     rows = config.vocab_size or len(tokenizer)
     if rows < len(tokenizer):
         raise UserError(

@@ -1,8 +1,9 @@
 """The Ray cluster of a run: connecting to it, and reserving its nodes."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from meds_megatron.config import ClusterConfig, Config
 from meds_megatron.errors import UserError
@@ -19,7 +20,8 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
     if config.address is not None:
         ray.init(address=config.address, log_to_driver=True, logging_level="warning")
     else:
-        # Ray guards its own cluster with a token and logs that at every start.
+        # Ray listens on all interfaces, and its own clusters accept only who has the token in the user's home. It logs
+        # that at every start.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         ray.init(include_dashboard=False, logging_level="warning", log_to_driver=True)
     try:
@@ -28,13 +30,32 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def reserve_nodes(config: Config, use_gpu: bool) -> Placement:
-    """The nodes of the run. Raises UserError when the Ray cluster does not have them."""
+class NoNodes(UserError):
+    """The Ray cluster does not have the nodes of the run."""
+
+
+def reserve_nodes(config: Config, use_gpu: bool, paths: Sequence[str | Path] = ()) -> Placement:
+    """The nodes of the run. Raises NoNodes when the Ray cluster does not have them in time, and UserError when one of
+    them cannot read `paths`."""
     placement = Placement(config.cluster, use_gpu, config.rollout.nodes or 0)
-    if not placement.wait(PLACEMENT_SECONDS):
+    if not placement.wait(PLACEMENT_SECONDS, paths):
         kind = f" with {config.cluster.ranks_per_node} free GPUs each" if use_gpu else ""
-        raise UserError(
-            f"The Ray cluster did not have {placement.nodes} nodes{kind} within {PLACEMENT_SECONDS} s: lower "
-            "cluster.nodes, rollout.nodes or cluster.ranks_per_node, or start Ray on more nodes"
+        placement.close()
+        raise NoNodes(
+            f"The Ray cluster did not have {placement.nodes} nodes{kind} within {PLACEMENT_SECONDS} s, but "
+            f"{_machines(use_gpu)}: lower cluster.nodes, rollout.nodes or cluster.ranks_per_node, start Ray on more "
+            "nodes, or set cluster.device=cpu to train without GPUs"
         )
     return placement
+
+
+def _machines(use_gpu: bool) -> str:
+    """The machines of the connected cluster, in words."""
+    import ray
+
+    names = [
+        node["NodeManagerHostname"] + (f" with {node['Resources'].get('GPU', 0):.0f} GPUs" if use_gpu else "")
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return f"{len(names)}: {', '.join(sorted(names))}"

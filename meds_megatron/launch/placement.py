@@ -1,14 +1,22 @@
 """Nodes and GPUs of ranks and engines: pure functions of the config, and the Ray options that follow.
 
-A run owns its nodes whole. The trainer's nodes come first: rank r has one of their GPUs, which no other rank has. Every
-engine has `rollout.tensor` neighbouring GPUs of one node: the same ones as the ranks, or with `rollout.nodes` those of
-further nodes. Without GPUs only the node matters, and one machine may stand in for several.
+A run owns its nodes whole. The trainer's nodes come first: rank r has one of their GPUs, which no other rank has.
+Neighbouring ranks are one tensor-parallel group, which `config.validate` keeps within a node, then the data-parallel
+ranks of a pipeline stage, then the stages: the most is sent over the shortest links. Every engine has `rollout.tensor`
+neighbouring GPUs of one node: the same ones as the ranks, or with `rollout.nodes` those of further nodes. Without GPUs
+only the node matters, and one machine may stand in for several.
 """
 
+import os
+import re
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from meds_megatron.config import ClusterConfig, RolloutConfig
+from meds_megatron.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,47 +48,115 @@ def engine_places(cluster: ClusterConfig, rollout: RolloutConfig) -> list[Place]
     return places
 
 
-def visible_gpus(place: Place, gpus_per_node: int) -> list[int]:
-    """All GPUs of the node, those of the place first: a process uses the first ones, and may open memory that a
+@dataclass(frozen=True)
+class Node:
+    """A reserved node, as a process on it sees it."""
+
+    bundle: int
+    """Number of its bundle in Ray's placement group."""
+    host: str
+    address: str
+    gpus: tuple[str, ...]
+    """Its reserved GPUs, as CUDA_VISIBLE_DEVICES names them: not from 0 on where others use GPUs of the node, too."""
+    unreadable: tuple[str, ...]
+    """Of the paths that the run needs."""
+
+
+def visible_gpus(place: Place, gpus: Sequence[str]) -> list[str]:
+    """All of the node's GPUs, those of the place first: a process uses the first ones, and may open memory that a
     neighbour shares on any other."""
-    return [*place.gpus, *(gpu for gpu in range(gpus_per_node) if gpu not in place.gpus)]
+    return [*(gpus[slot] for slot in place.gpus), *(gpu for slot, gpu in enumerate(gpus) if slot not in place.gpus)]
+
+
+def network_env_vars(cluster: ClusterConfig) -> dict[str, str]:
+    """Variables by which gloo and NCCL choose among a node's network interfaces: all of them, from the config."""
+    variables = {}
+    if cluster.interface is not None:
+        variables |= {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
+    if cluster.infiniband is not None:
+        variables["NCCL_IB_HCA"] = cluster.infiniband
+    return variables
 
 
 class Placement:
-    """The reserved nodes of a run."""
+    """The reserved nodes of a run, in the order of their host names."""
 
     def __init__(self, cluster: ClusterConfig, use_gpu: bool, engine_nodes: int = 0):
         """Requests the trainer's nodes and `engine_nodes` more; `wait` returns when Ray has reserved them."""
+        import ray
         from ray.util.placement_group import placement_group
 
         self._use_gpu = use_gpu
         self._gpus_per_node = cluster.ranks_per_node
-        bundle = {"GPU": cluster.ranks_per_node} if use_gpu else {"CPU": 1e-3}
+        self._network = network_env_vars(cluster)
         self.nodes = cluster.nodes + engine_nodes
-        self._group = placement_group([bundle] * self.nodes, strategy="STRICT_SPREAD" if use_gpu else "SPREAD")
+        self._known: list[Node] = []
+        bundle = {"GPU": cluster.ranks_per_node} if use_gpu else {"CPU": 1e-3}
+        machines = sum(node["Alive"] for node in ray.nodes())
+        apart = use_gpu or machines >= self.nodes
+        self._group = placement_group([bundle] * self.nodes, strategy="STRICT_SPREAD" if apart else "SPREAD")
 
-    def wait(self, seconds: float) -> bool:
-        """Whether the nodes could be reserved within `seconds`."""
-        return self._group.wait(seconds)
+    def close(self) -> None:
+        """Frees the nodes; Ray ends the actors that are still placed there."""
+        from ray.util.placement_group import remove_placement_group
+
+        remove_placement_group(self._group)
+
+    def wait(self, seconds: float, paths: Sequence[str | Path] = ()) -> bool:
+        """Whether the nodes could be reserved within `seconds`. Raises UserError if one of them cannot read `paths`."""
+        import ray
+
+        if not self._group.wait(seconds):
+            return False
+        names, gpus = tuple(map(str, paths)), self._gpus_per_node if self._use_gpu else 0
+        looks = [
+            ray.remote(_look)
+            .options(num_cpus=0, num_gpus=gpus, scheduling_strategy=self._strategy(bundle))
+            .remote(bundle, names)
+            for bundle in range(self.nodes)
+        ]
+        self._known = sorted(ray.get(looks), key=lambda node: _natural(node.host))
+        for node in self._known:
+            if node.unreadable:
+                raise UserError(
+                    f"{node.unreadable[0]}: node {node.host} ({node.address}) cannot read it; put it where all nodes "
+                    "of the run see it under this path."
+                )
+        return True
 
     def options(self, place: Place, env_vars: dict[str, str]) -> dict[str, Any]:
         """Options of a Ray actor at `place`, with the environment variables of its process."""
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
+        node = self._known[place.node] if self._known else None
+        env_vars = self._network | env_vars
         if not self._use_gpu:
-            env_vars = env_vars | {"CUDA_VISIBLE_DEVICES": ""}
+            env_vars["CUDA_VISIBLE_DEVICES"] = ""
         else:
             # The run owns the reserved GPUs and assigns them itself: several actors share one.
-            gpus = visible_gpus(place, self._gpus_per_node)
-            env_vars = env_vars | {
-                "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
-                "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-            }
+            env_vars["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus(place, node.gpus))
+            env_vars["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
         return {
             "num_cpus": 0,
             "num_gpus": 0,
             "runtime_env": {"env_vars": env_vars},
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=place.node
-            ),
+            "scheduling_strategy": self._strategy(place.node if node is None else node.bundle),
         }
+
+    def _strategy(self, bundle: int) -> Any:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+
+
+def _look(bundle: int, paths: Sequence[str]) -> Node:
+    """Runs on a reserved node, with all of its reserved GPUs."""
+    import ray
+
+    # Neighbours in this order are neighbours on the node.
+    gpus = tuple(sorted(map(str, ray.get_runtime_context().get_accelerator_ids()["GPU"]), key=_natural))
+    unreadable = tuple(path for path in paths if not os.access(path, os.R_OK))
+    return Node(bundle, socket.gethostname(), ray.util.get_node_ip_address(), gpus, unreadable)
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts node2 before node10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from typing import Literal
 
+from meds_megatron.config.schema import RewardConfig
 from meds_megatron.latex import last_boxed
 from meds_megatron.reward import worker
 from meds_megatron.reward.answers import compare_plainly
@@ -58,19 +59,21 @@ class GraderPool(AbstractContextManager):
 
     An answer may take `timeout_seconds` of processor time, so that a crowded machine does not turn answers into
     timeouts, and PATIENCE times that by the wall clock; then its process is killed and its outcome is "timeout". An
-    answer whose process ends for another reason is an "error".
+    answer that takes its process over `memory_gib` of address space, or whose process ends for another reason, is an
+    "error".
 
     Any thread may call the methods. Each process has a thread that waits for its verdicts; callbacks of a future run in
     that thread. Use the pool as a context manager: an interpreter with an open pool exits after the last verdict only.
     """
 
-    def __init__(self, workers: int, timeout_seconds: float) -> None:
+    def __init__(self, workers: int, timeout_seconds: float, memory_gib: float = RewardConfig.memory_gib) -> None:
         if workers < 1 or timeout_seconds <= 0:
             raise ValueError(
                 f"GraderPool needs workers >= 1 and timeout_seconds > 0, not {workers} and {timeout_seconds}"
             )
         self.workers = workers
         self.timeout_seconds = timeout_seconds
+        self.memory_gib = memory_gib
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="grader")
         self._processes: dict[int, GraderProcess] = {}
         self._closed = False
@@ -141,7 +144,7 @@ class GraderPool(AbstractContextManager):
     def _start(self) -> "GraderProcess":
         """New process for the calling thread, which has graded one answer to have its imports and set-up done."""
         for _ in range(MAX_FAILED_STARTS):
-            process = self._processes[threading.get_ident()] = GraderProcess()
+            process = self._processes[threading.get_ident()] = GraderProcess(self.memory_gib)
             if self._closed:
                 raise CancelledError("The grader pool was closed")
             grade = process.grade("x + 1", "1 + x", START_SECONDS)
@@ -160,12 +163,14 @@ class GraderProcess(subprocess.Popen):
     Its session is its own, so that Ctrl-C in the terminal does not reach it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory_gib: float) -> None:
+        self._memory_gib = memory_gib
         self._pipe, theirs = Pipe()
         with theirs:
             descriptor = theirs.fileno()
+            arguments = map(str, (descriptor, os.getpid(), int(memory_gib * 2**30)))
             super().__init__(
-                [sys.executable, "-P", worker.__file__, str(descriptor), str(os.getpid())],
+                [sys.executable, "-P", worker.__file__, *arguments],
                 pass_fds=[descriptor],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -187,7 +192,7 @@ class GraderProcess(subprocess.Popen):
         if not in_time or code == -signal.SIGPROF:
             return Grade(False, "timeout", f"no verdict on {answer!r} in {timeout_seconds} seconds")
         if code == worker.OUT_OF_MEMORY:
-            return Grade(False, "error", f"MemoryError: more than {worker.MEMORY_LIMIT_BYTES >> 30} GiB for {answer!r}")
+            return Grade(False, "error", f"MemoryError: more than {self._memory_gib:g} GiB for {answer!r}")
         return Grade(False, "error", f"the grader process ended with exit code {code} on {answer!r}")
 
     def end(self) -> int:

@@ -16,8 +16,6 @@ from multiprocessing.connection import Connection
 
 OUT_OF_MEMORY = 3
 """Exit status after a MemoryError."""
-MEMORY_LIMIT_BYTES = 4 << 30
-"""Address space of a grader: an answer like 9^9^9^9 must not take the machine's memory within its time limit."""
 MAX_DETAIL_CHARACTERS = 200
 _PR_SET_PDEATHSIG = 1
 
@@ -41,20 +39,21 @@ def judge(answer: str, truth: str) -> tuple[bool, str]:
     return bool(verify(expected, parsed(answer), timeout_seconds=None, raise_on_error=True)), ""
 
 
-def main(descriptor: int, parent: int) -> None:
+def main(descriptor: int, parent: int, memory_bytes: int) -> None:
     """Answers each [answer, truth, seconds] with a verdict [correct, outcome, detail] until the pipe closes.
 
     `descriptor` is this end of a multiprocessing pipe that carries JSON; `parent` is the process id of the other end's
     owner. An answer that takes `seconds` of processor time ends the process by SIGPROF, also in the middle of a C call;
-    one that exceeds the memory limit ends it with status OUT_OF_MEMORY. The kernel kills the process when the parent's
-    thread that started it ends.
+    one that takes the address space over `memory_bytes` ends it with status OUT_OF_MEMORY. The kernel kills the process
+    when the parent's thread that started it ends.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return  # The parent ended before its end could be signalled.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
     connection = Connection(descriptor)
     with suppress(EOFError, ConnectionError):  # The pool closed the pipe.
@@ -73,4 +72,4 @@ def main(descriptor: int, parent: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*map(int, sys.argv[1:]))

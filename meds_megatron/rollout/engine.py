@@ -4,8 +4,11 @@ Importing this module imports neither vLLM nor Ray; vLLM is imported when an eng
 variables of `rollout.settings.engine_env_vars`.
 """
 
+import itertools
 import json
 import logging
+import os
+import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,11 +19,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from meds_megatron.config import Config
+from meds_megatron.config.model_shape import ModelShape
+from meds_megatron.data.tokenizer import load_tokenizer
 from meds_megatron.errors import UserError
+from meds_megatron.launch.device import require_gpu
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.rollout.answer_position import AnswerLocator
 from meds_megatron.rollout.samples import Completion
 from meds_megatron.rollout.settings import Sampling
+from meds_megatron.supervised import ignore_stop_signals, node_name
+from meds_megatron.weights.resharding.shared_directory import (
+    PREFIX,
+    SHARED_MEMORY,
+    claim,
+    list_files,
+    mapped_files,
+    remove,
+    remove_unclaimed,
+)
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, SamplingParams
@@ -52,6 +68,11 @@ class _Finished:
     policy_version: int
 
 
+def engine_log(index: int) -> str:
+    """Name of an engine's log."""
+    return f"engine{index:03d}"
+
+
 class RolloutEngine:
     """Generates completions with the weights of its last weight update, or those on disk.
 
@@ -67,6 +88,7 @@ class RolloutEngine:
     ) -> None:
         """`disk_version` is the version of the weights in `model_dir`. Without it they are not read, and the engine
         refuses requests until the end of a weight update. `index` is the engine's number in its pool."""
+        ignore_stop_signals()
         self._config, self._model_dir, self._use_gpu, self._index = config, model_dir, use_gpu, index
         self._disk_version = disk_version
         self._version: int | None = None
@@ -77,12 +99,15 @@ class RolloutEngine:
         """Numbers of the unfinished requests by vLLM's name for them."""
         self._finished: SimpleQueue[_Finished | Exception] = SimpleQueue()
 
-    def start(self, restarts: int = 0) -> None:
-        """Loads the model; `restarts` is how often the engine was started before. Raises UserError when this machine
-        cannot run it, and what vLLM raises otherwise."""
-        configure_process_logging(self._config.run_dir, f"engine{self._index:03d}")
+    def start(self, restarts: int = 0) -> tuple[str, int]:
+        """Loads the model; returns the node and process id of the engine. `restarts` is how often the engine was
+        started before. Raises UserError when this machine cannot run it, and what vLLM raises otherwise."""
+        configure_process_logging(self._config.run_dir, engine_log(self._index))
+        for left_over in remove_unclaimed():
+            logger.info("removed %s, which a killed process left", left_over)
         self.on_vllm_thread(self._start, restarts)
         logger.info("engine %d has loaded %s", self._index, self._model_dir)
+        return node_name(), os.getpid()
 
     def on_vllm_thread(self, function: Callable, *arguments: Any, **keywords: Any) -> Any:
         """Calls a function between two decode steps and returns its result."""
@@ -159,27 +184,46 @@ class RolloutEngine:
         """Takes the memory back, first for the weights, then for the KV cache."""
         self.on_vllm_thread(lambda: self.llm.wake_up(tags=[part]))
 
+    def random_states(self) -> dict[str, np.ndarray]:
+        """States of the generators that the engine's ranks sample from: bytes by `rank0.cpu` and the like."""
+        ranks = self._on_ranks(_random_states)
+        return {f"rank{rank}.{name}": state for rank, states in enumerate(ranks) for name, state in states.items()}
+
+    def set_random_states(self, states: dict[str, np.ndarray], salt: int) -> bool:
+        """Continues from `random_states` of an engine with the same ranks and devices; False otherwise, and the seed
+        is then another for each `salt`."""
+        if states.keys() != self.random_states().keys():
+            self.on_vllm_thread(self._seed_sampling, self._config.train.seed, salt)
+            return False
+        self._on_ranks(_set_random_states, states=states)
+        return True
+
     def close(self) -> None:
         """Ends vLLM's own processes and frees the memory shared with them."""
         self._numbers.clear()
         if hasattr(self, "llm"):
             self.on_vllm_thread(self.llm.llm_engine.engine_core.shutdown)
+            # vLLM leaves its files when one of its processes was killed.
+            remove(self._shared)
 
     def _start(self, restarts: int) -> None:
-        from transformers import AutoTokenizer
-
         # vLLM logs warnings while it is imported, before it applies the level that its environment sets.
         logging.getLogger("vllm").setLevel(logging.ERROR)
-        if not self._use_gpu:
+        if self._use_gpu:
+            require_gpu()
+        else:
             check_cpu_can_run(self._model_dir)
-        self._tokenizer = AutoTokenizer.from_pretrained(self._model_dir)
+        self._tokenizer = load_tokenizer(self._model_dir)
         self._answers = AnswerLocator(self._tokenizer)
         self._stop_token_ids = stop_token_ids(self._model_dir, self._tokenizer.eos_token_id)
+        self._shared = SHARED_MEMORY / f"{PREFIX}engine-{secrets.token_hex(8)}"
+        self._claim = claim(self._shared)
         self.llm = make_llm(self._config, self._model_dir, self._use_gpu, self._disk_version is not None)
         # vLLM logs through the process's handlers instead of its own.
         vllm_logger = logging.getLogger("vllm")
         vllm_logger.handlers.clear()
         vllm_logger.propagate = True
+        list_files(self._shared, {*mapped_files(), *itertools.chain(*self.llm.collective_rpc(_mapped_files))})
         # Engines are built with one seed, with which all, and each after every restart, would draw alike.
         self._seed_sampling(self._config.train.seed, restarts)
         self._version = self._disk_version
@@ -279,6 +323,28 @@ def _seed_sampling(worker, seed: int) -> None:
     set_random_seed(seed)
 
 
+def _mapped_files(worker) -> list[Path]:
+    """Files in shared memory that a rank has mapped."""
+    return mapped_files()
+
+
+def _random_states(worker) -> dict[str, np.ndarray]:
+    import torch
+
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {name: state.numpy() for name, state in states.items()}
+
+
+def _set_random_states(worker, states: dict[str, np.ndarray]) -> None:
+    import torch
+
+    torch.set_rng_state(torch.from_numpy(states[f"rank{worker.rank}.cpu"].copy()))
+    if f"rank{worker.rank}.cuda" in states:
+        torch.cuda.set_rng_state(torch.from_numpy(states[f"rank{worker.rank}.cuda"].copy()))
+
+
 def _weight_checksums(worker) -> "Checksums":
     """Checksums of the bucket that a rank received last."""
     return worker.weight_transfer_engine.checksums
@@ -302,6 +368,7 @@ def make_llm(config: Config, model_dir: str, use_gpu: bool, read_weights: bool =
     )
     return LLM(
         model=model_dir,
+        trust_remote_code=False,
         load_format="auto" if read_weights else "dummy",
         dtype=engine_dtype(config),
         seed=config.train.seed,
@@ -329,11 +396,9 @@ def engine_dtype(config: Config) -> str:
 
 def check_cpu_can_run(model_dir: str) -> None:
     """Raises UserError for a size of attention heads that vLLM's CPU kernels lack: vLLM itself fails in generation."""
-    from transformers import AutoConfig
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    config = AutoConfig.from_pretrained(model_dir)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = ModelShape.from_hf(model_dir).head_dim
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if size not in sizes:
         raise UserError(
@@ -343,11 +408,17 @@ def check_cpu_can_run(model_dir: str) -> None:
 
 
 def stop_token_ids(model_dir: str | Path, tokenizer_eos: int | None) -> list[int]:
-    """Tokens that end a response: the tokenizer's end-of-sequence token and those named in the model's files."""
+    """Tokens that end a response: the tokenizer's end-of-sequence token and those named in the model's files.
+
+    Raises UserError for a file that is not JSON.
+    """
     stops = set() if tokenizer_eos is None else {tokenizer_eos}
     for name in ("generation_config.json", "config.json"):
         path = Path(model_dir) / name
-        eos = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        try:
+            eos = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path} is not JSON of a model ({error}): download the model again") from error
         if eos is not None:
             stops.update(eos if isinstance(eos, list) else [eos])
             break

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -9,18 +10,20 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
 
+import numpy as np
 import ray
 
 from meds_megatron.config import Config
 from meds_megatron.errors import UserError
 from meds_megatron.launch.placement import Placement, engine_places
-from meds_megatron.rollout.engine import Request, RolloutEngine
+from meds_megatron.logs import last_words
+from meds_megatron.rollout.engine import Request, RolloutEngine, engine_log
 from meds_megatron.rollout.health import EngineHealth, EngineState
 from meds_megatron.rollout.samples import Completion
 from meds_megatron.rollout.settings import Sampling, engine_env_vars
+from meds_megatron.supervised import failed_process, failure_reason, may_run
 
 CLOSE_SECONDS = 10
-LONGEST_REASON = 300
 IN_FLIGHT = 3.0
 """Responses of an engine in flight, as a multiple of `rollout.max_num_seqs`: enough that no engine waits for the driver
 (with 1.5, `meds bench rollout` gave 0.84 of plain vLLM's speed at 64 sequences), and the rest stays with the pool for
@@ -42,6 +45,8 @@ class Engine:
     health: EngineHealth
     actor: ray.actor.ActorHandle | None = None
     """Another after every restart."""
+    place: tuple[str, int] | None = None
+    """Node and process id of the last actor that has loaded the model."""
     starting: Future | None = None
     finished: Future | None = None
     """The call that waits for finished requests."""
@@ -69,10 +74,19 @@ class EnginePool:
     """
 
     def __init__(
-        self, config: Config, model_dir: str, use_gpu: bool, placement: Placement, disk_version: int | None = None
+        self,
+        config: Config,
+        model_dir: str,
+        use_gpu: bool,
+        placement: Placement,
+        disk_version: int | None = None,
+        alarm: Future | None = None,
     ) -> None:
-        self.regenerated_prompts = 0
-        """Since the run began."""
+        """Every wait for the engines ends when `alarm` fails, and raises what it fails with."""
+        self.restarts = self.regenerated_prompts = 0
+        """Since the last `metrics`."""
+        self.finished_requests = 0
+        self._run_dir, self._alarm = config.run_dir, alarm or Future()
         self._disk_version = disk_version
         self._actor_class = ray.remote(concurrency_groups={WAITING: 1})(RolloutEngine)
         self._arguments = (config, model_dir, use_gpu)
@@ -130,7 +144,7 @@ class EnginePool:
         events = [event for engine in self.engines for event in (engine.starting, engine.finished) if event]
         if not events and not others:
             raise RuntimeError("no engine can generate: wake the engines and run the weight sync first")
-        concurrent.futures.wait([*events, *others], return_when=concurrent.futures.FIRST_COMPLETED)
+        self._wait_for_any(*events, *others)
         self._take_started()
         completions = {number: made for engine in self.engines for number, made in self._take_finished(engine).items()}
         self._dispatch()
@@ -166,7 +180,7 @@ class EnginePool:
         results = {}
         for engine, reference in calls.items():
             try:
-                results[engine] = ray.get(reference)
+                results[engine] = self._get(reference)
             except UserError:
                 raise
             except ray.exceptions.RayError as error:
@@ -199,18 +213,41 @@ class EnginePool:
                 if engine.health.state is EngineState.STARTING and not engine.starting:
                     self._start(engine)
 
+    # Checkpoints.
+
+    def random_states(self) -> dict[str, np.ndarray]:
+        """States of the engines' generators, bytes by `engine0.rank0.cpu` and the like. Engines that are starting have
+        none."""
+        found = self.outcomes(self.call(self.ready(), "random_states"))
+        return {f"engine{engine}.{name}": state for engine, states in found.items() for name, state in states.items()}
+
+    def set_random_states(self, states: dict[str, np.ndarray], salt: int) -> bool:
+        """Continues from `random_states`. Engines that it has no states for, or those of other devices, get new seeds,
+        others for each `salt`; returns whether there are none."""
+        by_engine: dict[int, dict[str, np.ndarray]] = {engine.number: {} for engine in self.engines}
+        for name, state in states.items():
+            engine, _, rest = name.partition(".")
+            by_engine.get(int(engine.removeprefix("engine")), {})[rest] = state
+        calls = {}
+        for engine in self.ready():
+            calls |= self.call([engine], "set_random_states", by_engine[engine], salt)
+        return all(self.outcomes(calls).values()) and len(calls) == len(self.engines)
+
     def metrics(self) -> dict[str, float]:
-        return {
-            "rollout/engine_restarts": sum(engine.health.restarts for engine in self.engines),
-            "rollout/regenerated_prompts": self.regenerated_prompts,
-        }
+        """Counts since the last call."""
+        counts = {"rollout/engine_restarts": self.restarts, "rollout/regenerated_prompts": self.regenerated_prompts}
+        self.restarts = self.regenerated_prompts = 0
+        return counts
 
     def close(self) -> None:
-        """Ends the engines; one that has not ended after CLOSE_SECONDS is killed."""
+        """Ends the engines and returns when they are gone; one that has not ended after CLOSE_SECONDS is killed."""
         calls = [engine.actor.close.remote() for engine in self.engines]
         ray.wait(calls, num_returns=len(calls), timeout=CLOSE_SECONDS)
         for engine in self.engines:
             ray.kill(engine.actor)
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while any(engine.place and may_run(engine.place) for engine in self.engines) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def _dispatch(self) -> None:
         fresh = [engine for engine in self.engines if engine.health.state is EngineState.FRESH]
@@ -248,6 +285,7 @@ class EnginePool:
         completions = self._result(engine, event) or {}
         for number in completions:
             del engine.running[number]
+            self.finished_requests += 1
             engine.health.generated()
         self._watch(engine)
         return completions
@@ -257,16 +295,26 @@ class EnginePool:
             if engine.starting and engine.starting.done():
                 event, engine.starting = engine.starting, None
                 actor = engine.actor
-                self._result(engine, event)
+                place = self._result(engine, event)
                 if engine.actor is actor:
+                    engine.place = place
                     engine.health.started()
                     if self._disk_version is not None:
                         engine.health.updated()
 
     def _wait_until_started(self) -> None:
         while events := [engine.starting for engine in self.engines if engine.starting]:
-            concurrent.futures.wait(events)
+            self._wait_for_any(*events)
             self._take_started()
+
+    def _wait_for_any(self, *events: Future) -> None:
+        concurrent.futures.wait([*events, self._alarm], return_when=concurrent.futures.FIRST_COMPLETED)
+        if self._alarm.done():
+            self._alarm.result()
+
+    def _get(self, reference: ray.ObjectRef) -> Any:
+        self._wait_for_any(event := reference.future())
+        return event.result()
 
     def _result(self, engine: Engine, event: Future) -> Any:
         """Result of a call of the engine's present actor; None if it failed: the engine is then being restarted."""
@@ -278,14 +326,18 @@ class EnginePool:
             self._restart(engine, error)
 
     def _restart(self, engine: Engine, error: Exception) -> None:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = lines[-1][:LONGEST_REASON]
+        reason = f"{failure_reason(error)} ({failed_process(error)})"
+        if isinstance(error, ray.exceptions.RayActorError) and (
+            words := last_words(self._run_dir, engine_log(engine.number))
+        ):
+            reason += f"; the end of its log: {words}"
         # An actor that still runs frees what it shares with its ranks.
         ray.wait([engine.actor.close.remote()], timeout=CLOSE_SECONDS)
         ray.kill(engine.actor)
         engine.health.failed(reason)
         logger.warning("engine %d on node %d failed and is restarted: %s", engine.number, engine.node, reason)
         logger.info("all that engine %d raised:\n%s", engine.number, error)
+        self.restarts += 1
         self.regenerated_prompts += len(engine.running)
         self._queue.extendleft(reversed(engine.running.values()))
         engine.running, engine.starting, engine.finished = {}, None, None

@@ -67,13 +67,14 @@ class GroupProducer:
         for number, prompt in zip(numbers, prompts, strict=True):
             self._generating[number] = (next(self._indices), prompt)
 
-    def advance(self) -> list[PromptGroup]:
-        """Waits until a request or the grades of one are finished or an engine has started or failed.
+    def advance(self, *others: Future) -> list[PromptGroup]:
+        """Waits until a request or the grades of one are finished, an engine has started or failed, or one of `others`
+        is done.
 
         Returns the groups that became complete, if any.
         """
         if not any(grading.done.done() for grading in self._grading):
-            for number, completions in self._pool.wait(*(grading.done for grading in self._grading)).items():
+            for number, completions in self._pool.wait(*(g.done for g in self._grading), *others).items():
                 self._grading.append(_Grading(*self._generating.pop(number), completions, self._graders))
         finished = [grading for grading in self._grading if grading.done.done()]
         self._grading = [grading for grading in self._grading if grading not in finished]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from meds_megatron.config import Config, RolloutConfig
+from meds_megatron.config.network import network_env_vars
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def engine_env_vars(config: Config, use_gpu: bool) -> dict[str, str]:
         "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "0",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        **network_env_vars(config.cluster),
     }
     if not use_gpu:
         # Trainer ranks and engines share the cores: no process binds its threads to some.

@@ -14,6 +14,7 @@ from meds_megatron.rollout.producer import GroupProducer
 from meds_megatron.rollout.samples import PromptGroup
 from meds_megatron.rollout.settings import Sampling
 from meds_megatron.trainer.error_memory import ErrorMemory
+from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.trainer.rollout_batch import RolloutBatch
 from meds_megatron.trainer.scoring import score
@@ -32,11 +33,12 @@ def collect(
     policy: PolicyGroup,
     memory: ErrorMemory,
     timer: PhaseTimer,
+    interruption: Interruption,
 ) -> RolloutBatch:
     """Responses of step `state.step`, of which up to `train.prompts_per_step` groups are kept.
 
     Scored only with `filter.metric: shaped`, whose filter needs the scores. Raises UserError when `filter.max_batches`
-    generation batches do not fill the step and `filter.when_short` is stop.
+    generation batches do not fill the step and `filter.when_short` is stop, and Stopped when a stop is requested.
     """
     wanted = config.train.prompts_per_step
     sampling = Sampling.training(config.rollout)
@@ -52,12 +54,14 @@ def collect(
         groups: list[PromptGroup] = []
         with timer("rollout"):
             while producer.generating:
+                interruption.check()
                 weight_sync.refill()
-                groups += producer.advance()
+                groups += producer.advance(interruption.requested)
         # Most responses are graded while others are generated.
         with timer("reward"):
             while producer.busy:
-                groups += producer.advance()
+                interruption.check()
+                groups += producer.advance(interruption.requested)
         part = RolloutBatch.of_groups(in_order(groups), config)
         if config.filter.metric == "shaped":
             with timer("sync"):

@@ -12,6 +12,8 @@ from meds_megatron.launch.placement import Place, Placement, rank_places
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.memory import UNKNOWN, Match, MemoryShard, shard_of, step_metrics
 from meds_megatron.rollout.samples import Sample
+from meds_megatron.supervised import CONCURRENCY_GROUPS, SupervisedActor, ignore_stop_signals
+from meds_megatron.trainer.supervision import Supervisor
 
 TARGETS = {"wrong": (False,), "right": (True,), "both": (False, True), "none": ()}
 """Values of `correct` that `penalty.target` names."""
@@ -42,17 +44,21 @@ class ErrorMemory:
     """The shards as one object. `lookup` returns results, `remember` returns at once and is finished before the next
     lookup."""
 
-    def __init__(self, config: Config, placement: Placement):
+    def __init__(self, config: Config, placement: Placement, supervisor: Supervisor):
         layout = ParallelLayout.from_config(config)
         places = rank_places(config.cluster)
         nodes = [places[layout.rank(tensor=0, data=data, pipeline=0)].node for data in range(layout.data)]
         self._shards = [
-            ray.remote(_ShardActor)
+            ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(_ShardActor)
             .options(**placement.options(Place(node, gpus=()), {"OMP_NUM_THREADS": "1"}))
             .remote(config.memory, number, layout.data, config.run_dir)
             for number, node in enumerate(nodes)
         ]
+        for number, shard in enumerate(self._shards):
+            supervisor.supervise("memory shard", number, shard_log(number), shard)
+        self._supervisor = supervisor
         self._pending: list[ray.ObjectRef] = []
+        self._saving: list[ray.ObjectRef] = []
 
     def lookup(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> Match:
         """Label and size of the cluster that each fingerprint falls into: int64 [N] each, sizes of earlier steps only.
@@ -63,7 +69,7 @@ class ErrorMemory:
         labels_N = np.full(len(keys), UNKNOWN, dtype=np.int64)
         sizes_N = np.zeros(len(keys), dtype=np.int64)
         parts = list(self._by_shard(keys, fingerprints_NL))
-        matches = ray.get([shard.match.remote(*arguments) for shard, _, *arguments in parts])
+        matches = self._supervisor.results([shard.match.remote(*arguments) for shard, _, *arguments in parts])
         for (_, rows, *_), match in zip(parts, matches, strict=True):
             labels_N[rows], sizes_N[rows] = match.labels_N, match.sizes_N
         return Match(labels_N, sizes_N)
@@ -76,12 +82,26 @@ class ErrorMemory:
 
     def wait(self) -> None:
         """Returns when all that was remembered is clustered."""
-        ray.get(self._pending)
+        self._supervisor.results(self._pending)
         self._pending = []
 
     def metrics(self) -> dict[str, float]:
         """`memory/...` of the step since the last call."""
-        return step_metrics(ray.get([shard.stats.remote() for shard in self._shards]))
+        return step_metrics(self._supervisor.results([shard.stats.remote() for shard in self._shards]))
+
+    def begin_save(self, directory: str) -> None:
+        """The shards write themselves into a directory, each when it has done what was asked of it before."""
+        self._saving = [shard.save.remote(directory) for shard in self._shards]
+
+    def finish_save(self) -> None:
+        """Waits until all shards are written. Raises UserError when one could not be."""
+        self._supervisor.results(self._saving)
+
+    def restore(self, directory: str) -> list[str]:
+        """Fills the empty shards with those that were saved in a directory, any number of them; returns a sentence for
+        each damaged file that was left out. Raises UserError for one that must not be."""
+        damages = self._supervisor.results([shard.restore.remote(directory) for shard in self._shards])
+        return sorted({sentence for of_shard in damages for sentence in of_shard})
 
     def close(self) -> None:
         for shard in self._shards:
@@ -100,7 +120,13 @@ class ErrorMemory:
                     yield shard, rows, [keys[row] for row in rows], fingerprints_NL[rows, : 0 if no_answer else None]
 
 
-class _ShardActor(MemoryShard):
+def shard_log(number: int) -> str:
+    """Name of a shard's log."""
+    return f"memory{number:03d}"
+
+
+class _ShardActor(MemoryShard, SupervisedActor):
     def __init__(self, config: MemoryConfig, rank: int, shards: int, run_dir: str):
-        configure_process_logging(run_dir, f"memory{rank:03d}")
+        ignore_stop_signals()
+        configure_process_logging(run_dir, shard_log(rank))
         super().__init__(config, rank, shards)

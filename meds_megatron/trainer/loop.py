@@ -5,11 +5,19 @@ import logging
 from meds_megatron.config import Config
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.producer import GroupProducer, failed_gradings
+from meds_megatron.trainer.checkpointer import Checkpointer
 from meds_megatron.trainer.collect import collect, shortfall, wake_engines
 from meds_megatron.trainer.error_memory import ErrorMemory
+from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.trainer.prompts import Prompts
-from meds_megatron.trainer.report import check_mismatch, sampling_metrics, throughput_metrics, training_metrics
+from meds_megatron.trainer.report import (
+    check_mismatch,
+    check_updates,
+    sampling_metrics,
+    throughput_metrics,
+    training_metrics,
+)
 from meds_megatron.trainer.rollout_table import rollout_columns
 from meds_megatron.trainer.run_dir import RunDirectory
 from meds_megatron.trainer.run_log import RunLog
@@ -31,22 +39,28 @@ def train(
     weight_sync: WeightSync,
     producer: GroupProducer,
     memory: ErrorMemory,
+    checkpointer: Checkpointer,
     run: RunDirectory,
     log: RunLog,
     timer: PhaseTimer,
+    interruption: Interruption,
 ) -> None:
     """Trains from `state.step` to `train.steps`; the engines have the policy's weights already.
 
-    Raises UserError when a step cannot be filled (`filter.when_short: stop`), when an engine fails too often, and when
-    trainer and engines disagree by more than `sync.max_logprob_difference`.
+    Raises UserError when a step cannot be filled (`filter.when_short: stop`), when an engine fails too often, when
+    trainer and engines disagree by more than `sync.max_logprob_difference`, and after `faults.max_bad_updates` updates
+    in a row without a finite loss and gradient. Raises Stopped, between two steps, when a stop is requested, and
+    RunFailed when a rank or shard died or nothing progresses.
     """
-    if state.step == 0 and validation_due(0, prompts, config):
-        log.log(0, validate(prompts.validation, config, producer, weight_sync, timer) | timer.take())
+    if not run.started and validation_due(0, prompts, config):
+        log.log(0, validate(prompts.validation, config, producer, weight_sync, timer, interruption) | timer.take())
 
     while state.step < config.train.steps:
         state.step += 1
         # Rollout, reward and group filter, as often as it takes to fill the step.
-        rollouts = collect(state, prompts.train, config, producer, weight_sync, pool, policy, memory, timer)
+        rollouts = collect(
+            state, prompts.train, config, producer, weight_sync, pool, policy, memory, timer, interruption
+        )
 
         # The GPUs are the trainer's until the engines wake. One forward pass gives the old log-probs and the
         # fingerprints, one lookup the earlier mistakes of the same kind: mistakes that recur cost more.
@@ -72,7 +86,7 @@ def train(
         metrics = sampling_metrics(rollouts) | pool.metrics() | advantage_metrics
         metrics |= training_metrics(batch, updates, config.penalty.target)
         if validation_due(state.step, prompts, config):
-            metrics |= validate(prompts.validation, config, producer, weight_sync, timer)
+            metrics |= validate(prompts.validation, config, producer, weight_sync, timer, interruption)
         if export_due(state.step, config):
             with timer("export"):
                 policy.export(str(run.hf_export(state.step)))
@@ -87,10 +101,16 @@ def train(
             logger.warning("step %d: %s: the step goes on with those", state.step, sentence)
         if failed := failed_gradings(rollouts.groups):
             logger.warning("step %d: grading failed for %d responses, left out", state.step, failed)
+        if skipped := sum(update.skipped for update in updates):
+            logger.warning("step %d: loss or gradient not finite: %d updates skipped", state.step, skipped)
         log.log(state.step, metrics | throughput_metrics(metrics))
         if config.train.save_rollouts:
             run.save_rollouts(state.step, rollout_columns(rollouts, batch.advantages_B))
+        state.bad_updates = check_updates(state.step, state.bad_updates, updates, config, run)
         check_mismatch(state.step, metrics, config)
+        # Last: a step that a checkpoint holds has its metrics and rollouts.
+        with timer("checkpoint"):
+            checkpointer.step_finished(state)
 
 
 def export_due(step: int, config: Config) -> bool:

@@ -1,16 +1,18 @@
 """The trainer ranks as one object: every call reaches all of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import ray
 
 from meds_megatron.actor.schedule import Schedule, schedule
 from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput, scatter_ragged
-from meds_megatron.actor.worker import PolicyWorker, rank_env_vars
+from meds_megatron.actor.worker import PolicyWorker, rank_env_vars, rank_log
 from meds_megatron.config import Config
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.launch.placement import Placement, rank_places
+from meds_megatron.supervised import CONCURRENCY_GROUPS
+from meds_megatron.trainer.supervision import Supervisor
 from meds_megatron.weights.resharding.types import SyncSpec
 
 CLOSE_SECONDS = 5
@@ -19,19 +21,21 @@ CLOSE_SECONDS = 5
 class PolicyGroup:
     """A Ray actor for each trainer rank; the constructor starts them, `start` waits until the model is loaded."""
 
-    def __init__(self, config: Config, model_dir: str, placement: Placement):
+    def __init__(self, config: Config, model_dir: str, placement: Placement, supervisor: Supervisor):
         self.layout = ParallelLayout.from_config(config)
-        self._config, self._model_dir = config, model_dir
-        worker, env_vars = ray.remote(PolicyWorker), rank_env_vars(config)
+        self._config, self._model_dir, self._supervisor = config, model_dir, supervisor
+        worker, env_vars = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(PolicyWorker), rank_env_vars(config)
         self._workers = [
             worker.options(**placement.options(place, env_vars)).remote(config, rank)
             for rank, place in enumerate(rank_places(config.cluster))
         ]
+        for rank, actor in enumerate(self._workers):
+            supervisor.supervise("trainer rank", rank, rank_log(rank), actor)
 
     def start(self) -> None:
         """Returns when the ranks have formed their process groups and loaded the model."""
         world = self.layout.ranks
-        host, port = ray.get(self._workers[0].open_store.remote(world))
+        ((host, port),) = self.results([self.on_rank(0, "open_store", world)])
         self._on_all("start", host, port, world, self._model_dir)
 
     def forward(self, batch: TrainBatch, minibatches_B: np.ndarray) -> ForwardOutput:
@@ -58,12 +62,32 @@ class PolicyGroup:
         self._on_all("prepare_weight_sync", spec)
 
     def on_rank(self, rank: int, method: str, *args) -> ray.ObjectRef:
-        """Calls a method of one rank."""
+        """Calls a method of one rank; `results` waits for it."""
         return getattr(self._workers[rank], method).remote(*args)
+
+    def results(self, calls: Sequence[ray.ObjectRef]) -> list:
+        """Results of calls of ranks, in order. Raises ProcessDied, which names it, when a process of the run dies."""
+        return self._supervisor.results(calls)
 
     def export(self, directory: str) -> None:
         """Writes the model as a Hugging Face directory."""
         self._on_all("export", directory, self._model_dir)
+
+    def begin_save(self, directory: str) -> None:
+        """Begins to write the model, optimizer and random states into a checkpoint; returns when they are copied."""
+        self._on_all("begin_save", directory)
+
+    def save_written(self) -> bool:
+        """Whether all ranks have written their parts."""
+        return all(self._on_all("save_written"))
+
+    def finish_save(self) -> None:
+        """Waits until the checkpoint's model part is complete. Raises UserError when it could not be written."""
+        self._on_all("finish_save")
+
+    def load(self, directory: str, same_layout: bool) -> None:
+        """Continues from a checkpoint of any layout; the random states only if it is the same."""
+        self._on_all("load", directory, same_layout)
 
     def free_cached_memory(self) -> None:
         """Returns unused GPU memory of all ranks to the engines that share the GPUs."""
@@ -83,7 +107,7 @@ class PolicyGroup:
         return schedule(batch.lengths_B, minibatches_B, self.layout.data, size, multiple)
 
     def _on_all(self, method: str, *args) -> list:
-        return ray.get([getattr(worker, method).remote(*args) for worker in self._workers])
+        return self.results([getattr(worker, method).remote(*args) for worker in self._workers])
 
     def _on_shards(self, method: str, batch: TrainBatch, work: Schedule, micro_batches: list, *args) -> list[list]:
         """Calls `method` on every rank with its data-parallel rank's rows and micro-batches; results by data-parallel
@@ -94,7 +118,7 @@ class PolicyGroup:
             data = self.layout.coordinates(rank).data
             calls.append(getattr(worker, method).remote(shards[data], micro_batches[data], *args))
         results: list[list] = [[] for _ in shards]
-        for rank, result in enumerate(ray.get(calls)):
+        for rank, result in enumerate(self.results(calls)):
             results[self.layout.coordinates(rank).data].append(result)
         return results
 
@@ -121,4 +145,6 @@ def add_up(updates: tuple[UpdateOutput, ...]) -> UpdateOutput:
     """One optimizer step from the parts of the data-parallel ranks."""
     first = updates[0]
     sums = {name: sum(update.token_sums[name] for update in updates) for name in first.token_sums}
-    return UpdateOutput(sum(update.loss for update in updates), sums, first.grad_norm, first.learning_rate)
+    return UpdateOutput(
+        sum(update.loss for update in updates), sums, first.grad_norm, first.learning_rate, first.skipped
+    )

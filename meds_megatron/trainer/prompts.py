@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from meds_megatron.config import Config
 from meds_megatron.data.problems import load_problems
 from meds_megatron.data.prompts import Prompt, build_prompts
 from meds_megatron.embedded.arithmetic import arithmetic_problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,8 @@ class Prompts:
     """Prompts left out because they are too long."""
 
 
-def read_prompts(config: Config, model_dir: Path) -> Prompts:
-    """The prompts of both splits, encoded for the model in `model_dir`. Raises UserError for what cannot be used."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+def read_prompts(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prompts:
+    """The prompts of both splits. Raises UserError for what cannot be used."""
     data, longest = config.data, config.rollout.max_prompt_tokens
 
     def prompts(sources: list[str], limit: int | None, split: str) -> tuple[list[Prompt], int]:

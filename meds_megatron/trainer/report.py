@@ -11,6 +11,7 @@ from meds_megatron.config import Config
 from meds_megatron.errors import UserError
 from meds_megatron.trainer.error_memory import TARGETS
 from meds_megatron.trainer.rollout_batch import RolloutBatch
+from meds_megatron.trainer.run_dir import RunDirectory
 
 
 def sampling_metrics(rollouts: RolloutBatch) -> dict[str, float]:
@@ -58,19 +59,25 @@ def training_metrics(batch: TrainBatch, updates: list[UpdateOutput], target: str
 
 
 def update_metrics(updates: list[UpdateOutput]) -> dict[str, float]:
-    """Means over the step's optimizer steps, of per-token sums each a mean over all tokens of its mini-batch."""
-    steps = []
-    for update in updates:
-        tokens = max(update.token_sums["tokens"], 1.0)
-        means = {name: value / tokens for name, value in update.token_sums.items() if name != "tokens"}
-        steps.append(
-            means | {"loss": update.loss, "grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
-        )
-    metrics = {f"policy/{name}": float(np.mean([step[name] for step in steps])) for name in steps[0]}
-    # Exactly 0 when the update's forward pass repeats the one that gave the old log-probs.
-    metrics["policy/kl_first_update"] = steps[0]["kl"]
-    metrics["policy/updates"] = len(steps)
+    """Means over the step's optimizer steps, of per-token sums each a mean over all tokens of its mini-batch.
+
+    Those that were skipped, whose values may be NaN, are counted and left out; without others there are no means.
+    """
+    metrics = {"policy/updates": sum(not update.skipped for update in updates)}
+    metrics["policy/skipped_updates"] = len(updates) - metrics["policy/updates"]
+    steps = [_update_means(update) for update in updates if not update.skipped]
+    if steps:
+        metrics |= {f"policy/{name}": float(np.mean([step[name] for step in steps])) for name in steps[0]}
+    if not updates[0].skipped:
+        # Exactly 0 when the update's forward pass repeats the one that gave the old log-probs.
+        metrics["policy/kl_first_update"] = steps[0]["kl"]
     return metrics
+
+
+def _update_means(update: UpdateOutput) -> dict[str, float]:
+    tokens = max(update.token_sums["tokens"], 1.0)
+    means = {name: value / tokens for name, value in update.token_sums.items() if name != "tokens"}
+    return means | {"loss": update.loss, "grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
 
 
 def throughput_metrics(metrics: dict[str, float]) -> dict[str, float]:
@@ -92,3 +99,21 @@ def check_mismatch(step: int, metrics: dict[str, float], config: Config) -> None
             f"Step {step}: trainer and engine log-probs differ by {found:.4g} on average, more than "
             f"sync.max_logprob_difference = {limit}: the engines run other weights, or another precision"
         )
+
+
+def check_updates(step: int, before: int, updates: list[UpdateOutput], config: Config, run: RunDirectory) -> int:
+    """Consecutive skipped updates up to now, `before` of them before this step.
+
+    Raises UserError after `faults.max_bad_updates` in a row; it names the checkpoint from which the run can go on.
+    """
+    in_a_row, limit = before, config.faults.max_bad_updates
+    for update in updates:
+        in_a_row = in_a_row + 1 if update.skipped else 0
+        if in_a_row == limit:
+            checkpoint = run.newest_checkpoint()
+            go_on = f"and go on from {checkpoint.path}" if checkpoint else "and start again: there is no checkpoint"
+            raise UserError(
+                f"Step {step}: the loss or gradient of {limit} updates in a row was not finite "
+                f"(faults.max_bad_updates): look for the cause in {run.rollouts_of(step)}, lower optimizer.lr, {go_on}"
+            )
+    return in_a_row

@@ -1,15 +1,22 @@
 """The directory of a run: its config, metrics, rollouts, checkpoints, exports and logs, and its one writer."""
 
+import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import SoftFileLease
 
-from meds_megatron.config import Config, save_config
+from meds_megatron.config import Config, load_config, save_config
+from meds_megatron.config.changes import changes
 from meds_megatron.errors import UserError
+from meds_megatron.trainer.checkpoint_files import Checkpoint, newest, remove_incomplete
+from meds_megatron.trainer.run_lock import check_lock, run_lock
 
 ROLLOUT_SCHEMA = pa.schema(
     [
@@ -39,44 +46,106 @@ ROLLOUT_SCHEMA = pa.schema(
 
 
 class RunDirectory:
-    """Paths of a run's files. `create` claims a directory for a new run; the constructor only names it."""
+    """Paths of a run's files. `claim` makes this process the one that writes them; the constructor only names them."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser().absolute()
+        self._lock: SoftFileLease | None = None
 
-    @classmethod
-    def create(cls, config: Config) -> "RunDirectory":
-        """Claim `config.run_dir` and save the config there; UserError where another run has been or is writing."""
-        run = cls(config.run_dir)
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
-            # Making this folder claims the directory: of two launches at once only one succeeds.
-            run.rollouts.mkdir()
-        except FileExistsError as error:
-            raise UserError(
-                f"{run.path}: there already is a run; give this one a name of its own (name=...), or remove it."
-            ) from error
-        except OSError as error:
-            raise UserError(
-                f"{run.path}: the run directory cannot be made ({error.strerror}); set run_dir=... to a writable place."
-            ) from error
-        save_config(config, run.config)
-        return run
+    @contextmanager
+    def claim(self, config: Config) -> Iterator["RunDirectory"]:
+        """Makes the directory, or resumes the run in it, for as long as the block lasts; saves the config there.
 
-    def discard_if_empty(self, keep_logs: bool = False) -> None:
-        """Removes the directory of a run that ended before its first line of metrics: its name is free again.
-
-        With `keep_logs` the logs stay.
+        Raises UserError where another process trains in it, where a run without checkpoints has been, where settings
+        differ that make it another run (`config.changes`), and where it cannot be written. A run that ends before its
+        first line of metrics leaves its name free, and logs only after an error that is not the user's.
         """
-        if self.metrics.exists() and self.metrics.stat().st_size:
+        with ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.callback(self._remove_if_empty)
+                self._lock = stack.enter_context(run_lock(self.path))
+                self._check_resumable(config)
+                self.rollouts.mkdir(exist_ok=True)
+                save_config(config, self.config)
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: the run directory cannot be written ({error.strerror}); make space there, or set "
+                    "run_dir=... to another place."
+                ) from error
+            keep_logs = True
+            try:
+                yield self
+            except UserError:
+                keep_logs = False
+                raise
+            finally:
+                if not self.started and not self.newest_checkpoint():
+                    self._discard(keep_logs)
+
+    def check_lock(self) -> None:
+        """Raises UserError when the claim has passed to another process."""
+        if self._lock is not None:
+            check_lock(self._lock)
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint to resume from; None where a run starts."""
+        return newest(self.checkpoints)
+
+    def rewind(self, step: int | None) -> None:
+        """Removes what was written after step `step` (None: all of it), a torn last line of metrics, and incomplete
+        checkpoints and exports."""
+        last = -1 if step is None else step
+        remove_incomplete(self.checkpoints)
+        for path in [*self.rollouts.glob("*"), *self.exports.glob(".*"), *self.exports.glob("step_*")]:
+            number = path.name.removeprefix("step_").removesuffix(".parquet")
+            if not number.isdigit() or int(number) > last:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if self.metrics.exists():
+            kept = [line for line in self._metrics_lines() if json.loads(line)["step"] <= last]
+            partial = self.metrics.with_name(f"{self.metrics.name}.partial")
+            partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            os.replace(partial, self.metrics)
+
+    @property
+    def started(self) -> bool:
+        """Whether a line of metrics was written."""
+        return self.metrics.exists() and self.metrics.stat().st_size > 0
+
+    def last_logged_step(self) -> int:
+        """Step of the last whole line of metrics, 0 if there is none."""
+        lines = self._metrics_lines()
+        return json.loads(lines[-1])["step"] if lines else 0
+
+    def _metrics_lines(self) -> list[str]:
+        return self.metrics.read_text(encoding="utf-8").split("\n")[:-1] if self.metrics.exists() else []
+
+    def _check_resumable(self, config: Config) -> None:
+        if not self.config.exists() or not (self.started or self.newest_checkpoint()):
             return
-        logs = self.path / "logs"
-        for path in self.path.iterdir():
-            if path.is_dir() and not (keep_logs and path == logs):
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.is_file():
-                path.unlink(missing_ok=True)
-        if not any(self.path.iterdir()):
+        checkpoint = self.newest_checkpoint()
+        if checkpoint is None and not config.checkpoint.every:
+            raise UserError(
+                f"{self.path}: there already is a run, without checkpoints; give this one a name of its own "
+                "(name=...), or remove it."
+            )
+        free, other = changes(checkpoint.config if checkpoint else load_config(self.config), config)
+        if other and not config.checkpoint.accept_changes:
+            raise UserError(
+                f"{self.path}: there is a run with other settings ({'; '.join(other)}): give this one a name of its "
+                "own (name=...), set them back, or set checkpoint.accept_changes=true to resume with the new ones."
+            )
+        for change in free + other:
+            print(f"meds: resuming with {change}", file=sys.stderr)
+
+    def _discard(self, keep_logs: bool) -> None:
+        for name in ("rollouts", "checkpoints", "hf", "wandb", *([] if keep_logs else ["logs"])):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for path in (self.config, self.metrics):
+            path.unlink(missing_ok=True)
+
+    def _remove_if_empty(self) -> None:
+        with suppress(OSError):
             self.path.rmdir()
 
     @property
@@ -94,14 +163,22 @@ class RunDirectory:
     def rollouts_of(self, step: int) -> Path:
         return self.rollouts / f"step_{step:06d}.parquet"
 
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
     def checkpoint(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step_{step:06d}"
+        return self.checkpoints / f"step_{step:06d}"
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "hf"
 
     def hf_export(self, step: int) -> Path:
-        return self.path / "hf" / f"step_{step:06d}"
+        return self.exports / f"step_{step:06d}"
 
     def save_rollouts(self, step: int, columns: Mapping[str, Sequence]) -> Path:
-        """Write a step's responses, one row each; the file appears whole or not at all.
+        """Write a step's responses, one row each; the file appears whole or not at all. Raises UserError.
 
         `columns` has every column of ROLLOUT_SCHEMA but `step`, all of one length; None where a response has no such
         value (no fingerprint, say, or no advantage because the group was not kept).
@@ -110,9 +187,14 @@ class RunDirectory:
         table = pa.table({**columns, "step": [step] * rows}, schema=ROLLOUT_SCHEMA)
         path = self.rollouts_of(step)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        with open(partial, "wb") as file:
-            pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        try:
+            with open(partial, "wb") as file:
+                pq.write_table(table, file, compression="zstd")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            reason = error.strerror or str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be written ({reason}): make space there and start the run again") from error
         return path

@@ -1,5 +1,6 @@
 """Metrics of a run: a line a step in `metrics.jsonl`, in wandb and on the terminal."""
 
+import errno
 import json
 import logging
 import math
@@ -7,10 +8,12 @@ import netrc
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from urllib.parse import urlparse
 
 from meds_megatron.config import Config
+from meds_megatron.errors import UserError
 from meds_megatron.trainer.console import Console
 from meds_megatron.trainer.run_dir import RunDirectory
 
@@ -24,7 +27,8 @@ class RunLog:
     def __init__(self, run: RunDirectory, config: Config, console: Console, wandb_id: str | None = None):
         """`wandb_id` continues the wandb run of that id."""
         self._console = console
-        self._file = open(run.metrics, "a", encoding="utf-8")
+        self._path = run.metrics
+        self._file = open(run.metrics, "ab", buffering=0)
         self._wandb = _start_wandb(run, config, wandb_id) if config.wandb.enabled else None
 
     @property
@@ -33,13 +37,29 @@ class RunLog:
         return self._wandb.id if self._wandb else None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records a step's metrics, names as `group/name`; a value that is not finite is stored as null."""
+        """Records a step's metrics, names as `group/name`; a value that is not finite is stored as null.
+
+        Raises UserError, and leaves no part of a line, when the file cannot be written.
+        """
         values = {name: _plain_number(value) for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        if missing := [name for name, value in values.items() if value is None]:
+            logger.warning("step %d: not finite: %s", step, ", ".join(missing))
+        self._append(json.dumps({"step": step, **values}) + "\n")
         if self._wandb:
             self._wandb.log(values, step=step)
         self._console.step(step, metrics)
+
+    def _append(self, line: str) -> None:
+        data, end = line.encode(), os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(end)
+            raise UserError(
+                f"{self._path} cannot be written ({error.strerror}): make space there and start the run again"
+            ) from error
 
     def close(self, failed: bool = False) -> None:
         self._file.close()

@@ -19,6 +19,8 @@ class TrainerState:
     prompts_seen: int = 0
     tokens_seen: int = 0
     """Response tokens trained on."""
+    bad_updates: int = 0
+    """Consecutive optimizer updates, up to now, that were skipped because loss or gradient was not finite."""
     wandb_id: str | None = None
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,12 +18,15 @@ class PhaseTimer:
     def __init__(self, console: Console | None = None):
         """`console` shows the phase that is under way."""
         self._console = console
+        self.phase, self.since, self.entered = "start", time.time(), 0
+        """Phase that was entered last, the time since the epoch at which it was, and how many were."""
         self._start_step()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         if self._console:
             self._console.phase(phase)
+        self.phase, self.since, self.entered = phase, time.time(), self.entered + 1
         started = time.perf_counter()
         try:
             yield

@@ -23,6 +23,7 @@ from meds_megatron.data.prompts import Prompt
 from meds_megatron.rollout.producer import GroupProducer, failed_gradings
 from meds_megatron.rollout.samples import PromptGroup
 from meds_megatron.rollout.settings import Sampling
+from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.prompts import Prompts
 from meds_megatron.trainer.timer import PhaseTimer
 from meds_megatron.trainer.weight_sync import WeightSync
@@ -37,16 +38,25 @@ def validation_due(step: int, prompts: Prompts, config: Config) -> bool:
 
 
 def validate(
-    prompts: Sequence[Prompt], config: Config, producer: GroupProducer, weight_sync: WeightSync, timer: PhaseTimer
+    prompts: Sequence[Prompt],
+    config: Config,
+    producer: GroupProducer,
+    weight_sync: WeightSync,
+    timer: PhaseTimer,
+    interruption: Interruption,
 ) -> dict[str, float]:
-    """The metrics of one validation, in which every prompt is generated once."""
+    """The metrics of one validation, in which every prompt is generated once; none of a validation during which a stop
+    is requested, so that the step under way can be finished in time."""
     groups: list[PromptGroup] = []
     with timer("validation"):
         # The same draws every time, so that two validations differ by the policy alone.
         producer.submit(prompts, Sampling.validation(config.rollout), config.train.seed)
         while producer.busy:
+            if interruption.requested.done():
+                logger.warning("a validation was abandoned: its step has no validation metrics")
+                return {}
             weight_sync.refill()
-            groups += producer.advance()
+            groups += producer.advance(interruption.requested)
     failed = failed_gradings(groups)
     lengths = [len(sample.completion.token_ids_R) for group in groups for sample in group.samples]
     if failed:

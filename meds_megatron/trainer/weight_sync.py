@@ -108,10 +108,10 @@ class WeightSync:
     def _finish(self, transfer: "_BucketTransfer", engines: list[int]) -> list[int]:
         """Waits for a bucket and frees its staged memory; returns the engines that have loaded it."""
         # The trainer's side first: a rank that failed fails the loads of all engines with it.
-        staged: list[StagedBucket] = ray.get(list(transfer.staged.values()))
-        sent: list[Checksums] = ray.get(transfer.sent)
+        staged: list[StagedBucket] = self._policy.results(list(transfer.staged.values()))
+        sent: list[Checksums] = self._policy.results(transfer.sent)
         loaded = self._pool.outcomes({engine: transfer.loads[engine] for engine in engines})
-        ray.get([self._on_sender(rank, "release", transfer.bucket) for rank in transfer.staged])
+        self._policy.results([self._on_sender(rank, "release", transfer.bucket) for rank in transfer.staged])
         expected: Checksums = {}
         for checksums in [*(part.checksums for part in staged), *sent]:
             expected |= checksums
@@ -130,13 +130,13 @@ class WeightSync:
         if remote:
             senders = {(route.stage, route.trainer_rank): member for member, route in enumerate(remote)}
             opened = self._on_sender(remote[0].rank, "open_group", engine, len(remote), self._plan.engine_tensor)
-            rendezvous = ray.get(opened)
+            (rendezvous,) = self._policy.results([opened])
         calls = self._pool.call([engine], "connect", self._spec, rendezvous, senders)
         joined = [
             self._on_sender(route.rank, "join_group", engine, rendezvous, member) for member, route in enumerate(remote)
         ]
         connected = bool(self._pool.outcomes(calls))
-        if connected := all(ray.get(joined)) and connected:
+        if connected := all(self._policy.results(joined)) and connected:
             self._connected[engine] = actor
         return connected
 

@@ -1,6 +1,5 @@
 """A Hugging Face directory from the model chunks of all ranks."""
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import nn
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
 from meds_megatron.weights.chunks import local_table, rank_parameters
+from meds_megatron.weights.collective import on_all_ranks
 from meds_megatron.weights.directory import new_directory, writing_directory
 from meds_megatron.weights.gather import iterate_hf
 from meds_megatron.weights.hf_directory import MAX_FILE_BYTES, finish_hf, write_tensors
@@ -60,7 +60,7 @@ def export_hf(
     with ExitStack() as created:
         # Closing `created` gives the directory its name; an error removes it instead.
         for step in (begin, write, finish, created.close):
-            _on_all_ranks(step)
+            on_all_ranks(step, "the export")
 
 
 def _write_stage(
@@ -82,19 +82,3 @@ def _write_stage(
     finally:
         for _ in buckets:
             pass
-
-
-def _on_all_ranks(step: Callable[[], None]) -> None:
-    """Runs `step` on every rank and waits for all; where it fails on one, it fails on all."""
-    failure: Exception | None = None
-    try:
-        step()
-    except Exception as error:
-        failure = error
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    for rank, text in enumerate(failures):
-        if text is not None:
-            raise UserError(f"the export failed on rank {rank}: {text}")

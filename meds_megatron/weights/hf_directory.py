@@ -5,7 +5,6 @@
 
 import json
 import os
-import shutil
 import struct
 from collections.abc import Iterable, Iterator
 from math import prod
@@ -16,27 +15,13 @@ from torch import Tensor
 
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.weights.load import INDEX_FILE, SINGLE_FILE, open_safetensors
+from meds_megatron.weights.hf_weights import INDEX_FILE, SINGLE_FILE, open_safetensors
+from meds_megatron.weights.model_files import copy_model_files
 from meds_megatron.weights.table import HfShape, build_table
 
 MAX_FILE_BYTES = 4 * 2**30
 TYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Types of exported weights, with their names in the safetensors format."""
-
-# Everything beside the weights that makes the directory usable: a model card or training state does not belong here.
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "LICENSE",
-)
 
 
 def write_tensors(
@@ -95,13 +80,6 @@ def finish_hf(shape: ModelShape, directory: str | Path, writing: Path, source: s
     copy_model_files(Path(source), writing)
     _set_dtype(writing / "config.json", str(dtype).removeprefix("torch."))
     _add_chat_template(writing)
-
-
-def copy_model_files(source: Path, target: Path) -> None:
-    """Copies the files of a model directory other than its weights, byte for byte."""
-    for name in MODEL_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
 
 
 def _one_by_one(buckets: Iterable[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

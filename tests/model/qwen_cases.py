@@ -111,6 +111,11 @@ def forward_and_update(
     """One training step with made-up advantages on one rank: a dict of sums and the gradient norm for each update."""
     layout = {name: size for name, size in parallel.items() if name != "data"}
     policy = make_policy(directory, layout, micro_batch, aggregation, loss=loss)
+    return train_step(policy, parallel, micro_batch, aggregation)
+
+
+def train_step(policy, parallel: dict, micro_batch: int = 2, aggregation: str = "token_mean") -> list[dict]:
+    """The training step of `forward_and_update` on a policy that exists."""
     whole = train_batch()
     whole.advantages_B = np.random.default_rng(1).standard_normal(RESPONSES).astype(np.float32)
     whole.loss_weights_B = loss_weights(whole, aggregation)

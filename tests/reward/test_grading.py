@@ -281,7 +281,7 @@ def verify(gold, answer, **settings):
         {source}
     return real(gold, answer, **settings)
 math_verify.verify = verify
-worker.main(int(sys.argv[1]), int(sys.argv[2]))
+worker.main(*map(int, sys.argv[1:]))
 """)
         monkeypatch.setattr(worker, "__file__", str(program))
 
@@ -293,13 +293,13 @@ worker.main(int(sys.argv[1]), int(sys.argv[2]))
     [
         ("raise KeyError('lost')", "KeyError: 'lost'", False),
         ("raise KeyError('x' * 5000)", "KeyError: '" + "x" * 189, False),
-        ("hoard = [bytes(1 << 28) for _ in range(64)]", "MemoryError: more than 4 GiB for '\\\\text{lost}'", True),
+        ("hoard = [bytes(1 << 28) for _ in range(64)]", "MemoryError: more than 1.5 GiB for '\\\\text{lost}'", True),
         ("os._exit(7)", "the grader process ended with exit code 7 on '\\\\text{lost}'", True),
     ],
 )
 def test_a_comparison_that_fails_is_an_error_with_its_reason(patched_worker, source, detail, replaced):
     patched_worker(source)
-    with GraderPool(workers=1, timeout_seconds=60) as pool:
+    with GraderPool(workers=1, timeout_seconds=60, memory_gib=1.5) as pool:
         pool.grade([boxed("1+y")], ["y+1"])
         before = pool.pids
         lost, other = pool.grade([boxed("\\text{lost}"), boxed("1 + x")], ["x", "x + 1"])
@@ -401,7 +401,7 @@ def test_ctrl_c_in_the_terminal_prints_the_drivers_traceback_only():
 
 
 def test_a_grader_whose_parent_is_gone_before_it_starts_ends_at_once():
-    command = [sys.executable, "-P", worker.__file__, "0", str(os.getppid())]
+    command = [sys.executable, "-P", worker.__file__, "0", str(os.getppid()), str(2**30)]
     run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 

@@ -8,7 +8,7 @@ import torch
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.rollout.pool import EnginePool
-from meds_megatron.weights.load import HfWeights
+from meds_megatron.weights.hf_weights import HfWeights
 from meds_megatron.weights.resharding.transfer import WeightSender
 from meds_megatron.weights.resharding.types import StagedBucket, SyncSpec
 

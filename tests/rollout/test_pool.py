@@ -171,7 +171,7 @@ def test_requests_are_answered_one_by_one_by_the_least_loaded_engine(pool):
 
 @pytest.mark.parametrize("seed", [9, None])
 def test_unfinished_requests_of_a_killed_engine_are_generated_by_the_others(pool, model_dir, caplog, seed):
-    before = pool.metrics()
+    pool.metrics()
     process = ray.get(pool.engines[0].actor.__ray_call__.remote(lambda _: os.getpid()))
     numbers = pool.submit(PROMPTS, Sampling(responses=16, max_tokens=100), seed)
     os.kill(process, signal.SIGKILL)
@@ -182,13 +182,12 @@ def test_unfinished_requests_of_a_killed_engine_are_generated_by_the_others(pool
     completions = [made[number] for number in numbers]
     assert [len(of_prompt) for of_prompt in completions] == [16] * len(PROMPTS)
     assert logprob_error(model_dir, PROMPTS, [of_prompt[::7] for of_prompt in completions]) < 1e-4
-    assert pool.metrics()["rollout/engine_restarts"] == before["rollout/engine_restarts"] + 1
-    assert pool.metrics()["rollout/regenerated_prompts"] == before["rollout/regenerated_prompts"] + 3
+    assert pool.metrics() == {"rollout/engine_restarts": 1, "rollout/regenerated_prompts": 3}
     assert caplog.text.count("engine 0 on node 0 failed and is restarted: ") == 1
     pool._wait_until_started()
     assert [engine.health.state for engine in pool.engines] == [EngineState.FRESH] * 2
     assert logprob_error(model_dir, PROMPTS, pool.generate(PROMPTS, SAMPLING, seed=10)) < 1e-4
-    assert pool.metrics()["rollout/engine_restarts"] == before["rollout/engine_restarts"] + 1
+    assert pool.metrics()["rollout/engine_restarts"] == 0
 
 
 def test_an_engine_with_unfinished_requests_refuses_a_weight_update(pool):

@@ -17,8 +17,9 @@ class ScriptedPool(EnginePool):
 
     def __init__(self):
         self.calls: list[tuple] = []
-        self.regenerated_prompts = 0
-        self._disk_version, self._queue = None, deque()
+        self.restarts = self.regenerated_prompts = 0
+        self._disk_version, self._queue, self._alarm = None, deque(), Future()
+        self._run_dir = ""
         self._numbers = self._batches = iter(range(100))
         self._sleeps, self.asleep = True, False
         self.engines = [Engine(e, 0, {}, EngineHealth(e, 3, EngineState.FRESH)) for e in range(2)]

@@ -64,3 +64,19 @@ def test_new_pins_are_installed(checkout):
     pyproject = checkout / "pyproject.toml"
     pyproject.write_text(pyproject.read_text().replace("2.13.0", "2.14.0"))
     assert bash(checkout, "set_up").returncode == 1
+
+
+def test_a_login_node_without_a_gpu_can_install_for_cuda(checkout):
+    stamp(checkout, "cuda")
+    python = checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
+    setup = ["bash", "tools/setup.sh"]
+    assert subprocess.run([*setup, "cuda"], cwd=checkout, capture_output=True, text=True).stderr == ""
+    chosen = subprocess.run(
+        ["bash", "-c", "source tools/setup.sh; device"], cwd=checkout, capture_output=True, text=True
+    )
+    assert chosen.stdout == "cuda\n"
+    wrong = subprocess.run([*setup, "gpu"], cwd=checkout, capture_output=True, text=True)
+    assert wrong.returncode == 1 and "no device gpu to install for" in wrong.stderr

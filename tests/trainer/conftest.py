@@ -6,16 +6,6 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def small_model(tmp_path_factory) -> Path:
-    """The arithmetic model after a short warm-up: it answers in boxes, mostly wrongly."""
-    from meds_megatron.embedded.arithmetic_model import WarmUp, make_arithmetic_model
-
-    directory = tmp_path_factory.mktemp("model")
-    make_arithmetic_model(directory, "shared", WarmUp(steps=250))
-    return directory
-
-
-@pytest.fixture(scope="session")
 def published_run(small_model, tmp_path_factory, cpu_engines) -> Path:
     """The directory of a finished run of 3 steps over the same 6 problems in each, on PP2 x DP2.
 

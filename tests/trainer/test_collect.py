@@ -13,6 +13,7 @@ from meds_megatron.errors import UserError
 from meds_megatron.reward.grading import Grade
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 from meds_megatron.trainer.collect import collect, shortfall
+from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.state import TrainerState
 from meds_megatron.trainer.timer import PhaseTimer
 
@@ -35,7 +36,7 @@ class ScriptedProducer:
 
     generating = busy
 
-    def advance(self):
+    def advance(self, *_):
         number, prompt = self._submitted.popitem()
         completion = Completion(np.array([1, 2, 3]), np.zeros(3, np.float32), "", "stop", 0)
         correct = [n < self._right[prompt.token_ids[0]] for n in range(RESPONSES)]
@@ -57,7 +58,16 @@ def collected(right: list[int], failing: tuple[int, ...] = (), **settings):
     weight_sync = SimpleNamespace(refill=lambda: None)
     pool = SimpleNamespace(asleep=False)
     found = collect(
-        state, prompts, config, ScriptedProducer(right, failing), weight_sync, pool, None, None, PhaseTimer()
+        state,
+        prompts,
+        config,
+        ScriptedProducer(right, failing),
+        weight_sync,
+        pool,
+        None,
+        None,
+        PhaseTimer(),
+        Interruption(),
     )
     return found, shortfall(found, config)
 

@@ -57,9 +57,9 @@ def test_every_step_is_made_with_all_its_responses(run):
 
 def test_failures_are_counted_and_logged(run):
     metrics, output, logs = run
-    assert [line["rollout/engine_restarts"] for line in metrics] == [0, 1, 2, 2, 2]
+    assert [line["rollout/engine_restarts"] for line in metrics] == [0, 1, 1, 0, 0]
     regenerated = [line["rollout/regenerated_prompts"] for line in metrics]
-    assert regenerated[0] == 0 and regenerated[1] > 0 and len(set(regenerated[1:])) == 1
+    assert regenerated[1] > 0 == regenerated[0] == sum(regenerated[2:])
     assert output.count("killing process") == 2
     assert output.count("failed and is restarted") == 2
     assert logs["driver"].count("failed and is restarted") == logs["driver"].count("all that engine") == 2

@@ -9,6 +9,7 @@ import ray
 from meds_megatron.config import Config, MemoryConfig
 from meds_megatron.memory import MemoryShard
 from meds_megatron.trainer.error_memory import NO_ANSWER, ErrorMemory
+from meds_megatron.trainer.supervision import Supervisor
 
 LAYERS = 16
 RESPONSES = 120
@@ -64,7 +65,7 @@ def test_lookups_do_not_depend_on_the_number_of_shards(shards, plain_shard):
     ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
     try:
         placement = SimpleNamespace(options=lambda place, env_vars: {"num_cpus": 0})
-        memory = ErrorMemory(config, placement)
+        memory = ErrorMemory(config, placement, Supervisor(""))
         found = []
         for step in range(STEPS):
             drawn = [draw(2 * step), draw(2 * step + 1)]

@@ -17,8 +17,10 @@ from meds_megatron.reward.grading import Grade, GraderPool
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 from meds_megatron.trainer import loop
 from meds_megatron.trainer.error_memory import ErrorMemory
+from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.prompts import Prompts
 from meds_megatron.trainer.state import TrainerState
+from meds_megatron.trainer.supervision import Supervisor
 from meds_megatron.trainer.timer import PhaseTimer
 
 LAYERS = 14
@@ -43,7 +45,7 @@ class ScriptedProducer:
 
     generating = busy
 
-    def advance(self) -> list[PromptGroup]:
+    def advance(self, *_) -> list[PromptGroup]:
         prompts, self._submitted = self._submitted, []
         return [self._group(prompt) for prompt in prompts]
 
@@ -87,7 +89,7 @@ class ScriptedPolicy:
         self.calls.append("update")
         self.updated.append(len(batch))
         sums = dict.fromkeys(("tokens", "kl", "ratio", "clip_fraction", "dual_clip_fraction"), 1.0)
-        return [UpdateOutput(0.0, sums, 0.0, 0.0)]
+        return [UpdateOutput(0.0, sums, 0.0, 0.0, skipped=False)]
 
 
 class RecordedPool:
@@ -132,7 +134,7 @@ def memories():
 
     def memory_of(config: Config) -> ErrorMemory:
         if config.memory.method not in started:
-            started[config.memory.method] = ErrorMemory(config, placement)
+            started[config.memory.method] = ErrorMemory(config, placement, Supervisor(""))
         return started[config.memory.method]
 
     yield memory_of
@@ -166,9 +168,11 @@ def train(memories, request):
                 WeightSyncWithoutEngines(calls),
                 ScriptedProducer(script, state, graders, calls),
                 memories(config),
-                SimpleNamespace(save_rollouts=lambda step, columns: rollouts.append(columns)),
+                SimpleNamespace(step_finished=lambda state: None),
+                SimpleNamespace(started=True, save_rollouts=lambda step, columns: rollouts.append(columns)),
                 SimpleNamespace(log=lambda step, values: metrics.append(values)),
                 PhaseTimer(),
+                Interruption(),
             )
         return rollouts, policy
 

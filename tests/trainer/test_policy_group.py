@@ -29,7 +29,7 @@ def test_outputs_return_to_their_rows(rows, ranks):
 
 def test_an_update_is_the_sum_over_the_data_parallel_ranks():
     parts = (
-        UpdateOutput(0.5, {"tokens": 3.0, "kl": 0.25}, 2.0, 1e-6),
-        UpdateOutput(1.0, {"tokens": 5.0, "kl": 1.0}, 2.0, 1e-6),
+        UpdateOutput(0.5, {"tokens": 3.0, "kl": 0.25}, 2.0, 1e-6, skipped=False),
+        UpdateOutput(1.0, {"tokens": 5.0, "kl": 1.0}, 2.0, 1e-6, skipped=False),
     )
-    assert add_up(parts) == UpdateOutput(1.5, {"tokens": 8.0, "kl": 1.25}, 2.0, 1e-6)
+    assert add_up(parts) == UpdateOutput(1.5, {"tokens": 8.0, "kl": 1.25}, 2.0, 1e-6, skipped=False)

@@ -1,14 +1,18 @@
+import math
+
 import numpy as np
 import pytest
 
 from meds_megatron.actor.train_batch import TrainBatch, UpdateOutput
 from meds_megatron.config import Config
 from meds_megatron.errors import UserError
-from meds_megatron.trainer.report import check_mismatch, training_metrics, update_metrics
+from meds_megatron.trainer.checkpoint_files import mark_complete, write_state
+from meds_megatron.trainer.report import check_mismatch, check_updates, training_metrics, update_metrics
+from meds_megatron.trainer.run_dir import RunDirectory
 
 UPDATES = [
-    UpdateOutput(1.5, {"tokens": 10.0, "kl": 0.0, "ratio": 10.0, "clip_fraction": 1.0}, 2.0, 1e-6),
-    UpdateOutput(0.5, {"tokens": 30.0, "kl": 3.0, "ratio": 33.0, "clip_fraction": 6.0}, 4.0, 1e-6),
+    UpdateOutput(1.5, {"tokens": 10.0, "kl": 0.0, "ratio": 10.0, "clip_fraction": 1.0}, 2.0, 1e-6, skipped=False),
+    UpdateOutput(0.5, {"tokens": 30.0, "kl": 3.0, "ratio": 33.0, "clip_fraction": 6.0}, 4.0, 1e-6, skipped=False),
 ]
 
 
@@ -41,6 +45,44 @@ def test_every_metric_of_a_loss_is_reported_as_a_mean_over_tokens():
     assert metrics["policy/clip_fraction"] == pytest.approx((1 / 10 + 6 / 30) / 2)
     assert metrics["policy/kl"] == pytest.approx(0.05) and metrics["policy/kl_first_update"] == 0.0
     assert metrics["policy/updates"] == 2 and "policy/tokens" not in metrics
+
+
+def skipped(loss: float = math.nan) -> UpdateOutput:
+    return UpdateOutput(loss, {"tokens": 10.0, "kl": math.nan}, math.inf, 1e-6, skipped=True)
+
+
+def test_skipped_updates_are_counted_and_left_out_of_the_means():
+    metrics = update_metrics([skipped(), *UPDATES, skipped(math.inf)])
+    expected = update_metrics(UPDATES)
+    # The update that repeats the forward pass of the old log-probs was skipped.
+    del expected["policy/kl_first_update"]
+    assert metrics == expected | {"policy/skipped_updates": 2}
+    assert update_metrics([skipped()]) == {"policy/updates": 0, "policy/skipped_updates": 1}
+    assert all(map(math.isfinite, training_metrics(batch(), [*UPDATES, skipped()], "wrong").values()))
+
+
+@pytest.mark.parametrize(
+    ("before", "made", "count"),
+    [(0, "", 0), (2, "", 2), (1, "ok", 0), (0, "x", 1), (1, "x", 2), (2, "ok x", 1), (0, "x ok", 0), (2, "ok x x", 2)],
+)
+def test_bad_updates_in_a_row_are_counted_from_step_to_step(before, made, count):
+    updates = [UPDATES[0] if update == "ok" else skipped() for update in made.split()]
+    assert check_updates(7, before, updates, Config(), RunDirectory("unused")) == count
+
+
+@pytest.mark.parametrize(("before", "made"), [(0, "x x x"), (2, "x ok"), (1, "x x ok ok"), (2, "ok x x x ok")])
+def test_bad_updates_in_a_row_stop_the_run_with_the_last_checkpoint(before, made, tmp_path):
+    updates = [UPDATES[0] if update == "ok" else skipped() for update in made.split()]
+    run = RunDirectory(tmp_path)
+    with pytest.raises(UserError, match="Step 7: .* 3 updates in a row .*, and start again: there is no checkpoint$"):
+        check_updates(7, before, updates, Config(), run)
+    for step in (2, 5, 6):
+        run.checkpoint(step).mkdir(parents=True)
+        write_state(run.checkpoint(step), {"step": step}, {})
+        if step < 6:
+            mark_complete(run.checkpoint(step))
+    with pytest.raises(UserError, match=f"lower optimizer.lr, and go on from {run.checkpoint(5)}$"):
+        check_updates(7, before, updates, Config(), run)
 
 
 def test_a_step_that_trains_on_nothing_reports_no_training_metrics():

@@ -117,4 +117,7 @@ def test_a_second_run_does_not_write_into_the_first(run):
     command += ["model.make=no", "model.path=" + str(run / "hf" / f"step_{STEPS:06d}")]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2
-    assert "there already is a run" in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
+    assert (
+        "there is a run with other settings (model.path: " in refused.stderr
+        and len(refused.stderr.strip().splitlines()) == 1
+    )

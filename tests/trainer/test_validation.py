@@ -11,6 +11,7 @@ from meds_megatron.data.problems import Problem
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.reward.grading import Grade
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
+from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.timer import PhaseTimer
 from meds_megatron.trainer.validation import pass_at_k, validate
 
@@ -25,7 +26,7 @@ class ScriptedProducer:
         assert all(len(prompt.problem.question) == sampling.responses for prompt in prompts)
         assert seed is not None, "two validations draw the same samples"
 
-    def advance(self):
+    def advance(self, *_):
         self.busy = False
         completion = Completion(np.array([1, 2, 3]), np.zeros(3, np.float32), "", "stop", 0)
         return [
@@ -40,7 +41,7 @@ def validated(*spelled: tuple[str, str]) -> dict[str, float]:
     config.rollout.validation_responses = len(spelled[0][1])
     prompts = [Prompt(Problem(f"{dataset}:{i}", o, "7", dataset), [i]) for i, (dataset, o) in enumerate(spelled)]
     weight_sync = SimpleNamespace(refill=lambda: None)
-    metrics = validate(prompts, config, ScriptedProducer(), weight_sync, PhaseTimer())
+    metrics = validate(prompts, config, ScriptedProducer(), weight_sync, PhaseTimer(), Interruption())
     return {name.removeprefix("validation/"): value for name, value in metrics.items()}
 
 

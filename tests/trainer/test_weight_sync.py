@@ -10,7 +10,6 @@ from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
 from meds_megatron.rollout.health import EngineHealth, EngineState
 from meds_megatron.rollout.pool import Engine, EnginePool
-from meds_megatron.trainer import weight_sync
 from meds_megatron.trainer.weight_sync import WeightSync, compare
 from meds_megatron.weights.resharding.types import StagedBucket
 
@@ -37,6 +36,9 @@ class ScriptedPolicy:
         mine.remove(bucket)
         return None
 
+    def results(self, calls):
+        return calls
+
 
 class ScriptedPool(EnginePool):
     """Engines that return at once; `failing` is the number of the call of a method at which an engine fails."""
@@ -55,6 +57,11 @@ class ScriptedPool(EnginePool):
             return ray.exceptions.RayActorError()
         return {("tensor", (arguments[0],), 0): arguments[0]} if method == "load_bucket" else None
 
+    def _get(self, reference):
+        if isinstance(reference, Exception):
+            raise reference
+        return reference
+
     def _restart(self, engine, error):
         engine.health.failed("killed")
 
@@ -63,14 +70,7 @@ class ScriptedPool(EnginePool):
 
 
 @pytest.fixture
-def synced(monkeypatch):
-    def get(values):
-        if isinstance(values, Exception):
-            raise values
-        return values
-
-    monkeypatch.setattr(weight_sync.ray, "get", get)
-
+def synced():
     def run(pool: ScriptedPool, **settings) -> tuple[WeightSync, ScriptedPolicy]:
         config, policy = Config(), ScriptedPolicy()
         config.cluster.ranks_per_node, config.parallel.pipeline = 2, 2
@@ -135,13 +135,12 @@ def test_all_engines_may_fail_in_one_update(synced):
 
 
 @pytest.mark.parametrize("error", [ray.exceptions.OutOfMemoryError("killed"), ray.exceptions.RayActorError()])
-def test_all_errors_that_ray_reports_of_an_engine_are_its_failure(monkeypatch, error):
+def test_all_errors_that_ray_reports_of_an_engine_are_its_failure(error):
     def lost(_):
         raise error
 
     restarted = []
-    monkeypatch.setattr(ray, "get", lost)
-    pool = SimpleNamespace(engines=["engine"], _restart=lambda *what: restarted.append(what))
+    pool = SimpleNamespace(engines=["engine"], _get=lost, _restart=lambda *what: restarted.append(what))
     assert EnginePool.outcomes(pool, {0: None}) == {}
     assert restarted == [("engine", error)]
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.weights.load import HfWeights
+from meds_megatron.weights.hf_weights import HfWeights
 from meds_megatron.weights.table import build_table
 
 TIED = ModelShape("qwen3", 16, 2, 4, 2, 4, 24, 30, True, 1e6, 1e-6, 64)

@@ -98,7 +98,7 @@ class CheckpointWeights:
         _check_complete(self.directory)
         self.shape = ModelShape.from_hf(self.directory)
         self.table = build_table(self.shape)
-        metadata = _read_metadata(self.directory / METADATA_FILE)
+        metadata = read_metadata(self.directory / METADATA_FILE)
         stored = metadata.state_dict_metadata
         self._tensors = {key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
         self._places = self._find()
@@ -214,7 +214,7 @@ def _check_complete(directory: Path) -> None:
         )
 
 
-def _read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Path) -> Metadata:
     """The description of a checkpoint, a pickle, which could run anything: only known classes are loaded.
 
     Raises UserError when the file is damaged or needs another class.

@@ -28,8 +28,9 @@ from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
 from meds_megatron.weights.conversion.checkpoint import BACKEND, CheckpointWeights, is_checkpoint, stored_name
 from meds_megatron.weights.directory import new_directory
-from meds_megatron.weights.hf_directory import MAX_FILE_BYTES, TYPE_CODES, copy_model_files, finish_hf, write_tensors
-from meds_megatron.weights.load import HfWeights
+from meds_megatron.weights.hf_directory import MAX_FILE_BYTES, TYPE_CODES, finish_hf, write_tensors
+from meds_megatron.weights.hf_weights import HfWeights
+from meds_megatron.weights.model_files import copy_model_files
 from meds_megatron.weights.table import MegatronParameter, Table, build_table
 
 CHUNK_BYTES = 16 * 2**20

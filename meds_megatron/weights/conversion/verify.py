@@ -13,7 +13,7 @@ from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
 from meds_megatron.weights.conversion.checkpoint import CheckpointWeights, is_checkpoint
 from meds_megatron.weights.conversion.convert import to_hf
-from meds_megatron.weights.load import HfWeights
+from meds_megatron.weights.hf_weights import HfWeights
 from meds_megatron.weights.table import Table, build_table
 
 LOGPROB_LIMIT = 1e-4
@@ -162,7 +162,7 @@ def text_tokens(directory: str | Path, text: str) -> list[int]:
     if not text.strip():
         raise UserError("the text to compare log-probs on is empty: give a longer one")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         if not tokens:
             # transformers makes an empty tokenizer of a directory without one.
@@ -183,7 +183,9 @@ def token_logprobs(directory: str | Path, tokens: list[int]) -> Tensor:
     """Natural log-probabilities [T'] of all tokens but the first of each window, computed in float32."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
     parts = []
     for begin in range(0, len(tokens), WINDOW):
         window_T = torch.tensor(tokens[begin : begin + WINDOW])

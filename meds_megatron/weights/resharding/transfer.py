@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meds_megatron.weights.resharding.plan import Transfer
+from meds_megatron.weights.resharding.shared_directory import remove_unclaimed
 from meds_megatron.weights.resharding.transport import TransferGroup, local_transport, open_rendezvous
 from meds_megatron.weights.resharding.types import Checksums, Rendezvous, StagedBucket, SyncSpec
 from meds_megatron.weights.table import TensorSlice
@@ -102,9 +103,10 @@ class WeightSender:
         return sums
 
     def close(self) -> None:
-        """Leaves all groups and removes staged weights from this node."""
+        """Leaves all groups and removes from this node what the run and killed processes have in shared memory."""
         self.groups.clear()
         shutil.rmtree(self._directory, ignore_errors=True)
+        remove_unclaimed()
 
     def _transfers(self, bucket: int) -> list[Transfer]:
         return [transfer for transfer in self._plan.transfers(bucket) if transfer.trainer_rank == self._trainer_rank]

@@ -5,6 +5,7 @@ rank's GPU memory between GPUs (`CudaIpc`). Between nodes: a process group (`Tra
 GPUs.
 """
 
+import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +18,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from meds_megatron.errors import UserError
+from meds_megatron.weights.resharding.shared_directory import claim, remove_unclaimed
 from meds_megatron.weights.resharding.types import Rendezvous
+from meds_megatron.weights.store import open_store
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=5)
 """For the members of a transfer group to join, and for one message."""
@@ -52,17 +57,22 @@ class SharedFile:
 
 
 class SharedMemory:
-    """Files in a directory of the node's shared memory, which is created where it is missing."""
+    """Files in a directory of the node's shared memory. A writer creates it where it is missing, after it has removed
+    those of killed processes."""
 
     def __init__(self, directory: str | Path):
         self._directory = Path(directory)
+        self._claim: int | None = None
 
     def put(self, name: str, parts: list[Tensor], dtype: torch.dtype) -> SharedFile:
         """Raises UserError when the shared memory is full or cannot be written to."""
         path = self._directory / name
         file = SharedFile(str(path), sum(part.numel() for part in parts), dtype)
         try:
-            self._directory.mkdir(mode=0o700, exist_ok=True)
+            if self._claim is None:
+                for left_over in remove_unclaimed(self._directory.parent):
+                    logger.info("removed %s, which a killed process left", left_over)
+                self._claim = claim(self._directory)
             _allocate(path, file.elements * dtype.itemsize)
         except OSError as error:
             path.unlink(missing_ok=True)
@@ -159,7 +169,7 @@ class TransferGroup:
 
 def open_rendezvous(host: str, senders: int, receivers: int) -> tuple[Rendezvous, dist.TCPStore]:
     """A rendezvous at a free port of this machine; it exists as long as the returned store is kept."""
-    store = dist.TCPStore(host, 0, senders + receivers, is_master=True, wait_for_workers=False)
+    store = open_store(host, senders + receivers)
     return Rendezvous(host, store.port, senders, receivers), store
 
 

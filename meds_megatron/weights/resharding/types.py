@@ -1,15 +1,11 @@
 """Types that trainer ranks and engine ranks exchange in a weight update. Imports neither torch, vllm nor megatron."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.weights.resharding.plan import ReshardPlan
-
-SHARED_MEMORY = Path("/dev/shm")
-"""File system in the memory of a node; `SyncSpec.directory` is a directory in it."""
 
 Checksums = dict[tuple[str, tuple[int, ...], int], int]
 """Checksums of tensor slices by Hugging Face name, first index of the slice and engine rank."""

@@ -9,7 +9,7 @@ from megatron.core import dist_checkpointing
 
 from meds_megatron.actor.process_group import form_groups
 from meds_megatron.config import ParallelConfig
-from meds_megatron.weights.hf_directory import MODEL_FILES
+from meds_megatron.weights.model_files import MODEL_FILES
 from tests.weights.round_trip import Case, load
 
 

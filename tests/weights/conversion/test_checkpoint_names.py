@@ -12,7 +12,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
 from meds_megatron.weights.conversion.convert import to_hf
-from meds_megatron.weights.load import HfWeights
+from meds_megatron.weights.hf_weights import HfWeights
 from meds_megatron.weights.table import build_table
 from tests.weights.conversion.checkpoint_ranks import copy_files
 from tests.weights.hf_cases import make_source, tensors_in, unequal

@@ -14,7 +14,7 @@ from meds_megatron.errors import UserError
 from meds_megatron.weights.conversion.checkpoint import is_checkpoint
 from meds_megatron.weights.conversion.convert import to_hf, to_mcore
 from meds_megatron.weights.directory import new_directory, writing_directory
-from meds_megatron.weights.load import HfWeights
+from meds_megatron.weights.hf_weights import HfWeights
 from tests.weights.hf_cases import make_source, tensors_in
 
 

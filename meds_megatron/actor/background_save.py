@@ -1,0 +1,92 @@
+"""A save strategy for megatron-core's dist_checkpointing that writes on a thread of the rank.
+
+megatron-core's own strategy forks a process that writes. A rank is a Ray actor with threads of gRPC, NCCL and gloo,
+which a fork must not copy; a copy in host memory and a thread do without. The part on the critical path is the planning
+and the copy.
+"""
+
+from dataclasses import replace
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.base import AsyncSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
+    save_state_dict_async_finalize,
+    save_state_dict_async_plan,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+
+class BackgroundSave(AsyncSaveShardedStrategy):
+    """The `torch_dist` format. `async_save` returns when the tensors are copied: training may go on and change them."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def can_handle_sharded_objects(self) -> bool:
+        return True
+
+    def async_save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> AsyncRequest:
+        """Plans the save with all ranks and copies this rank's share. The request's function writes it and may run on
+        any thread; its `finalize_fns` are collectives."""
+        shares, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        writer = _CopyingWriter(checkpoint_dir)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(shares), writer, planner=planner)
+        return AsyncRequest(writer.write, (), [partial(save_state_dict_async_finalize, *planned)])
+
+
+class _CopyingWriter(FileSystemWriter):
+    """torch's writer in two parts: `prepare_write_data` copies, `write` writes the copies to one file."""
+
+    can_run_decentralized_global_plan = True
+
+    def prepare_decentralized_global_plan(self, plan: SavePlan) -> SavePlan:
+        return replace(plan, storage_data=_StoragePrefix(f"__{dist.get_rank()}_"))
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        copies = {item.index: _copy(planner.resolve_data(item)) for item in plan.items}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._plan, self._planner = plan, _Copies(copies)
+        self._results: list[WriteResult] = []
+
+    def write(self) -> None:
+        """Raises OSError, or torch's RuntimeError in its place, when the file system refuses."""
+        self._results = self.write_data(self._plan, self._planner).wait()
+
+    def retrieve_write_results(self) -> list[WriteResult]:
+        return self._results
+
+
+class _Copies(DefaultSavePlanner):
+    def __init__(self, copies: dict) -> None:
+        super().__init__()
+        self._copies = copies
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
+        # Freed as soon as it is written.
+        return self._copies.pop(write_item.index)
+
+
+def _copy(data: Tensor | BytesIO) -> Tensor | BytesIO:
+    """In host memory that a GPU copies to without waiting; torch keeps such memory for the next save."""
+    if not isinstance(data, Tensor):
+        return data
+    copy = torch.empty(data.shape, dtype=data.dtype, device="cpu", pin_memory=data.is_cuda)
+    return copy.copy_(data, non_blocking=True)

@@ -1,0 +1,229 @@
+"""`python -m meds_megatron.launch.node CONFIG [KEY=VALUE]...`: the task of a Slurm job on one of its nodes.
+
+Every task runs Ray until the job is over; the first one has Ray's head and the process of `meds train`. `launch.job`
+starts the tasks and tells them over a connection when to do what; a task whose connection ends stops by itself.
+
+Nothing collides with another job on the node: Ray's and all temporary files are in a directory of this start of the
+job, every port is one that was free, and only descendants of this process are ended.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from multiprocessing.connection import Client
+from pathlib import Path
+
+from meds_megatron.config import Config, load_config
+from meds_megatron.config.validate import validate
+from meds_megatron.errors import UserError
+from meds_megatron.launch import processes
+from meds_megatron.launch.slurm import EXIT_REQUEUE, SlurmJob
+from meds_megatron.weights.resharding.shared_directory import remove_unclaimed
+
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+CANCEL_SECONDS = 15
+"""From SIGTERM to the end of the run: Slurm sends SIGKILL after its KillWait, by default 30 seconds."""
+KILL_SECONDS = 5
+START_TRIES = 3
+LONGEST_DIRECTORY = 40
+"""Characters: the path of a socket may have 107, of which Ray adds 60."""
+
+
+class NodeTask:
+    """The processes of a job on this node. `address` is that of `launch.job`, on the first node."""
+
+    def __init__(self, job: SlurmJob, number: int, address: tuple[str, int], token: str, train: Sequence[str]):
+        self._number, self._address, self._token, self._train = number, address, token, train
+        self.directory = make_directory(job)
+        self._environment = environment(self.directory, token)
+        self._driver: subprocess.Popen | None = None
+        self._ray_address = ""
+
+    def run(self) -> None:
+        """Returns when the job is over."""
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        with Client(self._address, authkey=self._token.encode()) as connection, ExitStack() as stack:
+            stack.callback(self._clean_up)
+            connection.send(self._number)
+            self._send = connection.send
+            if self._number == 0:
+                self._start_head()
+            while True:
+                try:
+                    message, value = connection.recv()
+                except (EOFError, ConnectionError):
+                    return
+                if message == "end":
+                    return
+                self._on_message(message, value)
+
+    def _on_message(self, message: str, value: str | None) -> None:
+        if message == "join":
+            self._ray_address = value
+            if self._number > 0:
+                self._start_ray(f"--address={value}")
+            self._send(("ready", self._number))
+        elif message == "run":
+            threading.Thread(target=self._run_driver, daemon=True).start()
+        elif message in ("save", "terminate"):
+            self._signal_driver(signal.SIGUSR1 if message == "save" else signal.SIGTERM)
+
+    def _on_signal(self, number: int, _) -> None:
+        """Slurm sends a job's signals to every task, and where it does not use cgroups to every process."""
+        self._signal_driver(number)
+        if number != signal.SIGUSR1:
+            # The connection tells when the run has ended; this is for a run that does not.
+            signal.signal(signal.SIGALRM, self._on_alarm)
+            signal.alarm(CANCEL_SECONDS)
+
+    def _on_alarm(self, *_) -> None:
+        raise SystemExit(EXIT_FAILURE)
+
+    def _start_head(self) -> None:
+        for _ in range(START_TRIES):
+            self._ray_address = f"{self._address[0]}:{free_port()}"
+            port = self._ray_address.rpartition(":")[2]
+            extra = [f"--ray-client-server-port={free_port()}", "--include-dashboard=false"]
+            try:
+                self._start_ray("--head", f"--port={port}", *extra)
+            except RuntimeError as error:
+                reason = error
+            else:
+                self._send(("address", self._ray_address))
+                return
+        raise reason
+
+    def _start_ray(self, *options: str) -> None:
+        """Raises RuntimeError, with what Ray printed, if it does not start."""
+        command = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", *options),
+            *(f"--node-ip-address={own_address(self._address)}", f"--temp-dir={self.directory}/ray"),
+            *("--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"),
+            *("--disable-usage-stats", *gpu_options()),
+        ]
+        done = subprocess.run(command, env=self._environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"Ray did not start on {socket.gethostname()}:\n{done.stdout}{done.stderr}")
+
+    def _run_driver(self) -> None:
+        command = [sys.executable, "-m", "meds_megatron.cli", "train", *self._train]
+        command.append(f"cluster.address={self._ray_address}")
+        self._driver = subprocess.Popen(command, env=self._environment, preexec_fn=processes.ends_with_parent)
+        code = self._driver.wait()
+        if code == -signal.SIGUSR1:
+            code = EXIT_REQUEUE  # Before the run handled signals: there is nothing to save.
+        self._send(("ended", 128 - code if code < 0 else code))
+
+    def _signal_driver(self, number: int) -> None:
+        if self._driver is not None and self._driver.poll() is None:
+            self._driver.send_signal(number)
+
+    def _clean_up(self) -> None:
+        """Ends all processes of the job on this node and removes what they leave behind."""
+        left = processes.shared_files(processes.descendants())
+        processes.kill_descendants(KILL_SECONDS)
+        processes.remove(left | {self.directory})
+        remove_unclaimed(processes.SHARED_MEMORY)
+
+
+def make_directory(job: SlurmJob) -> Path:
+    """A new directory for temporary files on this node. Those of earlier starts of the job are removed."""
+    base = Path(tempfile.gettempdir())
+    if len(str(base)) > LONGEST_DIRECTORY - len("/meds-123456789.99"):
+        base = Path("/tmp")
+    for earlier in base.glob(f"meds-{job.id}.*"):
+        shutil.rmtree(earlier, ignore_errors=True)
+    directory = base / f"meds-{job.label}"
+    directory.mkdir(mode=0o700)
+    return directory
+
+
+def environment(directory: Path, token: str) -> dict[str, str]:
+    """Environment of the job's processes on this node; Ray takes only those into the cluster that know the token."""
+    token_file = directory / "token"
+    token_file.touch(mode=0o600)
+    token_file.write_text(token)
+    return {
+        **os.environ,
+        "TMPDIR": str(directory),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def gpu_options() -> list[str]:
+    """The GPUs that Slurm gave this task; without such a list Ray finds those of the node by itself."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [] if visible is None else [f"--num-gpus={len([gpu for gpu in visible.split(',') if gpu])}"]
+
+
+def own_address(peer: tuple[str, int]) -> str:
+    """The address of this node on its way to `peer`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(peer)
+        return probe.getsockname()[0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def job_settings(config: Config, nodes: int, overrides: Sequence[str]) -> list[str]:
+    """Overrides that fit `config` to a job of `nodes` nodes.
+
+    All nodes but those of `rollout.nodes` are the trainer's. The number of engines grows with the nodes that they are
+    on, unless `overrides` sets it.
+    """
+    trainer_nodes = nodes - (config.rollout.nodes or 0)
+    if trainer_nodes < 1:
+        raise UserError(
+            f"rollout.nodes = {config.rollout.nodes}, but the job has {nodes} nodes and the trainer needs one; "
+            "start it with more (sbatch --nodes=...) or lower rollout.nodes."
+        )
+    settings = [f"cluster.nodes={trainer_nodes}"]
+    engines, remainder = divmod(config.rollout.engines * trainer_nodes, config.cluster.nodes)
+    chosen = any(override.partition("=")[0] == "rollout.engines" for override in overrides)
+    if config.rollout.nodes is None and not chosen and trainer_nodes != config.cluster.nodes:
+        if remainder:
+            raise UserError(
+                f"rollout.engines = {config.rollout.engines} on cluster.nodes = {config.cluster.nodes} nodes cannot be "
+                f"scaled to the job's {nodes} nodes; set rollout.engines=..."
+            )
+        settings.append(f"rollout.engines={engines}")
+    return settings
+
+
+def main(arguments: Sequence[str]) -> int:
+    job = SlurmJob.from_environment()
+    number = int(os.environ["SLURM_PROCID"])
+    given = json.loads(sys.stdin.readline())
+    config_file, *overrides = arguments
+    try:
+        settings = job_settings(load_config(config_file, overrides), job.nodes, overrides)
+        validate(load_config(config_file, [*overrides, *settings]))
+    except UserError as error:
+        if number == 0:
+            print(f"meds: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    processes.adopt_orphans()
+    # Slurm's name for the address from which the tasks were started, that of the first node.
+    address = (os.environ["SLURM_LAUNCH_NODE_IPADDR"], given["port"])
+    NodeTask(job, number, address, given["token"], [*arguments, *settings]).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

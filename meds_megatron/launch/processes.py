@@ -1,0 +1,85 @@
+"""The processes that descend from this one, and what they leave in shared memory. Linux only."""
+
+import ctypes
+import os
+import shutil
+import signal
+import time
+from collections import defaultdict
+from pathlib import Path
+
+SHARED_MEMORY = Path("/dev/shm")
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+_libc = ctypes.CDLL(None)
+
+
+def adopt_orphans() -> None:
+    """Descendants whose parents end become children of this process, so that `descendants` finds them."""
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def ends_with_parent() -> None:
+    """`preexec_fn` of a child that is to be terminated when this process dies."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def descendants() -> set[int]:
+    """Ids of all processes that descend from this one."""
+    children = defaultdict(list)
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (parent := _parent(entry)) is not None:
+            children[parent].append(int(entry.name))
+    found, queue = set(), [os.getpid()]
+    while queue:
+        queue += (below := children[queue.pop()])
+        found.update(below)
+    return found
+
+
+def _parent(process: Path) -> int | None:
+    try:
+        # The command's name, in brackets, may contain anything.
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def kill_descendants(seconds: float) -> None:
+    """Kills all descendants; returns when none is left, or after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while (left := descendants()) and time.monotonic() < deadline:
+        for process in left:
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        while True:
+            try:
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                    break
+            except ChildProcessError:
+                break
+        time.sleep(0.05)
+
+
+def shared_files(processes: set[int]) -> set[Path]:
+    """Entries of the shared memory that the processes have open or mapped."""
+    found = set()
+    for process in processes:
+        directory = Path("/proc") / str(process)
+        try:
+            found.update(os.readlink(file) for file in (directory / "fd").iterdir())
+            found.update(line.split(None, 5)[-1].strip() for line in (directory / "maps").read_text().splitlines())
+        except OSError:
+            continue
+    inside = (Path(name) for name in found if name.startswith(f"{SHARED_MEMORY}/"))
+    return {SHARED_MEMORY / path.relative_to(SHARED_MEMORY).parts[0] for path in inside}
+
+
+def remove(paths: set[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,162 @@
+"""Checkpoint directories as files: complete or not, found, pruned and removed. Pure file operations.
+
+checkpoints/step_000010/
+    complete.json            name and size of every other file; written last
+    state.json               the TrainerState and the layout
+    config.yaml              settings of the run
+    *.distcp, .metadata, metadata.json, common.pt
+                             model and optimizer, megatron-core's distributed format
+    config.json, tokenizer.json, ...
+                             of the model, for `meds convert to-hf`
+    memory/                  the error memory, a file a shard
+    rng/                     random states, a file a rank and one of all engines
+"""
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meds_megatron.config import Config, load_config
+from meds_megatron.errors import UserError
+
+MARKER = "complete.json"
+STATE_FILE = "state.json"
+FORMAT = 1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint."""
+
+    path: Path
+    step: int
+    layout: dict[str, int]
+    """Sizes of the parallel layout that saved it."""
+    state: dict[str, Any]
+    """`TrainerState.state_dict()`."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """Raises UserError when the checkpoint's state is of another format."""
+        content = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        if content.get("format") != FORMAT:
+            raise UserError(
+                f"{path / STATE_FILE} has format {content.get('format')}, expected {FORMAT}: resume with the release "
+                "that saved it"
+            )
+        return cls(path, content["state"]["step"], content["layout"], content["state"])
+
+    @property
+    def config(self) -> Config:
+        return load_config(self.path / "config.yaml")
+
+    @property
+    def memory(self) -> Path:
+        return self.path / "memory"
+
+    @property
+    def engine_random_states(self) -> Path:
+        return self.path / "rng" / "engines.npz"
+
+
+def write_state(path: Path, state: dict[str, Any], layout: dict[str, int]) -> None:
+    """Writes what `Checkpoint.read` reads."""
+    _write(path / STATE_FILE, json.dumps({"format": FORMAT, "layout": layout, "state": state}, indent=1))
+
+
+def newest(directory: Path) -> Checkpoint | None:
+    """The newest complete checkpoint in `directory`, None where there is none.
+
+    One that was complete and has been damaged since is named and passed over.
+    """
+    for path in reversed(_steps(directory)):
+        if not (path / MARKER).is_file():
+            continue
+        if damage := damage_of(path):
+            logger.warning("%s: the checkpoint is passed over", damage)
+            continue
+        return Checkpoint.read(path)
+    return None
+
+
+def damage_of(path: Path) -> str | None:
+    """Half a sentence about a complete checkpoint that lacks a file or a part of one; None if it is whole."""
+    try:
+        sizes = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        return f"{path / MARKER} cannot be read ({error})"
+    for name, size in sizes.items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            return f"{file} is missing" if found is None else f"{file} has {found} bytes, expected {size}"
+    return None
+
+
+def mark_complete(path: Path) -> None:
+    """Forces all files of a checkpoint to disk and writes its marker."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        _sync(file)
+    for folder in {path, *(file.parent for file in files)}:
+        _sync(folder)
+    sizes = {str(file.relative_to(path)): file.stat().st_size for file in files}
+    _write(path / MARKER, json.dumps({"files": sizes}, indent=1))
+    _sync(path)
+    _sync(path.parent)
+
+
+def prune(directory: Path, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Removes all complete checkpoints but the newest `keep_last` and those of steps that `keep_every` divides; returns
+    the removed ones."""
+    complete = [path for path in _steps(directory) if (path / MARKER).is_file()]
+    removed = [path for path in complete[:-keep_last] if not (keep_every and _step(path) % keep_every == 0)]
+    for path in removed:
+        remove(path)
+    return removed
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint, its marker first: what an interruption leaves is not taken for a checkpoint."""
+    (path / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_incomplete(directory: Path) -> None:
+    """Removes what saves that were interrupted have left."""
+    for path in _steps(directory):
+        if not (path / MARKER).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _steps(directory: Path) -> list[Path]:
+    """Directories of checkpoints, complete or not, oldest first."""
+    return sorted(path for path in directory.glob("step_*") if path.name[5:].isdigit())
+
+
+def _step(path: Path) -> int:
+    return int(path.name[5:])
+
+
+def _write(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

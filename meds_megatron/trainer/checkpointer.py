@@ -1,0 +1,120 @@
+"""Checkpoints of a run, saved between its steps: everything that it is."""
+
+import logging
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from meds_megatron.config import Config, save_config
+from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.errors import UserError
+from meds_megatron.rollout.pool import EnginePool
+from meds_megatron.trainer.checkpoint_files import Checkpoint, mark_complete, prune, remove, write_state
+from meds_megatron.trainer.error_memory import ErrorMemory
+from meds_megatron.trainer.policy_group import PolicyGroup
+from meds_megatron.trainer.run_dir import RunDirectory
+from meds_megatron.trainer.state import TrainerState
+from meds_megatron.weights.model_files import copy_model_files
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Saves policy, memory, random states and TrainerState together, one checkpoint at a time.
+
+    A save returns when everything is copied; trainer ranks and memory shards write while the next steps run, and the
+    next call after they are done completes the checkpoint. A checkpoint that cannot be written ends the run with a
+    UserError and leaves those before it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        model_dir: str | Path,
+        policy: PolicyGroup,
+        pool: EnginePool,
+        memory: ErrorMemory,
+        state: TrainerState,
+        resumed_from: Checkpoint | None = None,
+    ) -> None:
+        self._config, self._run, self._model_dir = config, run, Path(model_dir)
+        self._policy, self._pool, self._memory = policy, pool, memory
+        self._state = state.state_dict()
+        """As of the last finished step."""
+        self._newest = resumed_from.step if resumed_from else None
+        """Step of the newest checkpoint, complete or under way."""
+        self._under_way: Path | None = None
+
+    def step_finished(self, state: TrainerState) -> None:
+        """Saves the run after a finished step if it is time, and completes a checkpoint that has been written."""
+        self._run.check_lock()
+        self._state = state.state_dict()
+        if self._under_way and self._policy.save_written():
+            self.complete()
+        settings, step = self._config.checkpoint, state.step
+        if settings.every and (step % settings.every == 0 or step == self._config.train.steps):
+            self._begin()
+            if not settings.asynchronous:
+                self.complete()
+
+    def save_last(self) -> Path | None:
+        """Saves the run as of its last finished step; None with `checkpoint.every: 0`.
+
+        Allowed as long as no later step has changed the policy or the memory.
+        """
+        if not self._config.checkpoint.every:
+            return None
+        if self._newest != self._state["step"]:
+            self._begin()
+        self.complete()
+        return self._run.checkpoint(self._state["step"])
+
+    def complete(self) -> None:
+        """Waits until the checkpoint under way is complete; returns at once when there is none."""
+        if self._under_way is None:
+            return
+        path, self._under_way = self._under_way, None
+        with _removed_on_failure(path):
+            self._policy.finish_save()
+            self._memory.finish_save()
+            mark_complete(path)
+        settings = self._config.checkpoint
+        prune(path.parent, settings.keep_last, settings.keep_every)
+        logger.info("checkpoint %s is complete", path)
+
+    def _begin(self) -> None:
+        self.complete()
+        step = self._state["step"]
+        path = self._run.checkpoint(step)
+        with _removed_on_failure(path):
+            remove(path)
+            path.mkdir(parents=True)
+            self._policy.begin_save(str(path))
+            self._memory.begin_save(str(path / "memory"))
+            np.savez(path / "rng" / "engines.npz", **self._pool.random_states())
+            copy_model_files(self._model_dir, path)
+            save_config(self._config, path / "config.yaml")
+            write_state(path, self._state, asdict(ParallelLayout.from_config(self._config)))
+        self._newest, self._under_way = step, path
+
+
+@contextmanager
+def _removed_on_failure(path: Path):
+    """Removes an incomplete checkpoint when the block fails; an OSError becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        remove(path)
+        raise UserError(f"{path} cannot be written ({error.strerror}): make space or access there") from error
+    except BaseException:
+        remove(path)
+        raise
+
+
+def restore_engines(checkpoint: Checkpoint, pool: EnginePool) -> bool:
+    """Continues the engines' random states; False, and new ones, where other engines saved them."""
+    with np.load(checkpoint.engine_random_states, allow_pickle=False) as states:
+        return pool.set_random_states(dict(states), checkpoint.step)

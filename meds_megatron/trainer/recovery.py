@@ -1,0 +1,65 @@
+"""What follows a failed attempt at a run, as a state machine without I/O."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Failure(Enum):
+    """Kind of failure."""
+
+    DIED = "died"
+    """A trainer rank, a memory shard or their node."""
+    HUNG = "hung"
+    """Nothing progressed."""
+    NO_NODES = "no nodes"
+    """The cluster does not have the nodes of the run."""
+    ERROR = "error"
+    """What would come back: a mistake in the config, the data or the program."""
+
+
+class Decision(Enum):
+    RESTART = "restart"
+    """From the last checkpoint, on the same cluster."""
+    REQUEUE = "requeue"
+    """End the process with the exit code on which schedulers start it again."""
+    STOP = "stop"
+
+
+@dataclass
+class Recovery:
+    """Attempts are repeated after a death or a hang, but at most `max_restarts` times in a row without progress.
+
+    Progress is a step beyond all that any attempt has finished: steps that are repeated from a checkpoint are none.
+    """
+
+    max_restarts: int
+    furthest: int = 0
+    """Highest finished step."""
+    in_a_row: int = 0
+    """Restarts since the last progress."""
+    restarts: int = 0
+    stopping: bool = False
+
+    def finished(self, step: int) -> None:
+        """Step `step` is finished."""
+        if step > self.furthest:
+            self.furthest, self.in_a_row = step, 0
+
+    def stop_requested(self) -> None:
+        """A signal stops the run."""
+        self.stopping = True
+
+    def failed(self, failure: Failure) -> Decision:
+        """An attempt failed."""
+        if failure is Failure.ERROR:
+            return Decision.STOP
+        if self.stopping:
+            return Decision.REQUEUE
+        if failure is Failure.NO_NODES:
+            # At the first attempt the config asks for more than there is; later a node has been lost.
+            return Decision.REQUEUE if self.restarts else Decision.STOP
+        if self.in_a_row >= self.max_restarts:
+            return Decision.STOP
+        self.in_a_row += 1
+        self.restarts += 1
+        return Decision.RESTART

@@ -1,0 +1,173 @@
+"""Supervision of a run's trainer ranks and memory shards: a death is noticed wherever the driver waits."""
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from meds_megatron.errors import RunFailed, Stopped, UserError
+from meds_megatron.logs import last_words
+from meds_megatron.supervised import SUPERVISION, failed_process, failure_reason, may_run
+from meds_megatron.trainer.interruption import Interruption
+
+TICK_SECONDS = 0.25
+SETTLE_SECONDS = 0.75
+"""From the first death to the alarm: processes that die together are named together."""
+PEER_SECONDS = 5.0
+"""An error of a process may follow from the death of another: how long that death is waited for."""
+END_SECONDS = 10.0
+MOST_NAMED = 8
+
+
+class ProcessDied(RunFailed):
+    """Trainer ranks or memory shards that died, each with its node and last words."""
+
+
+@dataclass
+class Process:
+    """A supervised actor."""
+
+    kind: str
+    number: int
+    log: str
+    """Name of the process in its log."""
+    actor: ray.actor.ActorHandle
+    ended: Future
+    """Fails when the process dies."""
+    identity: Future
+    """Node and process id."""
+    died_at: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.number}"
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """Node and process id; None if the process has not told them."""
+        return self.identity.result() if self.identity.done() and not self.identity.exception() else None
+
+    def is_gone(self) -> bool:
+        """Whether the process has ended and freed what it had."""
+        return self.ended.done() and not (self.place and may_run(self.place))
+
+    @property
+    def place_name(self) -> str:
+        if self.place:
+            return "process {1} on {0}".format(*self.place)
+        return failed_process(self.ended.exception()) if self.ended.done() else "process unknown"
+
+
+class Supervisor(AbstractContextManager):
+    """Supervises the actors of one attempt at a run. A context manager; on exit it waits until the actors, which the
+    caller has ended by then, are gone from their GPUs and memory.
+
+    All waits for trainer ranks and memory shards are made with `results`. Others end with `alarm`.
+    """
+
+    def __init__(self, run_dir: str, interruption: Interruption | None = None):
+        self.alarm: Future[None] = Future()
+        """Fails with the RunFailed, or Stopped before `started`, that ends this attempt."""
+        self.processes: list[Process] = []
+        self.results_taken = 0
+        """Calls that have returned: grows as long as the ranks and shards make progress."""
+        self._run_dir, self._interruption = run_dir, interruption or Interruption()
+        self._lock = threading.Lock()
+        self._started = False
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+
+    def __enter__(self) -> "Supervisor":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self._thread.join()
+        deadline = time.monotonic() + END_SECONDS
+        while not all(process.is_gone() for process in self.processes) and time.monotonic() < deadline:
+            time.sleep(TICK_SECONDS / 5)
+
+    def supervise(self, kind: str, number: int, log: str, actor: ray.actor.ActorHandle) -> None:
+        """Supervises a new actor of a `SupervisedActor` class whose concurrency groups are CONCURRENCY_GROUPS."""
+        ended = actor.watch.options(concurrency_group=SUPERVISION).remote().future()
+        identity = actor.process.options(concurrency_group=SUPERVISION).remote().future()
+        self.processes.append(Process(kind, number, log, actor, ended, identity))
+
+    def started(self) -> None:
+        """From now on a stop is for the training loop to honour. Raises Stopped if one was requested before."""
+        with self._lock:
+            self._started = True
+        if self.alarm.done():
+            self.alarm.result()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the attempt with `error`; the first error counts."""
+        with self._lock:
+            if not self.alarm.done():
+                self.alarm.set_exception(error)
+
+    def results(self, references: Sequence[ray.ObjectRef]) -> list[Any]:
+        """Results of calls of supervised actors, in order.
+
+        Raises UserError as it was raised there, ProcessDied (or what else the alarm fails with) as soon as it is
+        known, also instead of the errors that other processes raise for want of a dead one, and any other error as is.
+        """
+        found: dict[ray.ObjectRef, Any] = {}
+        pending = list(references)
+        while pending:
+            ready, pending = ray.wait(pending, num_returns=len(pending), timeout=TICK_SECONDS)
+            try:
+                found |= zip(ready, ray.get(ready), strict=True)
+            except UserError:
+                raise
+            except ray.exceptions.RayError as error:
+                self._raise_cause(error)
+                raise
+            self.results_taken += len(ready)
+            if pending and self.alarm.done():
+                self.alarm.result()
+        return [found[reference] for reference in references]
+
+    def _raise_cause(self, error: Exception) -> None:
+        try:
+            self.alarm.result(timeout=PEER_SECONDS)
+        except TimeoutError:
+            return
+        except Exception as cause:
+            raise cause from error
+
+    def _watch(self) -> None:
+        while not self._closing.wait(TICK_SECONDS):
+            if dead := self._settled_deaths():
+                self.fail(ProcessDied(self._account(dead)))
+            with self._lock:
+                stop = self._interruption.requested
+                if stop.done() and not self._started and not self.alarm.done():
+                    sentence = "stopped before the training went on: there was nothing new to save"
+                    self.alarm.set_exception(Stopped(sentence, self._interruption.exit_code))
+
+    def _settled_deaths(self) -> list[Process]:
+        """The dead processes, first death first, once the first is SETTLE_SECONDS ago."""
+        now = time.monotonic()
+        for process in self.processes:
+            if process.died_at is None and process.ended.done():
+                process.died_at = now
+        dead = sorted((p for p in self.processes if p.died_at is not None), key=lambda process: process.died_at)
+        return dead if dead and now - dead[0].died_at >= SETTLE_SECONDS else []
+
+    def _account(self, dead: list[Process]) -> str:
+        """One sentence about the dead processes: all by name, the first one with its last words."""
+        first = dead[0]
+        error = first.ended.exception()
+        names = ", ".join(process.name for process in dead[1 : 1 + MOST_NAMED])
+        more = f" and {len(dead) - 1 - MOST_NAMED} more" if len(dead) > 1 + MOST_NAMED else ""
+        others = f", then {names}{more}" if names else ""
+        words = last_words(self._run_dir, first.log)
+        logged = f"; the end of its log: {words}" if words else ""
+        return f"{first.name} ({first.place_name}) died{others}: {failure_reason(error)}{logged}"
