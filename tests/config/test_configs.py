@@ -9,8 +9,8 @@ from meds_megatron.config import Config, load_config, validate, validate_model
 from meds_megatron.config.model_shape import ModelShape
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-ALL = sorted(CONFIGS.rglob("*.yaml"))
 BASELINES = sorted((CONFIGS / "baselines").glob("*.yaml"))
+ALL = [*sorted(CONFIGS.glob("*.yaml")), *BASELINES]
 
 
 def qwen(architecture, hidden, layers, heads, kv_heads, ffn, rows, max_positions) -> ModelShape:
