@@ -6,7 +6,7 @@ engines have their weights but no KV cache.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from meds_megatron.config import Config, ModelShape, ParallelLayout
 from meds_megatron.launch.placement import engine_places, rank_places
@@ -51,7 +51,7 @@ class Demand:
 
     device: DeviceKind
     phase: str
-    parts: dict[str, int] = field(hash=False)
+    parts: dict[str, int]
 
     @property
     def total(self) -> int:
