@@ -10,7 +10,7 @@ from meds_megatron.config.model_shape import ModelShape
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BASELINES = sorted((CONFIGS / "baselines").glob("*.yaml"))
-ALL = [*sorted(CONFIGS.glob("*.yaml")), *BASELINES]
+ALL = sorted([*CONFIGS.glob("*.yaml"), *BASELINES])
 
 
 def qwen(architecture, hidden, layers, heads, kv_heads, ffn, rows, max_positions) -> ModelShape:

@@ -25,9 +25,10 @@ RANDOMNESS = {
     "actor/checkpoint.py": CHECKPOINT,  # saves and restores the generators of a rank
     "actor/process_group.py": START,  # seeds them
     "data/sampler.py": "a function of the seed and the epoch, which are in the checkpoint",
+    "launch/job.py": NO_EFFECT,  # the token of a job's Ray cluster
     "reward/differences.py": "a function of the answers",
     "rollout/engine.py": CHECKPOINT,
-    "trainer/main.py": NO_EFFECT,  # name of a directory in shared memory
+    "trainer/attempt.py": NO_EFFECT,  # name of a directory in shared memory
     "trainer/run_log.py": NO_EFFECT,  # id of the wandb run
 }
 RANDOM = re.compile(
@@ -64,7 +65,7 @@ CHANGING = {
     "_Evaluation": {"depth": STEP, "position": STEP, "symbols": STEP},
     "GraderPool": dict.fromkeys(("_closed", "_futures", "_processes"), START),
     "RolloutEngine": {
-        **dict.fromkeys(("_answers", "_stop_token_ids", "_tokenizer"), START),
+        **dict.fromkeys(("_answers", "_claim", "_shared", "_stop_token_ids", "_tokenizer"), START),
         "llm": CHECKPOINT,  # its weights, by the first weight update, and its generators
         "_version": CHECKPOINT,
         **dict.fromkeys(("_finished", "_next_version", "_numbers"), STEP),
@@ -87,6 +88,9 @@ CHANGING = {
     "RunDirectory": {"_lock": START},
     "Supervisor": {"_started": START, "processes": START, "results_taken": NO_EFFECT},
     "PhaseTimer": dict.fromkeys(("_seconds", "_step_started", "entered", "phase", "since"), NO_EFFECT),
+    "Job": dict.fromkeys(("_events", "_tasks", "cancelled"), NO_EFFECT),
+    "NodeTask": dict.fromkeys(("_driver", "_ray_address", "_send"), NO_EFFECT),
+    "Placement": {"_known": START},
     "WeightSync": {"_connected": START, "version": CHECKPOINT},
     "HfWeights": {"dtypes": START},
     "WeightReceiver": {"checksums": STEP},
