@@ -84,7 +84,11 @@ def train(config) -> None:
 
 @cli.command(cls=Command, example="meds plan configs/meds_qwen2.5_72b.yaml rollout.gpu_memory_utilization=0.4")
 @click.option("--calibrate", metavar="RUN_DIR", help="Replace assumed times and lengths by those of a finished run.")
-@click.option("--network-gbit", type=click.FloatRange(min=0, min_open=True), help="Gbit/s of a node, each way.")
+@click.option(
+    "--network-gbit",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Gbit/s of a node, each way.  [default: 3200 with GPUs]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @with_config
 def plan(config, calibrate: str | None, network_gbit: float | None, as_json: bool) -> None:

@@ -5,7 +5,8 @@ stay; engines sleep while the trainer computes (engines on nodes of their own do
 engines have their weights but no KV cache.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from meds_megatron.config import Config, ModelShape, ParallelLayout
 from meds_megatron.launch.placement import engine_places, rank_places
@@ -50,7 +51,7 @@ class Demand:
 
     device: DeviceKind
     phase: str
-    parts: dict[str, int] = field(hash=False)
+    parts: dict[str, int]
 
     @property
     def total(self) -> int:
@@ -68,7 +69,17 @@ class Memory:
 
     def peak(self, phase: str) -> Demand:
         """The largest demand of a phase."""
-        return max((d for d in self.demands if d.phase == phase), key=lambda demand: demand.total)
+        return _largest(d for d in self.demands if d.phase == phase)
+
+    @property
+    def columns(self) -> dict[str, Demand]:
+        """The largest demand of devices with a trainer rank in each phase and, where there are engines without one,
+        of those in any, under the name `engine`."""
+        trainer = [d for d in self.demands if d.device.stage is not None]
+        columns = {phase: _largest(d for d in trainer if d.phase == phase) for phase in PHASES}
+        if alone := [d for d in self.demands if d.device.stage is None]:
+            columns["engine"] = _largest(alone)
+        return columns
 
     @property
     def over(self) -> list[Demand]:
@@ -76,6 +87,10 @@ class Memory:
         if self.limit is None:
             return []
         return [peak for peak in map(self.peak, PHASES) if peak.total > self.limit]
+
+
+def _largest(demands: Iterable[Demand]) -> Demand:
+    return max(demands, key=lambda demand: demand.total)
 
 
 def device_kinds(config: Config, layout: ParallelLayout, on_gpu: bool) -> list[DeviceKind]:

@@ -8,9 +8,12 @@ reduce-scatter half of that ("Bandwidth optimal all-reduce algorithms for cluste
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from meds_megatron.config import Config, ModelShape, ParallelLayout
+from meds_megatron.config.layout import RankCoordinates
 from meds_megatron.launch.placement import engine_places, rank_places
+from meds_megatron.plan.engine import engine_item_bytes
 from meds_megatron.plan.sizes import GRADIENT_BYTES, ITEM_BYTES, rank_sizes
 from meds_megatron.weights.resharding.plan import ReshardPlan, Route, find_routes
 from meds_megatron.weights.table import padded_vocab
@@ -82,19 +85,18 @@ def step_traffic(
         pipeline_update=int(2 * across),
         data=int(updates * share * (sizes.gradient_bytes + sizes.weight_bytes(config.model.dtype))),
         tied=updates * embedding if tied else 0,
-        pipeline_crosses=_crosses(config, layout, lambda d, p: (0, d), layout.pipeline > 1),
-        data_crosses=_crosses(config, layout, lambda d, p: (1, p), layout.data > 1),
+        pipeline_crosses=_crosses(config, layout, "pipeline"),
+        data_crosses=_crosses(config, layout, "data"),
         weights=weight_update(config, shape, layout, local_bytes_per_second, network_bytes_per_second),
     )
 
 
-def _crosses(config: Config, layout: ParallelLayout, group, exists: bool) -> bool:
-    """Whether the ranks of some group, told apart by `group(data, pipeline)`, are on several nodes."""
-    nodes: dict[tuple, set[int]] = defaultdict(set)
+def _crosses(config: Config, layout: ParallelLayout, axis: Literal["data", "pipeline"]) -> bool:
+    """Whether the ranks of some group along an axis are on several nodes."""
+    nodes: dict[RankCoordinates, set[int]] = defaultdict(set)
     for rank, place in enumerate(rank_places(config.cluster)):
-        where = layout.coordinates(rank)
-        nodes[(where.tensor, *group(where.data, where.pipeline))].add(place.node)
-    return exists and any(len(found) > 1 for found in nodes.values())
+        nodes[layout.coordinates(rank)._replace(**{axis: 0})].add(place.node)
+    return any(len(found) > 1 for found in nodes.values())
 
 
 def weight_update(
@@ -105,7 +107,6 @@ def weight_update(
     network_bytes_per_second: float,
 ) -> Traffic:
     """Traffic of one update of all engines of a run."""
-    item = ITEM_BYTES[config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype]
     rank_nodes = [place.node for place in rank_places(config.cluster)]
     engine_nodes = [place.node for place in engine_places(config.cluster, config.rollout)]
     return predict(
@@ -113,7 +114,7 @@ def weight_update(
         find_routes(layout, rank_nodes, engine_nodes, allow_local=config.sync.transport == "auto"),
         rank_nodes,
         engine_nodes,
-        item_bytes=item,
+        item_bytes=engine_item_bytes(config),
         local_bytes_per_second=local_bytes_per_second,
         network_bytes_per_second=network_bytes_per_second,
     )

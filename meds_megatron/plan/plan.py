@@ -9,7 +9,7 @@ from meds_megatron.plan.calibration import Measured, read_run
 from meds_megatron.plan.duration import TIMED, StepTokens, step_seconds, step_tokens
 from meds_megatron.plan.fit import Suggestion, problem, sentence, suggest
 from meds_megatron.plan.hardware import CPU, H100, Hardware, Workload
-from meds_megatron.plan.memory import PHASES, Memory, plan_memory
+from meds_megatron.plan.memory import Memory, plan_memory
 from meds_megatron.plan.model import planned_on_gpu, planned_shape
 from meds_megatron.plan.network import StepTraffic, step_traffic
 from meds_megatron.plan.placement import PlacementRow, placement_rows
@@ -73,8 +73,9 @@ class Plan:
             "placement": [asdict(row) for row in self.placement],
             "memory": {
                 "limit": self.memory.limit,
-                "phases": {
-                    phase: {
+                "columns": {
+                    name: {
+                        "phase": peak.phase,
                         "node": peak.device.node,
                         "gpu": peak.device.gpu,
                         "stage": peak.device.stage,
@@ -82,7 +83,7 @@ class Plan:
                         "total": peak.total,
                         "parts": peak.parts,
                     }
-                    for phase, peak in ((phase, self.memory.peak(phase)) for phase in PHASES)
+                    for name, peak in self.memory.columns.items()
                 },
                 "devices": [
                     {**asdict(demand.device), "phase": demand.phase, "total": demand.total, "parts": demand.parts}

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from meds_megatron.plan.duration import TIMED
 from meds_megatron.plan.hardware import GIB
-from meds_megatron.plan.memory import PARTS, PHASES
+from meds_megatron.plan.memory import PARTS
 from meds_megatron.plan.plan import Plan
 
 MOST_ROWS = 16
@@ -78,11 +78,11 @@ def placement_table(plan: Plan) -> Table:
 
 
 def memory_table(plan: Plan) -> Table:
-    """A column for each phase, a row for each part."""
-    peaks = [plan.memory.peak(phase) for phase in PHASES]
+    """A column for each phase, and one for engines with no trainer rank beside them; a row for each part."""
+    peaks = plan.memory.columns.values()
     unit, name = (GIB, "GiB") if max(peak.total for peak in peaks) >= SMALL else (2**20, "MiB")
-    table = _table(name, *PHASES)
-    table.add_row("on", *(_device(peak.device, plan.on_gpu) for peak in peaks))
+    table = _table(name, *plan.memory.columns)
+    table.add_row("on node, GPU" if plan.on_gpu else "on", *(_device(peak.device, plan.on_gpu) for peak in peaks))
     for part in PARTS:
         if any(part in peak.parts for peak in peaks):
             table.add_row(part, *(_number(peak.parts.get(part), unit) for peak in peaks))
@@ -169,7 +169,7 @@ def _count(number: int, what: str) -> str:
 def _device(device, on_gpu: bool) -> str:
     if not on_gpu:
         return "an engine" if device.stage is None else f"stage {device.stage}"
-    return f"node {device.node} GPU {device.gpu}"
+    return f"{device.node}, {device.gpu}"
 
 
 def _number(size: int | None, unit: int) -> str:

@@ -1,4 +1,4 @@
-"""The files in slurm/: Slurm accepts them, and what they run is a valid config for the job's nodes."""
+"""The files in slurm/: Slurm accepts them, and what they run is a config that fits the job's nodes."""
 
 import re
 import subprocess
@@ -11,6 +11,7 @@ from meds_megatron.config import Config, load_config
 from meds_megatron.config.validate import validate
 from meds_megatron.errors import UserError
 from meds_megatron.launch.node import job_settings
+from meds_megatron.plan.plan import make_plan
 from tests.slurm.cluster import ROOT, Cluster, obstacle
 
 FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
@@ -54,6 +55,7 @@ def test_what_a_file_runs_is_a_valid_config(file, times, tmp_path):
     nodes = times * int(re.search(r"^#SBATCH --nodes=(\d+)$", file.read_text(), re.MULTILINE)[1])
     config = resolved(file, tmp_path, nodes, "train.seed=7")
     validate(config)
+    assert make_plan(config).refusal is None
     assert (config.name, config.run_dir, config.train.seed) == ("mine", "runs/mine", 7)
     assert config.cluster.nodes == nodes
     if file.stem != "meds_cpu":
