@@ -116,13 +116,16 @@ class NodeTask:
             raise RuntimeError(f"Ray did not start on {socket.gethostname()}:\n{done.stdout}{done.stderr}")
 
     def _run_driver(self) -> None:
-        command = [sys.executable, "-m", "meds_megatron.cli", "train", *self._train]
-        command.append(f"cluster.address={self._ray_address}")
-        self._driver = subprocess.Popen(command, env=self._environment, preexec_fn=processes.ends_with_parent)
-        code = self._driver.wait()
+        code = self._run_command("check", "--no-links") or self._run_command("train")
         if code == -signal.SIGUSR1:
             code = EXIT_REQUEUE  # Before the run handled signals: there is nothing to save.
         self._send(("ended", 128 - code if code < 0 else code))
+
+    def _run_command(self, *command: str) -> int:
+        command = [sys.executable, "-m", "meds_megatron.cli", *command, *self._train]
+        command.append(f"cluster.address={self._ray_address}")
+        self._driver = subprocess.Popen(command, env=self._environment, preexec_fn=processes.ends_with_parent)
+        return self._driver.wait()
 
     def _signal_driver(self, number: int) -> None:
         if self._driver is not None and self._driver.poll() is None:
