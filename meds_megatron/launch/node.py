@@ -111,7 +111,9 @@ class NodeTask:
             *("--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"),
             *("--disable-usage-stats", *gpu_options()),
         ]
-        done = subprocess.run(command, env=self._environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=self._environment, capture_output=True, text=True, preexec_fn=_ignore_save_signal
+        )
         if done.returncode != 0:
             raise RuntimeError(f"Ray did not start on {socket.gethostname()}:\n{done.stdout}{done.stderr}")
 
@@ -137,6 +139,12 @@ class NodeTask:
         processes.kill_descendants(KILL_SECONDS)
         processes.remove(left | {self.directory})
         remove_unclaimed(processes.SHARED_MEMORY)
+
+
+def _ignore_save_signal() -> None:
+    """Without cgroups Slurm sends a job's signal to every process of its steps, and most end at it by default. All of
+    Ray's inherit this."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def make_directory(job: SlurmJob) -> Path:
