@@ -64,7 +64,7 @@ CHANGING = {
     "_Evaluation": {"depth": STEP, "position": STEP, "symbols": STEP},
     "GraderPool": dict.fromkeys(("_closed", "_futures", "_processes"), START),
     "RolloutEngine": {
-        **dict.fromkeys(("_answers", "_stop_token_ids", "_tokenizer"), START),
+        **dict.fromkeys(("_answers", "_claim", "_shared", "_stop_token_ids", "_tokenizer"), START),
         "llm": CHECKPOINT,  # its weights, by the first weight update, and its generators
         "_version": CHECKPOINT,
         **dict.fromkeys(("_finished", "_next_version", "_numbers"), STEP),
