@@ -73,6 +73,9 @@ def train(config) -> None:
 
     The run directory (run_dir, by default runs/NAME) gets config.yaml with all settings, metrics.jsonl with a line a
     step, rollouts/ with every response, hf/ with the trained model.
+
+    SIGTERM, SIGUSR1 and Ctrl-C stop the run between two steps and save it; a second one ends it at once. The exit
+    status is then 75 (put the run back into the queue), or 130 after Ctrl-C; the same command continues.
     """
     from meds_megatron.trainer.main import train
 
@@ -106,6 +109,30 @@ def plan(config, calibrate: str | None, network_gbit: float | None, as_json: boo
 
         show_plan(made, Console())
     if made.refusal:
+        click.get_current_context().exit(EXIT_FAILURE)
+
+
+@cli.command(cls=Command, example="meds check configs/quickstart.yaml")
+@click.option("--links/--no-links", default=True, help="Measure an all-reduce between the ranks.")
+@with_config
+def check(config, links: bool) -> None:
+    """Check the machines of a run before it starts.
+
+    On every node: versions, devices, layer implementation, host name, free disk and shared memory, model and data
+    readable, run directory writable; and the speed of the links in each parallel group. The exit status is 1 if
+    something would fail. Every Slurm job runs it first, without the links.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from meds_megatron.trainer.check import check
+
+    findings = check(config, links)
+    table = Table("node", "what", "found", "")
+    for finding in findings:
+        table.add_row(finding.node, finding.what, finding.found, "ok" if finding.ok else "FAILS")
+    Console().print(table)
+    if not all(finding.ok for finding in findings):
         click.get_current_context().exit(EXIT_FAILURE)
 
 

@@ -3,7 +3,11 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -391,7 +395,6 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(name, place, capsys):
     before = listing(place.path)
     status = main(arguments)
     shown = capsys.readouterr()
-    print(shown.err)
     assert status == 2
     assert expected in shown.err
     assert shown.out == ""
@@ -400,6 +403,43 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(name, place, capsys):
         assert shown.err.splitlines()[-1].startswith("Error: ")
     else:
         assert len(shown.err.strip().splitlines()) == 1 and shown.err.startswith("meds: ")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_ends_a_command_and_leaves_nothing(place, number, status):
+    """While it reads a text, from a pipe: the pipe opens when the command does."""
+    os.mkfifo(place.path / "text")
+    before = {path.name for path in place.path.iterdir()}
+    arguments = ["convert", "verify", place.model, place.model, "--text", place.path / "text"]
+    # A shell without job control starts background commands with SIGINT ignored, and children inherit that.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; from meds_megatron.cli import main; sys.exit(main())", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    with open(place.path / "text", "w"):
+        command.send_signal(number)
+        _, errors = command.communicate(timeout=60)
+    assert command.returncode == status
+    assert errors.strip() == ("meds: interrupted" if number == signal.SIGINT else "")
+    assert {path.name for path in place.path.iterdir()} == before
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(place, capsys):
+    arguments = place.train()
+    before = listing(place.path)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, unlimited[1]))
+    try:
+        status = main(arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    shown = capsys.readouterr().err.strip()
+    assert status == 2 and len(shown.splitlines()) == 1
+    assert shown.startswith(f"meds: {place.path / 'run'}: the run directory cannot be written (File too large)")
+    assert listing(place.path) == before
 
 
 def listing(directory: Path) -> dict[str, str]:

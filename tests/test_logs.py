@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 
+from meds_megatron.logs import STACKS_SIGNAL, last_words
+
 LOGGED = """
 import logging, sys
 from meds_megatron.logs import configure_process_logging
@@ -81,3 +83,26 @@ def test_a_log_on_a_full_disk_ends_with_one_line(tmp_path):
     assert done.stdout == "goes on\n" and done.returncode == 0
     assert done.stderr.count("rank00003.log cannot be written (File too large): the log ends here") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_last_words_are_the_last_record_or_the_fatal_signal_after_it(tmp_path):
+    assert last_words(tmp_path, "rank00003") == ""
+    run(tmp_path, LOGGED + "logging.getLogger().info('two\\nlines')\n")
+    assert last_words(tmp_path, "rank00003") == "root: two"
+    run(tmp_path, LOGGED + "import os\nos.abort()\n")
+    assert last_words(tmp_path, "rank00003") == "Fatal Python error: Aborted"
+    run(tmp_path, LOGGED)
+    assert last_words(tmp_path, "rank00003") == "meds_megatron.actor.worker: engine 1 is gone"
+
+
+def test_a_signal_writes_the_stacks_of_all_threads_and_the_process_goes_on(tmp_path):
+    waiting = "import threading\ndef stuck():\n    threading.Event().wait(1)\n"
+    waiting += "threading.Thread(target=stuck).start()\nimport os\n"
+    done = run(tmp_path, LOGGED + waiting + f"os.kill(os.getpid(), {int(STACKS_SIGNAL)})\nprint('still here')\n")
+    assert done.returncode == 0 and "still here" in done.stdout
+    assert " in stuck\n" in (tmp_path / "logs" / "rank00003.log").read_text()
+
+
+def test_a_process_without_a_log_survives_the_signal_too(tmp_path):
+    done = run(tmp_path / "none", LOGGED + f"import os\nos.kill(os.getpid(), {int(STACKS_SIGNAL)})\n")
+    assert done.returncode == 0 and "most recent call first" in done.stderr

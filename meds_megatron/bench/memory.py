@@ -4,9 +4,11 @@ Times are processor seconds of one thread, so that other work on the machine doe
 """
 
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import hdbscan
 import numpy as np
@@ -14,13 +16,20 @@ from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
 from meds_megatron.config import MemoryConfig
+from meds_megatron.memory.history import new_records
 from meds_megatron.memory.shard import MemoryShard, shard_of
+from meds_megatron.memory.snapshot import Snapshot, read_snapshot, write_snapshot
 
 LAYERS = 28
 MISTAKES = 6
 """Distinct mistakes of a problem in the synthetic data."""
 MILLION = 1_000_000
 VECTORS_PER_PROMPT = 64
+SAVE_SHARDS = 8
+SAVE_RESPONSES = 16
+"""Of each prompt, all remembered."""
+SAVE_KEYS = 2000
+"""Problems of a shard: those of a data set of 16000."""
 
 
 def run(
@@ -32,6 +41,7 @@ def run(
     shard_counts: Sequence[int] = (1, 2, 4, 8),
     shard_keys: int = 4096,
     sample_keys: int = 8192,
+    save_steps: Sequence[int] = (100, 1000),
     seed: int = 0,
 ) -> dict:
     """Measure a step of `keys` prompts with `new` vectors each.
@@ -42,7 +52,8 @@ def run(
     the same clusters. `shards`, one a number of shards:
     {shards, keys_mean, keys_max, imbalance, slowest_s, total_s} for `shard_keys` random keys. `million`: the cost of
     `sample_keys` prompts of 64 vectors, scaled to a million: {prompts, vectors_per_prompt, raw_bytes_per_vector,
-    bytes_per_vector, ratio, resident_bytes_per_vector, step_s, gib_per_shard}.
+    bytes_per_vector, ratio, resident_bytes_per_vector, step_s, gib_per_shard}. `save`, one a number of steps: the file
+    of one shard of SAVE_SHARDS, {steps, mib, write_s, read_s}, when every response of SAVE_RESPONSES is remembered.
     """
     with threadpool_limits(1):
         # First, while the process holds nothing else.
@@ -58,6 +69,7 @@ def run(
             ],
             "shards": [_spread(shards, shard_keys, new, seed) for shards in shard_counts],
             "million": million,
+            "save": [_save(steps, keys, seed) for steps in save_steps],
         }
 
 
@@ -213,6 +225,25 @@ def _million(sample_keys: int, step_keys: int, new: int, shard_counts: Sequence[
             str(shards): bytes_per_vector * MILLION * VECTORS_PER_PROMPT / shards / 2**30 for shards in shard_counts
         },
     }
+
+
+def _save(steps: int, keys: int, seed: int) -> dict:
+    vectors = steps * keys * SAVE_RESPONSES // SAVE_SHARDS
+    each = max(1, vectors // SAVE_KEYS)
+    random, steps_N = np.random.default_rng(seed), np.arange(each, dtype=np.int32)
+    records = {
+        f"problem-{number}|wrong": new_records(random.normal(size=(each, LAYERS)).astype(np.float32), steps_N)
+        for number in range(vectors // each)
+    }
+    saved = Snapshot(0, SAVE_SHARDS, steps, {}, None, records, {})
+    with tempfile.TemporaryDirectory(prefix="meds-bench-") as directory:
+        path = Path(directory) / saved.file_name
+        begin = time.perf_counter()
+        write_snapshot(path.parent, saved)
+        written = time.perf_counter()
+        read_snapshot(path)
+        times = {"write_s": written - begin, "read_s": time.perf_counter() - written}
+        return {"steps": steps, "mib": path.stat().st_size / 2**20, **times}
 
 
 def _resident_bytes() -> int:

@@ -144,6 +144,7 @@ class PlainEngine:
         rollout = config.rollout
         self._llm = LLM(
             model=model_dir,
+            trust_remote_code=False,
             dtype=config.model.dtype if rollout.dtype == "auto" else rollout.dtype,
             max_model_len=rollout.max_prompt_tokens + rollout.max_response_tokens,
             max_num_seqs=rollout.max_num_seqs,

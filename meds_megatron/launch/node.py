@@ -111,18 +111,23 @@ class NodeTask:
             *("--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"),
             *("--disable-usage-stats", *gpu_options()),
         ]
-        done = subprocess.run(command, env=self._environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=self._environment, capture_output=True, text=True, preexec_fn=_ignore_save_signal
+        )
         if done.returncode != 0:
             raise RuntimeError(f"Ray did not start on {socket.gethostname()}:\n{done.stdout}{done.stderr}")
 
     def _run_driver(self) -> None:
-        command = [sys.executable, "-m", "meds_megatron.cli", "train", *self._train]
-        command.append(f"cluster.address={self._ray_address}")
-        self._driver = subprocess.Popen(command, env=self._environment, preexec_fn=processes.ends_with_parent)
-        code = self._driver.wait()
+        code = self._run_command("check", "--no-links") or self._run_command("train")
         if code == -signal.SIGUSR1:
             code = EXIT_REQUEUE  # Before the run handled signals: there is nothing to save.
         self._send(("ended", 128 - code if code < 0 else code))
+
+    def _run_command(self, *command: str) -> int:
+        command = [sys.executable, "-m", "meds_megatron.cli", *command, *self._train]
+        command.append(f"cluster.address={self._ray_address}")
+        self._driver = subprocess.Popen(command, env=self._environment, preexec_fn=processes.ends_with_parent)
+        return self._driver.wait()
 
     def _signal_driver(self, number: int) -> None:
         if self._driver is not None and self._driver.poll() is None:
@@ -134,6 +139,12 @@ class NodeTask:
         processes.kill_descendants(KILL_SECONDS)
         processes.remove(left | {self.directory})
         remove_unclaimed(processes.SHARED_MEMORY)
+
+
+def _ignore_save_signal() -> None:
+    """Without cgroups Slurm sends a job's signal to every process of its steps, and most end at it by default. All of
+    Ray's inherit this."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def make_directory(job: SlurmJob) -> Path:

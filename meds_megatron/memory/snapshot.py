@@ -7,6 +7,11 @@ step, config, the moments of the statistics, and key, number and length of the v
 clustered, then those of the remembered but not yet clustered ones. In that order follow the steps [N] int32 and the
 vectors [N, F] float32 of every key. Everything is little-endian and nothing is pickled. Labels are not stored: a load
 clusters again.
+
+Segments that only add what is new would write less and cost a restart more, and a damaged one would take the vectors of
+every later save with it. A shard of 8 in a run of 512 prompts x 16 responses that remembers everything, 28 values each:
+after 100 steps 11 MiB, written in 0.11 s and read in 0.11 s; after 1000 steps 113 MiB, 0.85 s and 0.94 s. A segment of
+10 steps: 1.2 MiB, 0.015 s, and 100 of them are read in 2.2 s (`meds bench memory` prints the former as `save`).
 """
 
 import hashlib

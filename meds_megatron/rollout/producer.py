@@ -93,6 +93,11 @@ class GroupProducer:
         return PromptGroup(grading.prompt, samples, index=grading.index)
 
 
+def first_failed_grading(groups: Sequence[PromptGroup]) -> str:
+    """Reason of the first grading that failed; "" if there is none."""
+    return next((sample.grade.detail for group in groups for sample in group.samples if sample.grade.failed), "")
+
+
 def failed_gradings(groups: Sequence[PromptGroup]) -> int:
     """Number of responses whose grading failed."""
     return sum(sample.grade.failed for group in groups for sample in group.samples)

@@ -4,7 +4,7 @@ import logging
 
 from meds_megatron.config import Config
 from meds_megatron.rollout.pool import EnginePool
-from meds_megatron.rollout.producer import GroupProducer, failed_gradings
+from meds_megatron.rollout.producer import GroupProducer, failed_gradings, first_failed_grading
 from meds_megatron.trainer.checkpointer import Checkpointer
 from meds_megatron.trainer.collect import collect, shortfall, wake_engines
 from meds_megatron.trainer.error_memory import ErrorMemory
@@ -100,7 +100,12 @@ def train(
         if sentence := shortfall(rollouts, config):
             logger.warning("step %d: %s: the step goes on with those", state.step, sentence)
         if failed := failed_gradings(rollouts.groups):
-            logger.warning("step %d: grading failed for %d responses, left out", state.step, failed)
+            logger.warning(
+                "step %d: grading failed for %d responses, left out; the first: %s",
+                state.step,
+                failed,
+                first_failed_grading(rollouts.groups),
+            )
         if skipped := sum(update.skipped for update in updates):
             logger.warning("step %d: loss or gradient not finite: %d updates skipped", state.step, skipped)
         log.log(state.step, metrics | throughput_metrics(metrics))

@@ -84,6 +84,7 @@ def test_every_number_has_a_range_and_its_default_lies_in_it():
             dict(parallel__pipeline=4, parallel__virtual_pipeline=2, train__micro_batch_responses=64),
             "needs a multiple of parallel.pipeline = 4 micro-batches a rank",
         ),
+        (dict(faults__hang_minutes=30.0), "faults.hang_minutes = 30.0 is not below cluster.collective_timeout_minutes"),
         (dict(rollout__responses_per_prompt=1), "rollout.responses_per_prompt is 1, expected 2 or more"),
         (dict(reward__overlong__buffer=0), "reward.overlong.buffer is 0, expected a number above 0"),
         (dict(reward__overlong__buffer=3072), "reward.overlong.buffer = 3072 is not below rollout.max_response_tokens"),

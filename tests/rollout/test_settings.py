@@ -43,7 +43,8 @@ def test_stop_tokens_come_from_tokenizer_and_model(tmp_path):
 
 
 def test_a_model_that_the_cpu_cannot_run_is_refused_by_name(tmp_path):
-    Qwen3Config(hidden_size=64, num_attention_heads=4, head_dim=16).save_pretrained(tmp_path)
+    sizes = dict(hidden_size=64, num_attention_heads=4, head_dim=16, num_key_value_heads=4)
+    Qwen3Config(**sizes, architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path)
     # In a process of its own: importing vLLM changes settings of torch.
     code = f"from meds_megatron.rollout.engine import check_cpu_can_run; check_cpu_can_run({str(tmp_path)!r})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from tests.slurm.cluster import Cluster
 
-STEPS = 4
+STEPS = 6
 JOB_SECONDS = 240
 VARYING = ("time/", "throughput/", "memory/lookup_seconds", "memory/recluster_seconds")
 """Metrics that measure the machine."""

@@ -169,7 +169,7 @@ def train(memories, request):
                 ScriptedProducer(script, state, graders, calls),
                 memories(config),
                 SimpleNamespace(step_finished=lambda state: None),
-                SimpleNamespace(started=True, save_rollouts=lambda step, columns: rollouts.append(columns)),
+                SimpleNamespace(started=False, save_rollouts=lambda step, columns: rollouts.append(columns)),
                 SimpleNamespace(log=lambda step, values: metrics.append(values)),
                 PhaseTimer(),
                 Interruption(),
