@@ -161,7 +161,7 @@ CONFIGS = {
     "a name with a null byte": setting("name is", name='"a\\0b"'),
     "an empty name": setting("name is ''", name='""'),
     "layers over stages": setting(
-        "4 layers cannot be divided over parallel.pipeline = 3", parallel__pipeline=3, cluster__ranks_per_node=3
+        "4 layers are fewer than the model chunks of", parallel__pipeline=5, cluster__ranks_per_node=5
     ),
     "heads over ranks": setting(
         "2 key/value heads cannot be divided over", parallel__tensor=4, cluster__ranks_per_node=8

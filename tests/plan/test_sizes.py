@@ -88,8 +88,8 @@ def real_bytes(_rank: int, directory: str, parallel: dict) -> tuple[int, int, in
     buffers = [buffer for chunk in policy._wrapped for buffer in chunk.buffers]
     for buffer in buffers:
         buffer.grad_data.normal_()
-    policy._optimizer.step()
-    state = [s for part in policy._optimizer.chained_optimizers for s in part.optimizer.state.values()]
+    policy.optimizer.step()
+    state = [s for part in policy.optimizer.chained_optimizers for s in part.optimizer.state.values()]
     return (
         sum(buffer.param_data.nbytes for buffer in buffers),
         sum(buffer.grad_data.nbytes for buffer in buffers),
