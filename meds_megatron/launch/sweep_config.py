@@ -137,7 +137,7 @@ def expand(sweep: SweepConfig, path: str | Path) -> list[SweepRun]:
                 nearest = nearest_key(key)
                 raise UserError(f"{path}: unknown key `{key}`" + (f"; did you mean `{nearest}`?" if nearest else "."))
         directory = Path(sweep.directory) / name
-        settings = {**sweep.settings, **differences, "name": f"{sweep.name}/{name}", "run_dir": str(directory)}
+        settings = {**sweep.settings, **differences, "name": f"{sweep.name}.{name}", "run_dir": str(directory)}
         overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         try:
             config = load_config(sweep.config, overrides)
