@@ -1,8 +1,8 @@
 """`python -m meds_megatron.launch.job CONFIG [KEY=VALUE]...`: the process of a Slurm job's batch script.
 
 It starts one task on each node (`launch.node`), connects to all of them, passes the address of the first one's Ray to
-the others, and lets the first one run `meds train`. Its exit code is that of the run. A run that was told by SIGUSR1
-to save and stop, since the job's time is nearly up, exits with EXIT_REQUEUE: the job is then requeued, and `meds train`
+the others, and lets the first one run `meds train`. Its exit code is that of the run. A run that SIGUSR1 made save
+and stop, since the job's time is nearly up, exits with EXIT_REQUEUE: the job is then requeued, and `meds train`
 resumes the run at the next start.
 
 `ray symmetric-run` falls short of this: it refuses to start beside another job's Ray, its `ray stop` ends that job's as
@@ -46,7 +46,7 @@ class Job:
         self._events: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         self._tasks: dict[int, Connection] = {}
         self.cancelled = False
-        """Whether this process was told to end: Slurm decides what becomes of the job."""
+        """Whether this process got SIGTERM: Slurm decides what becomes of the job."""
 
     def run(self) -> int:
         """The exit code of the run."""

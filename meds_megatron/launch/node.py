@@ -1,7 +1,7 @@
 """`python -m meds_megatron.launch.node CONFIG [KEY=VALUE]...`: the task of a Slurm job on one of its nodes.
 
 Every task runs Ray until the job is over; the first one has Ray's head and the process of `meds train`. `launch.job`
-starts the tasks and tells them over a connection when to do what; a task whose connection ends stops by itself.
+starts the tasks and sends them commands over a connection; a task whose connection ends stops by itself.
 
 Nothing collides with another job on the node: Ray's and all temporary files are in a directory of this start of the
 job, every port is one that was free, and only descendants of this process are ended.
@@ -82,7 +82,7 @@ class NodeTask:
         """Slurm sends a job's signals to every task, and where it does not use cgroups to every process."""
         self._signal_driver(number)
         if number != signal.SIGUSR1:
-            # The connection tells when the run has ended; this is for a run that does not.
+            # The end of the run comes over the connection; this is for a run that does not end.
             signal.signal(signal.SIGALRM, self._on_alarm)
             signal.alarm(CANCEL_SECONDS)
 

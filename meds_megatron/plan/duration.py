@@ -97,8 +97,8 @@ def rollout_seconds(config: Config, shape: ModelShape, hardware: Hardware, token
     rollout, engine = config.rollout, memory.engine
     mine = tokens.generated / rollout.engines
     context = tokens.prompt + tokens.response / 2
-    room = max(engine.kv_cache, 0) / (engine.kv_bytes_per_token * (tokens.prompt + tokens.response))
-    together = max(1.0, min(rollout.max_num_seqs, mine, room))
+    cached = max(engine.kv_cache, 0) / (engine.kv_bytes_per_token * (tokens.prompt + tokens.response))
+    together = max(1.0, min(rollout.max_num_seqs, mine, cached))
     prefill = mine / rollout.responses_per_prompt * tokens.prompt * token_operations(shape, tokens.prompt)
     prefill /= rollout.tensor * hardware.tflops * 1e12 * hardware.efficiency
 

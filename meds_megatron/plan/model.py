@@ -13,7 +13,7 @@ def planned_shape(config: Config) -> ModelShape:
     """The shape in model.path's config.json; without that, of the published model that the path names; or of the model
     that the run would generate.
 
-    Raises UserError when neither tells the shape.
+    Raises UserError when none of these gives the shape.
     """
     model = config.model
     if model.make == "arithmetic":

@@ -49,7 +49,7 @@ class Process:
 
     @property
     def place(self) -> tuple[str, int] | None:
-        """Node and process id; None if the process has not told them."""
+        """Node and process id; None as long as they are not known."""
         return self.identity.result() if self.identity.done() and not self.identity.exception() else None
 
     def is_gone(self) -> bool:
