@@ -166,7 +166,7 @@ CONFIGS = {
     "heads over ranks": setting(
         "2 key/value heads cannot be divided over", parallel__tensor=4, cluster__ranks_per_node=8
     ),
-    "too many virtual stages": setting("parallel.virtual_pipeline = 4", parallel__virtual_pipeline=4),
+    "too many virtual stages": setting("4 layers are fewer than the model chunks", parallel__virtual_pipeline=4),
     "ranks over a layout": setting("make the number of ranks a multiple of 2", cluster__ranks_per_node=3),
     "a mini-batch too small": setting("is smaller than train.micro_batch_responses", train__micro_batch_responses=500),
 }
