@@ -29,7 +29,7 @@ LAYOUTS = {
     "Qwen3-14B": [(2, 1, 1, 2), (4, 2, 2, 8), (8, 4, 1, 4)],
     "Qwen3-32B": [(8, 1, 1, 8), (8, 4, 2, 4), (4, 8, 1, 8)],
 }
-CASES = [(name, layout) for name in QWEN for layout in LAYOUTS[name]]
+CASES = [(name, layout) for name in LAYOUTS for layout in LAYOUTS[name]]
 
 
 def plan_of(name: str, layout: tuple[int, int, int, int]) -> ReshardPlan:
