@@ -12,6 +12,15 @@ def on_one_machine(cluster: ClusterConfig) -> bool:
 
 
 def network_env_vars(cluster: ClusterConfig) -> dict[str, str]:
-    """Variables that torch's gloo and vLLM read: on one machine no other can reach their sockets. On several, gloo
-    takes the interface of the host name unless GLOO_SOCKET_IFNAME says otherwise."""
-    return {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE, "VLLM_HOST_IP": LOOPBACK} if on_one_machine(cluster) else {}
+    """Variables by which gloo, NCCL and vLLM choose among a node's network interfaces: all of them, from the config.
+
+    On one machine no other can reach the sockets of gloo and vLLM, unless `cluster.interface` says otherwise.
+    """
+    variables = {}
+    if on_one_machine(cluster):
+        variables |= {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE, "VLLM_HOST_IP": LOOPBACK}
+    if cluster.interface is not None:
+        variables |= {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
+    if cluster.infiniband is not None:
+        variables["NCCL_IB_HCA"] = cluster.infiniband
+    return variables

@@ -68,16 +68,6 @@ def visible_gpus(place: Place, gpus: Sequence[str]) -> list[str]:
     return [*(gpus[slot] for slot in place.gpus), *(gpu for slot, gpu in enumerate(gpus) if slot not in place.gpus)]
 
 
-def network_env_vars(cluster: ClusterConfig) -> dict[str, str]:
-    """Variables by which gloo and NCCL choose among a node's network interfaces: all of them, from the config."""
-    variables = {}
-    if cluster.interface is not None:
-        variables |= {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
-    if cluster.infiniband is not None:
-        variables["NCCL_IB_HCA"] = cluster.infiniband
-    return variables
-
-
 class Placement:
     """The reserved nodes of a run, in the order of their host names."""
 
@@ -88,7 +78,6 @@ class Placement:
 
         self._use_gpu = use_gpu
         self._gpus_per_node = cluster.ranks_per_node
-        self._network = network_env_vars(cluster)
         self.nodes = cluster.nodes + engine_nodes
         self._known: list[Node] = []
         bundle = {"GPU": cluster.ranks_per_node} if use_gpu else {"CPU": 1e-3}
@@ -127,7 +116,7 @@ class Placement:
     def options(self, place: Place, env_vars: dict[str, str]) -> dict[str, Any]:
         """Options of a Ray actor at `place`, with the environment variables of its process."""
         node = self._known[place.node] if self._known else None
-        env_vars = self._network | env_vars
+        env_vars = dict(env_vars)
         if not self._use_gpu:
             env_vars["CUDA_VISIBLE_DEVICES"] = ""
         else:

@@ -18,6 +18,7 @@ import ray
 from meds_megatron.actor.worker import rank_env_vars
 from meds_megatron.config import Config
 from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.config.network import LOOPBACK, on_one_machine
 from meds_megatron.launch.cluster import ray_cluster, reserve_nodes
 from meds_megatron.launch.device import resolve_device
 from meds_megatron.launch.placement import Place, Placement, rank_places
@@ -172,9 +173,9 @@ class _Rank:
         self._config, self._rank, self._store = config, rank, None
 
     def open_store(self, ranks: int) -> tuple[str, int]:
-        from meds_megatron.actor.process_group import open_store
+        from meds_megatron.weights.store import open_store
 
-        host = ray.util.get_node_ip_address()
+        host = LOOPBACK if on_one_machine(self._config.cluster) else ray.util.get_node_ip_address()
         self._store = open_store(host, ranks)
         return host, self._store.port
 

@@ -8,10 +8,11 @@ import ray
 import torch
 
 from meds_megatron.config import ClusterConfig, Config, RolloutConfig
+from meds_megatron.config.network import network_env_vars
 from meds_megatron.errors import UserError
 from meds_megatron.launch.cluster import reserve_nodes
 from meds_megatron.launch.device import require_gpu, resolve_device
-from meds_megatron.launch.placement import Place, Placement, engine_places, network_env_vars, rank_places
+from meds_megatron.launch.placement import Place, Placement, engine_places, rank_places
 
 
 def test_ranks_fill_one_node_after_the_other():
@@ -116,8 +117,9 @@ def test_a_process_without_a_gpu_does_not_fall_back_to_the_cpu(monkeypatch):
 
 
 def test_network_interfaces_are_those_of_the_config():
-    assert network_env_vars(ClusterConfig()) == {}
-    assert network_env_vars(ClusterConfig(interface="ib0", infiniband="mlx5")) == {
+    assert network_env_vars(ClusterConfig()) == {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
+    assert network_env_vars(ClusterConfig(address="auto")) == {}
+    assert network_env_vars(ClusterConfig(address="auto", interface="ib0", infiniband="mlx5")) == {
         "GLOO_SOCKET_IFNAME": "ib0",
         "NCCL_SOCKET_IFNAME": "ib0",
         "NCCL_IB_HCA": "mlx5",
