@@ -3,10 +3,11 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from meds_megatron.trainer.interruption import Interruption
+from meds_megatron.trainer.interruption import SAME_SECONDS, Interruption
 
 PROGRAM = """
 import concurrent.futures, sys, threading, time
@@ -53,6 +54,10 @@ def test_a_second_signal_ends_the_process_at_once():
     process = started("stay")
     process.send_signal(signal.SIGTERM)
     assert "SIGTERM" in process.stdout.readline()
+    # What follows at once is the same request: a scheduler may signal both the process and its group.
+    process.send_signal(signal.SIGTERM)
+    time.sleep(SAME_SECONDS + 0.5)
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "SIGINT again: ended at once" in errors
