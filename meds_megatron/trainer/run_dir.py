@@ -124,12 +124,16 @@ class RunDirectory:
         if not self.config.exists() or not (self.started or self.newest_checkpoint()):
             return
         checkpoint = self.newest_checkpoint()
-        if checkpoint is None and not config.checkpoint.every:
+        saved = checkpoint.config if checkpoint else load_config(self.config)
+        # A run that died before its first checkpoint starts again. One that had time for a checkpoint, which may take
+        # until the next one to be complete, or that finished, is not overwritten.
+        had_none_yet = self.last_logged_step() < min(2 * saved.checkpoint.every, saved.train.steps)
+        if checkpoint is None and not (had_none_yet and config.checkpoint.every):
             raise UserError(
                 f"{self.path}: there already is a run, without checkpoints; give this one a name of its own "
                 "(name=...), or remove it."
             )
-        free, other = changes(checkpoint.config if checkpoint else load_config(self.config), config)
+        free, other = changes(saved, config)
         if other and not config.checkpoint.accept_changes:
             raise UserError(
                 f"{self.path}: there is a run with other settings ({'; '.join(other)}): give this one a name of its "

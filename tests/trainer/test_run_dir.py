@@ -10,7 +10,7 @@ import pytest
 from filelock import LeaseCompromise
 
 from meds_megatron.config import Config, load_config, save_config
-from meds_megatron.config.schema import CheckpointConfig, PenaltyConfig
+from meds_megatron.config.schema import CheckpointConfig, PenaltyConfig, TrainConfig
 from meds_megatron.errors import UserError
 from meds_megatron.trainer.checkpoint_files import mark_complete, write_state
 from meds_megatron.trainer.run_dir import ROLLOUT_SCHEMA, RunDirectory
@@ -109,6 +109,17 @@ def test_a_run_without_checkpoints_is_not_overwritten(tmp_path):
         with claim(tmp_path, checkpoint=CheckpointConfig(every=0)):
             pass
     assert run.metrics.read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize(("every", "steps", "last"), [(10, 100, 20), (10, 15, 15)], ids=["lost them", "finished"])
+def test_a_run_whose_checkpoints_were_removed_is_not_overwritten(tmp_path, every, steps, last):
+    settings = {"checkpoint": CheckpointConfig(every=every), "train": TrainConfig(steps=steps)}
+    with claim(tmp_path, **settings) as run:
+        run.metrics.write_text(f'{{"step": {last}}}\n')
+        run.hf_export(last).mkdir(parents=True)
+    with pytest.raises(UserError, match="without checkpoints; give this one a name"), claim(tmp_path, **settings):
+        pass
+    assert run.hf_export(last).is_dir() and run.last_logged_step() == last
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(tmp_path):
