@@ -125,9 +125,10 @@ class RunDirectory:
             return
         checkpoint = self.newest_checkpoint()
         saved = checkpoint.config if checkpoint else load_config(self.config)
-        # A run that died before its first checkpoint starts again. One that had time for a checkpoint, which may take
-        # until the next one to be complete, or that finished, is not overwritten.
-        had_none_yet = self.last_logged_step() < min(2 * saved.checkpoint.every, saved.train.steps)
+        # A run that died before its first checkpoint, which is complete when the second begins, starts again. One that
+        # went on beyond that, or that finished, has lost its checkpoints and is not overwritten.
+        last = self.last_logged_step()
+        had_none_yet = last <= 2 * saved.checkpoint.every and last < saved.train.steps
         if checkpoint is None and not (had_none_yet and config.checkpoint.every):
             raise UserError(
                 f"{self.path}: there already is a run, without checkpoints; give this one a name of its own "

@@ -111,7 +111,7 @@ def test_a_run_without_checkpoints_is_not_overwritten(tmp_path):
     assert run.metrics.read_text() == '{"step": 1}\n'
 
 
-@pytest.mark.parametrize(("every", "steps", "last"), [(10, 100, 20), (10, 15, 15)], ids=["lost them", "finished"])
+@pytest.mark.parametrize(("every", "steps", "last"), [(10, 100, 21), (10, 15, 15)], ids=["lost them", "finished"])
 def test_a_run_whose_checkpoints_were_removed_is_not_overwritten(tmp_path, every, steps, last):
     settings = {"checkpoint": CheckpointConfig(every=every), "train": TrainConfig(steps=steps)}
     with claim(tmp_path, **settings) as run:
