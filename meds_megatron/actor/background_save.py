@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -35,8 +36,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 class BackgroundSave(AsyncSaveShardedStrategy):
     """The `torch_dist` format. `async_save` returns when the tensors are copied: training may go on and change them."""
 
-    def __init__(self) -> None:
+    def __init__(self, copies: "HostCopies") -> None:
         super().__init__("torch_dist", 1)
+        self._copies = copies
 
     def can_handle_sharded_objects(self) -> bool:
         return True
@@ -45,10 +47,28 @@ class BackgroundSave(AsyncSaveShardedStrategy):
         """Plans the save with all ranks and copies this rank's share. The request's function writes it and may run on
         any thread; its `finalize_fns` are collectives."""
         shares, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        writer = _CopyingWriter(checkpoint_dir)
+        writer = _CopyingWriter(checkpoint_dir, self._copies)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(shares), writer, planner=planner)
         return AsyncRequest(writer.write, (), [partial(save_state_dict_async_finalize, *planned)])
+
+
+class HostCopies:
+    """A rank's share of a checkpoint in host memory, which one save after the other fills.
+
+    The operating system makes the pages of new memory when they are first written, which takes longer than the copy.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[MetadataIndex, Tensor] = {}
+
+    def copy(self, index: MetadataIndex, data: Tensor) -> Tensor:
+        """The copy of `data` until the next call with `index`. One from a GPU is complete when the GPU has finished."""
+        copy = self._tensors.get(index)
+        if copy is None or (copy.shape, copy.dtype) != (data.shape, data.dtype):
+            copy = torch.empty(data.shape, dtype=data.dtype, device="cpu", pin_memory=data.is_cuda)
+            self._tensors[index] = copy
+        return copy.copy_(data, non_blocking=True)
 
 
 class _CopyingWriter(FileSystemWriter):
@@ -56,14 +76,21 @@ class _CopyingWriter(FileSystemWriter):
 
     can_run_decentralized_global_plan = True
 
+    def __init__(self, path: str | Path, copies: HostCopies) -> None:
+        super().__init__(path)
+        self._copies = copies
+
     def prepare_decentralized_global_plan(self, plan: SavePlan) -> SavePlan:
         return replace(plan, storage_data=_StoragePrefix(f"__{dist.get_rank()}_"))
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        copies = {item.index: _copy(planner.resolve_data(item)) for item in plan.items}
+        share = {item.index: planner.resolve_data(item) for item in plan.items}
+        for index, data in share.items():
+            if isinstance(data, Tensor):
+                share[index] = self._copies.copy(index, data)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._plan, self._planner = plan, _Copies(copies)
+        self._plan, self._planner = plan, _CopiedShare(share)
         self._results: list[WriteResult] = []
 
     def write(self) -> None:
@@ -74,19 +101,10 @@ class _CopyingWriter(FileSystemWriter):
         return self._results
 
 
-class _Copies(DefaultSavePlanner):
-    def __init__(self, copies: dict) -> None:
+class _CopiedShare(DefaultSavePlanner):
+    def __init__(self, share: dict[MetadataIndex, Tensor | BytesIO]) -> None:
         super().__init__()
-        self._copies = copies
+        self._share = share
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
-        # Freed as soon as it is written.
-        return self._copies.pop(write_item.index)
-
-
-def _copy(data: Tensor | BytesIO) -> Tensor | BytesIO:
-    """In host memory that a GPU copies to without waiting; torch keeps such memory for the next save."""
-    if not isinstance(data, Tensor):
-        return data
-    copy = torch.empty(data.shape, dtype=data.dtype, device="cpu", pin_memory=data.is_cuda)
-    return copy.copy_(data, non_blocking=True)
+        return self._share[write_item.index]

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from meds_megatron.actor import optimizer_state
-from meds_megatron.actor.background_save import BackgroundSave
+from meds_megatron.actor.background_save import BackgroundSave, HostCopies
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
 from meds_megatron.model.gpt import PolicyModel
@@ -31,10 +31,15 @@ class PolicySave:
     """A save under way. The constructor and `finish` are collectives of all ranks; the policy may train in between."""
 
     def __init__(
-        self, chunks: list[PolicyModel], optimizer: MegatronOptimizer, shape: ModelShape, directory: str | Path
+        self,
+        chunks: list[PolicyModel],
+        optimizer: MegatronOptimizer,
+        shape: ModelShape,
+        directory: str | Path,
+        copies: HostCopies,
     ):
-        """Copies this rank's share and begins to write it into `directory`, which exists. Raises UserError on all
-        ranks when one cannot write."""
+        """Copies this rank's share into `copies`, which no other save may be writing from, and begins to write it into
+        `directory`, which exists. Raises UserError on all ranks when one cannot write."""
         self._directory = Path(directory)
         state = {
             "optimizer_step": optimizer_state.step_of(optimizer),
@@ -42,7 +47,7 @@ class PolicySave:
             **_model_state(chunks),
         }
         self._request = dist_checkpointing.save(
-            state, str(directory), BackgroundSave(), validate_access_integrity=False, async_sharded_save=True
+            state, str(directory), BackgroundSave(copies), validate_access_integrity=False, async_sharded_save=True
         )
         on_all_ranks(self._save_random_states, self._name)
         self._failure: Exception | None = None

@@ -28,6 +28,8 @@ def rank_env_vars(config: Config) -> dict[str, str]:
         # Overlap of tensor-parallel communication and compute relies on one hardware queue.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "NCCL_CUMEM_ENABLE": "0",
+        # Huge pages: the first copy of a checkpoint makes all the pages it is in.
+        "THP_MEM_ALLOC_ENABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         **network_env_vars(config.cluster),
         # torch and megatron-core warn at every start; errors are raised.
@@ -76,6 +78,7 @@ class PolicyWorker(SupervisedActor):
         # megatron-core warns at every import of the optional packages that are absent.
         warnings.filterwarnings("ignore", module=r"megatron\.")
         logging.getLogger("megatron").setLevel(logging.ERROR)
+        from meds_megatron.actor.background_save import HostCopies
         from meds_megatron.actor.policy import Policy
         from meds_megatron.actor.process_group import form_groups, join
 
@@ -86,6 +89,7 @@ class PolicyWorker(SupervisedActor):
         device = join(host, port, self._rank, world_size, timeout, self._store)
         form_groups(self._config.parallel, self._config.train.seed)
         self._policy = Policy(self._config, model_dir, device)
+        self._copies = HostCopies()
         logger.info("rank %d of %d has loaded its share of %s on %s", self._rank, world_size, model_dir, device)
 
     def forward(self, batch: TrainBatch, micro_batches: list[np.ndarray]) -> ForwardOutput | None:
@@ -120,7 +124,7 @@ class PolicyWorker(SupervisedActor):
         from meds_megatron.actor.checkpoint import PolicySave
 
         policy = self._policy
-        self._save = PolicySave(policy.chunks, policy.optimizer, policy.shape, directory)
+        self._save = PolicySave(policy.chunks, policy.optimizer, policy.shape, directory, self._copies)
 
     def save_written(self) -> bool:
         """Whether `finish_save` would not wait for this rank."""

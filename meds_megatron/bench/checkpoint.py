@@ -1,6 +1,7 @@
 """Cost of a checkpoint: the time that training waits for an asynchronous save and for a synchronous one."""
 
 import multiprocessing
+import os
 import shutil
 import statistics
 import tempfile
@@ -13,9 +14,11 @@ import torch.distributed as dist
 from torch import nn
 
 from meds_megatron.actor import optimizer, optimizer_state
+from meds_megatron.actor.background_save import HostCopies
 from meds_megatron.actor.checkpoint import PolicySave
 from meds_megatron.actor.process_group import form_groups, join
-from meds_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from meds_megatron.actor.worker import rank_env_vars
+from meds_megatron.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from meds_megatron.config.model_shape import QWEN, ModelShape
 from meds_megatron.model.gpt import build_chunks, transformer_config
 from meds_megatron.weights.store import open_store
@@ -63,6 +66,7 @@ def run(
 
 
 def _rank(pipe: Connection, port: int, rank: int, pipeline: int, rounds: int, shape: ModelShape, target: str) -> None:
+    os.environ.update(rank_env_vars(Config()))
     torch.set_num_threads(1)
     join("127.0.0.1", port, rank, pipeline)
     parallel = ParallelConfig(pipeline=pipeline)
@@ -73,13 +77,14 @@ def _rank(pipe: Connection, port: int, rank: int, pipeline: int, rounds: int, sh
         nn.init.normal_(parameter, std=0.02)
     adam = optimizer.build(optimizer.wrap(chunks), model_config, OptimizerConfig())
     optimizer_state.make_state(adam)
+    copies = HostCopies()
     report: dict[str, list[float]] = {name: [] for name in ("synchronous", "critical", "begin", "written", "bytes")}
 
     def begin(name: str, number: int) -> tuple[PolicySave, Path]:
         path = Path(target) / f"{name}{number}"
         path.mkdir(exist_ok=True)
         dist.barrier()
-        return PolicySave(chunks, adam, shape, path), path
+        return PolicySave(chunks, adam, shape, path, copies), path
 
     for number in range(rounds):
         began = time.perf_counter()

@@ -1,6 +1,7 @@
 """Functions that the ranks of the checkpoint tests run."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from meds_megatron.actor import checkpoint, optimizer_state
+from meds_megatron.actor.background_save import HostCopies
 from meds_megatron.weights.chunks import local_parameters, local_table, rank_parameters
 from meds_megatron.weights.table import canonical_name
 from tests.model import qwen_cases as cases
@@ -17,12 +19,16 @@ State = dict[str, np.ndarray]
 
 
 def train_and_save(rank: int, directory: str, parallel: dict, target: str, steps: int, dtype: str = "float32") -> State:
-    """The state after `steps` steps of training, which is saved while another step changes it."""
+    """The state after `steps` steps of training, which is saved while another step changes it, after a first save."""
     policy = make_policy(directory, parallel, dtype)
+    copies = HostCopies()
+    first = Path(f"{target}-first")
+    first.mkdir(exist_ok=True)
+    checkpoint.PolicySave(*parts(policy), first, copies).finish()
     for _ in range(steps):
         cases.train_step(policy, parallel)
     state = whole_state(policy)
-    save = checkpoint.PolicySave(*parts(policy), target)
+    save = checkpoint.PolicySave(*parts(policy), target, copies)
     cases.train_step(policy, parallel)
     save.finish()
     return state
@@ -39,7 +45,7 @@ def losses_uninterrupted(rank: int, directory: str, parallel: dict, target: str)
     """Four steps of training, saved in the middle."""
     policy = make_policy(directory, parallel)
     losses = [cases.train_step(policy, parallel) for _ in range(2)]
-    checkpoint.PolicySave(*parts(policy), target).finish()
+    checkpoint.PolicySave(*parts(policy), target, HostCopies()).finish()
     return losses + [cases.train_step(policy, parallel) for _ in range(2)]
 
 
@@ -58,7 +64,7 @@ def random_numbers(rank: int, directory: str, parallel: dict, target: str, resum
         draw_random_numbers()
         checkpoint.load(*parts(policy), target, same_layout=True)
     else:
-        checkpoint.PolicySave(*parts(policy), target).finish()
+        checkpoint.PolicySave(*parts(policy), target, HostCopies()).finish()
     return draw_random_numbers()
 
 
@@ -74,7 +80,7 @@ def save_where_one_rank_cannot(rank: int, directory: str, parallel: dict, target
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
-        save.__init__(*parts(policy), target)
+        save.__init__(*parts(policy), target, HostCopies())
         save.finish()
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -55,7 +55,13 @@ CHANGING = {
     "PolicySave": {"_failure": NO_EFFECT},
     "FingerprintCollector": dict.fromkeys(("_micro_batch", "_places_N", "_values_NL", "sent_bytes"), STEP),
     "Policy": {"micro_batches_begun": NO_EFFECT},
-    "PolicyWorker": {"_policy": CHECKPOINT, "_save": NO_EFFECT, "_store": START, "_weight_sender": START},
+    "PolicyWorker": {
+        "_copies": NO_EFFECT,
+        "_policy": CHECKPOINT,
+        "_save": NO_EFFECT,
+        "_store": START,
+        "_weight_sender": START,
+    },
     "PromptSampler": {"_order": CHECKPOINT, "epoch": CHECKPOINT, "position": CHECKPOINT},
     "MemoryShard": {
         **dict.fromkeys(("_histories", "_moments", "_pending", "_step", "_totals"), CHECKPOINT),
@@ -79,7 +85,7 @@ CHANGING = {
     "CompletenessCheck": {"_received": STEP},
     "Console": dict.fromkeys(("_rows", "_accuracy", "_validation", "_progress"), NO_EFFECT),
     "Interruption": {"_received": START},
-    "_Copies": {"_copies": NO_EFFECT},
+    "HostCopies": {"_tensors": NO_EFFECT},
     "GroupProducer": {"_generating": STEP, "_grading": STEP},
     "_Grading": {"_unfinished": STEP},
     "Checkpointer": {"_newest": START, "_state": CHECKPOINT, "_under_way": START},
