@@ -142,7 +142,7 @@ class Sweep:
     def _submit(self, tracked: Tracked) -> None:
         function = _train_in_slurm if self._executor_name == "slurm" else _train_here
         if self._executor_name == "slurm":
-            self._executor.update_parameters(name=tracked.run.name)
+            self._executor.update_parameters(job_name=tracked.run.name)
         tracked.job = self._executor.submit(function, tracked.run.arguments, list(self._config.job.srun))
         tracked.state, tracked.missing_since = "submitted", None
         tracked.attempts += 1

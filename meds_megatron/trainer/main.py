@@ -18,7 +18,7 @@ from meds_megatron.trainer.model_check import check_model_files
 from meds_megatron.trainer.prompts import Prompts, read_prompts
 from meds_megatron.trainer.recovery import Decision, Failure, Recovery
 from meds_megatron.trainer.run_dir import RunDirectory
-from meds_megatron.trainer.supervision import ProcessDied
+from meds_megatron.trainer.supervision import HardwareFailed, ProcessDied
 from meds_megatron.trainer.watchdog import Hung
 
 
@@ -81,7 +81,12 @@ def repeat_attempts(
 
 def failure_of(error: Exception) -> Failure:
     """Kind of failure that ended an attempt."""
-    kinds = {NoNodes: Failure.NO_NODES, ProcessDied: Failure.DIED, Hung: Failure.HUNG}
+    kinds = {
+        NoNodes: Failure.NO_NODES,
+        ProcessDied: Failure.DIED,
+        HardwareFailed: Failure.DIED,
+        Hung: Failure.HUNG,
+    }
     return next((kind for error_class, kind in kinds.items() if isinstance(error, error_class)), Failure.ERROR)
 
 

@@ -8,7 +8,7 @@ class Failure(Enum):
     """Kind of failure."""
 
     DIED = "died"
-    """A trainer rank, a memory shard or their node."""
+    """A trainer rank or a memory shard, or the node, GPU or network under it."""
     HUNG = "hung"
     """Nothing progressed."""
     NO_NODES = "no nodes"

@@ -22,10 +22,16 @@ PEER_SECONDS = 5.0
 """An error of a process may follow from the death of another: how long that death is waited for."""
 END_SECONDS = 10.0
 MOST_NAMED = 8
+HARDWARE_ERRORS = {"AcceleratorError", "DistError"}
+"""torch's classes, with those derived from them, for a GPU or a network that failed under a process."""
 
 
 class ProcessDied(RunFailed):
     """Trainer ranks or memory shards that died, each with its node and last words."""
+
+
+class HardwareFailed(RunFailed):
+    """A process whose GPU or network failed, with its node and the error."""
 
 
 @dataclass
@@ -115,8 +121,9 @@ class Supervisor(AbstractContextManager):
     def results(self, references: Sequence[ray.ObjectRef]) -> list[Any]:
         """Results of calls of supervised actors, in order.
 
-        Raises UserError as it was raised there, ProcessDied (or what else the alarm fails with) as soon as it is
-        known, also instead of the errors that other processes raise for want of a dead one, and any other error as is.
+        Raises UserError as it was raised there; ProcessDied (or what else the alarm fails with) as soon as it is
+        known, also instead of the errors that other processes raise for want of a dead one; HardwareFailed; and any
+        other error as is.
         """
         found: dict[ray.ObjectRef, Any] = {}
         pending = list(references)
@@ -128,6 +135,10 @@ class Supervisor(AbstractContextManager):
                 raise
             except ray.exceptions.RayError as error:
                 self._raise_cause(error)
+                if isinstance(error, ray.exceptions.RayTaskError) and _is_of_hardware(error.cause):
+                    # torch's advice follows in the lines after the first.
+                    reason = str(error.cause).partition("\n")[0]
+                    raise HardwareFailed(f"{self._name_of(error)} failed: {reason}") from error
                 raise
             self.results_taken += len(ready)
             if pending and self.alarm.done():
@@ -141,6 +152,14 @@ class Supervisor(AbstractContextManager):
             return
         except Exception as cause:
             raise cause from error
+
+    def _name_of(self, error: ray.exceptions.RayTaskError) -> str:
+        """The process that raised, with its node and id."""
+        raised = failed_process(error)
+        for process in self.processes:
+            if process.place and raised == f"process {process.place[1]} on {process.place[0].rpartition(' ')[2]}":
+                return f"{process.name} ({process.place_name})"
+        return raised
 
     def _watch(self) -> None:
         while not self._closing.wait(TICK_SECONDS):
@@ -171,3 +190,7 @@ class Supervisor(AbstractContextManager):
         words = last_words(self._run_dir, first.log)
         logged = f"; the end of its log: {words}" if words else ""
         return f"{first.name} ({first.place_name}) died{others}: {failure_reason(error)}{logged}"
+
+
+def _is_of_hardware(error: BaseException) -> bool:
+    return any(error_class.__name__ in HARDWARE_ERRORS for error_class in type(error).__mro__)

@@ -47,3 +47,15 @@ class Member(SupervisedActor):
 
     def refuse(self) -> None:
         raise UserError("data.train is empty")
+
+    def fail(self, name: str) -> None:
+        import torch
+        import torch.distributed as dist
+
+        if name == "AcceleratorError":
+            raise torch.AcceleratorError(
+                "CUDA error: uncorrectable ECC error encountered\nCompile with TORCH_USE_CUDA_DSA"
+            )
+        if name == "DistBackendError":
+            raise dist.DistBackendError("NCCL error: remote process exited or there was a network error")
+        raise torch.OutOfMemoryError("CUDA out of memory")

@@ -14,7 +14,9 @@ from meds_megatron.errors import Stopped, UserError
 from meds_megatron.logs import process_logging
 from meds_megatron.supervised import CONCURRENCY_GROUPS
 from meds_megatron.trainer.interruption import Interruption
-from meds_megatron.trainer.supervision import ProcessDied, Supervisor
+from meds_megatron.trainer.main import failure_of
+from meds_megatron.trainer.recovery import Failure
+from meds_megatron.trainer.supervision import HardwareFailed, ProcessDied, Supervisor
 from meds_megatron.trainer.timer import PhaseTimer
 from meds_megatron.trainer.watchdog import Hung, Watchdog
 from tests.trainer.supervised_member import Member
@@ -64,6 +66,21 @@ def test_the_process_that_died_is_named_and_not_its_peer_that_lost_the_connectio
         members.supervisor.results(waiting)
     assert str(raised.value).startswith(f"trainer rank 1 (process {members.processes[1]} on ")
     assert "member 1 of 2 joined" in str(raised.value) and "trainer rank 0" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["AcceleratorError", "DistBackendError"])
+def test_a_live_process_whose_hardware_failed_is_named(members, name):
+    with pytest.raises(HardwareFailed) as raised:
+        members.supervisor.results([members.actors[1].fail.remote(name)])
+    assert str(raised.value).startswith(f"trainer rank 1 (process {members.processes[1]} on ")
+    assert str(raised.value).endswith(("ECC error encountered", "network error"))
+    assert failure_of(raised.value) is Failure.DIED
+
+
+def test_too_little_memory_is_not_a_failure_of_hardware(members):
+    with pytest.raises(ray.exceptions.RayTaskError, match="CUDA out of memory") as raised:
+        members.supervisor.results([members.actors[1].fail.remote("OutOfMemoryError")])
+    assert failure_of(raised.value) is Failure.ERROR
 
 
 def test_a_death_is_noticed_while_the_driver_waits_for_something_else(members):
