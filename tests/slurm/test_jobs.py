@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tests.slurm.cluster import Cluster
+from meds_megatron.launch import sweep
+from tests.slurm.cluster import ROOT, Cluster
 
 STEPS = 6
 JOB_SECONDS = 240
@@ -130,4 +131,22 @@ def test_strangers_stay_out_and_a_cancelled_job_leaves_nothing(slurm, small_mode
     slurm.run("scancel", job)
     assert slurm.finish(job, 60) == "CANCELLED"
     slurm.wait(lambda: slurm.idle() == slurm.names, 60)
+    assert_nothing_is_left(slurm)
+
+
+def test_a_sweep_submits_its_runs_and_takes_their_exit_codes(slurm, tmp_path, monkeypatch):
+    """Of runs whose model is not there, so that they end soon. Whole ones: `python -m tests.slurm.long_sweep`."""
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, slurm.environment[name])
+    file = tmp_path / "failing.yaml"
+    file.write_text(
+        f"config: {ROOT}/configs/quickstart.yaml\ndirectory: {tmp_path}/runs\n"
+        f"settings: {{model.make: no, model.path: {tmp_path}/none, cluster.device: cpu}}\n"
+        "seeds: [0, 1]\nretries: 0\nconcurrent: 2\n"
+        "job: {gpus_per_node: 0, cpus_per_task: 4, exclusive: false, hours: 0.1}\n"
+    )
+    rows = sweep(file, "slurm")
+    assert [(row["run"], row["state"]) for row in rows] == [("seed=0", "failed"), ("seed=1", "failed")]
+    logs = [log.read_text() for log in (tmp_path / "runs" / "jobs").glob("*_log.out")]
+    assert len(logs) == 2 and all(f"{tmp_path}/none: node node" in log for log in logs)
     assert_nothing_is_left(slurm)
