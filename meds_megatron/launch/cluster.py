@@ -10,6 +10,8 @@ from meds_megatron.errors import UserError
 from meds_megatron.launch.placement import Placement
 
 PLACEMENT_SECONDS = 120
+TOKEN = Path.home() / ".ray" / "auth_token"
+"""Where Ray keeps the token of the clusters that it starts on this machine."""
 
 
 @contextmanager
@@ -24,6 +26,9 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
         # that at every start.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         ray.init(include_dashboard=False, logging_level="warning", log_to_driver=True)
+        if TOKEN.is_file():
+            # Ray makes it as readable as any new file.
+            TOKEN.chmod(0o600)
     try:
         yield
     finally:

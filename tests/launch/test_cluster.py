@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from meds_megatron.config import ClusterConfig
-from meds_megatron.launch.cluster import ray_cluster
+from meds_megatron.launch.cluster import TOKEN, ray_cluster
 
 CONNECT = """
 import sys, ray
@@ -37,6 +37,10 @@ def test_a_cluster_that_a_run_starts_refuses_strangers(address, variables):
 def test_whoever_has_the_token_is_let_in(address):
     with connect(address, {"RAY_AUTH_MODE": "token"}) as user:
         assert "nodes: 1\n" in user.stdout
+
+
+def test_the_token_is_the_users_alone(address):
+    assert TOKEN.is_file() and TOKEN.stat().st_mode & 0o777 == 0o600
 
 
 def connect(address: str, variables: dict[str, str]) -> subprocess.Popen:
