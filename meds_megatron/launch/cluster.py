@@ -25,7 +25,8 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
         # Ray listens on all interfaces, and its own clusters accept only who has the token in the user's home. It logs
         # that at every start.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        ray.init(include_dashboard=False, logging_level="warning", log_to_driver=True)
+        # "local": without it, RAY_ADDRESS or a running Ray of this machine would be taken.
+        ray.init(address="local", include_dashboard=False, logging_level="warning", log_to_driver=True)
         if TOKEN.is_file():
             # Ray makes it as readable as any new file.
             TOKEN.chmod(0o600)

@@ -45,6 +45,7 @@ class Job:
         self._command = slurm.srun(srun_options, command)
         self._events: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         self._tasks: dict[int, Connection] = {}
+        self._closing = threading.Event()
         self.cancelled = False
         """Whether this process got SIGTERM: Slurm decides what becomes of the job."""
 
@@ -61,6 +62,7 @@ class Job:
             threading.Thread(target=lambda: self._events.put(("srun", srun.wait())), daemon=True).start()
             threading.Thread(target=self._watch_time, daemon=True).start()
             code = self._follow()
+            self._closing.set()
             self._send_all("end")
             try:
                 srun.wait(STOP_SECONDS)
@@ -78,14 +80,13 @@ class Job:
         return srun
 
     def _accept(self, listener: Listener) -> None:
-        while True:
+        while not self._closing.is_set():
             try:
                 connection = listener.accept()
                 number = connection.recv()
-            except (AuthenticationError, EOFError, ConnectionError):
+            except (AuthenticationError, EOFError, OSError):
+                # A stranger, with whatever it sent or left out; or the listener is closed.
                 continue
-            except OSError:
-                return  # The listener is closed.
             self._tasks[number] = connection
             self._receive(number, connection)
 
@@ -93,7 +94,7 @@ class Job:
         try:
             while True:
                 self._events.put(connection.recv())
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             self._events.put(("lost", number))
 
     def _watch_time(self) -> None:
@@ -107,7 +108,7 @@ class Job:
 
     def _follow(self) -> int:
         """Passes messages between the tasks until the run has ended; its exit code."""
-        ready, saving = 0, False
+        ready, running, saving = 0, False, False
         while True:
             event, value = self._events.get()
             if event == "address":
@@ -115,7 +116,10 @@ class Job:
             elif event == "ready":
                 ready += 1
                 if ready == self._slurm.nodes:
+                    running = True
                     self._send(0, "run")
+            elif event in ("save", "terminate") and not running:
+                return EXIT_REQUEUE  # There is nothing to save.
             elif event == "terminate" or (event == "save" and not saving):
                 saving = True
                 self._send(0, event)
@@ -149,18 +153,22 @@ def main(arguments: list[str] | None = None) -> int:
     if slurm is None:
         _print("this is no Slurm job; start it with sbatch, or `meds train` without Slurm")
         return EXIT_USER_ERROR
-    return run_job(slurm, options.srun, options.python, options.arguments)
+    code, _ = run_job(slurm, options.srun, options.python, options.arguments)
+    return code
 
 
-def run_job(slurm: SlurmJob, srun_options: list[str], python: str, arguments: list[str]) -> int:
+def run_job(slurm: SlurmJob, srun_options: list[str], python: str, arguments: list[str]) -> tuple[int, bool]:
     """Runs `meds train` with `arguments` on the job's nodes and requeues the job where the run is to be continued; the
-    run's exit code."""
+    run's exit code, and whether the job was requeued: Slurm then ends this process."""
     job = Job(slurm, srun_options, python, arguments)
     code = job.run()
-    if code == EXIT_REQUEUE and not job.cancelled:
-        refusal = slurm.requeue()
-        _print(f"job {slurm.id} goes on from its checkpoint: {refusal or 'requeued'}")
-    return code
+    if code != EXIT_REQUEUE or job.cancelled:
+        return code, False
+    if refusal := slurm.requeue():
+        _print(f"job {slurm.id} cannot be requeued ({refusal}); submit it again, and the run goes on")
+        return code, False
+    _print(f"job {slurm.id} was requeued, and the run goes on from its checkpoint")
+    return code, True
 
 
 def _print(text: str) -> None:

@@ -30,8 +30,6 @@ from meds_megatron.weights.resharding.shared_directory import remove_unclaimed
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
-CANCEL_SECONDS = 15
-"""From SIGTERM to the end of the run: Slurm sends SIGKILL after its KillWait, by default 30 seconds."""
 KILL_SECONDS = 5
 START_TRIES = 3
 LONGEST_DIRECTORY = 40
@@ -39,13 +37,25 @@ LONGEST_DIRECTORY = 40
 
 
 class NodeTask:
-    """The processes of a job on this node. `address` is that of `launch.job`, on the first node."""
+    """The processes of a job on this node. `address` is that of `launch.job`, on the first node; a run that SIGTERM
+    does not end within `cancel_seconds` is killed."""
 
-    def __init__(self, job: SlurmJob, number: int, address: tuple[str, int], token: str, train: Sequence[str]):
+    def __init__(
+        self,
+        job: SlurmJob,
+        number: int,
+        address: tuple[str, int],
+        token: str,
+        train: Sequence[str],
+        cancel_seconds: int,
+    ):
         self._number, self._address, self._token, self._train = number, address, token, train
+        self._cancel_seconds = cancel_seconds
         self.directory = make_directory(job)
         self._environment = environment(self.directory, token)
         self._driver: subprocess.Popen | None = None
+        self._requested: int | None = None
+        """Signal that the driver is to get."""
         self._ray_address = ""
 
     def run(self) -> None:
@@ -84,7 +94,7 @@ class NodeTask:
         if number != signal.SIGUSR1:
             # The end of the run comes over the connection; this is for a run that does not end.
             signal.signal(signal.SIGALRM, self._on_alarm)
-            signal.alarm(CANCEL_SECONDS)
+            signal.alarm(self._cancel_seconds)
 
     def _on_alarm(self, *_) -> None:
         raise SystemExit(EXIT_FAILURE)
@@ -127,9 +137,13 @@ class NodeTask:
         command = [sys.executable, "-m", "meds_megatron.cli", *command, *self._train]
         command.append(f"cluster.address={self._ray_address}")
         self._driver = subprocess.Popen(command, env=self._environment, preexec_fn=processes.ends_with_parent)
+        if self._requested is not None:
+            # The signal may have come before there was a process to get it.
+            self._driver.send_signal(self._requested)
         return self._driver.wait()
 
     def _signal_driver(self, number: int) -> None:
+        self._requested = number
         if self._driver is not None and self._driver.poll() is None:
             self._driver.send_signal(number)
 
@@ -224,7 +238,8 @@ def main(arguments: Sequence[str]) -> int:
     config_file, *overrides = arguments
     try:
         settings = job_settings(load_config(config_file, overrides), job.nodes, overrides)
-        validate(load_config(config_file, [*overrides, *settings]))
+        config = load_config(config_file, [*overrides, *settings])
+        validate(config)
     except UserError as error:
         if number == 0:
             print(f"meds: {error}", file=sys.stderr)
@@ -232,7 +247,8 @@ def main(arguments: Sequence[str]) -> int:
     processes.adopt_orphans()
     # Slurm's name for the address from which the tasks were started, that of the first node.
     address = (os.environ["SLURM_LAUNCH_NODE_IPADDR"], given["port"])
-    NodeTask(job, number, address, given["token"], [*arguments, *settings]).run()
+    train = [*arguments, *settings]
+    NodeTask(job, number, address, given["token"], train, config.faults.cancel_seconds).run()
     return 0
 
 

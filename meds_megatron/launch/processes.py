@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -82,4 +83,6 @@ def remove(paths: set[Path]) -> None:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            # It may be another user's by now; the others are still to be removed.
+            with suppress(OSError):
+                path.unlink()

@@ -26,14 +26,18 @@ class SweepJobConfig:
 
     nodes: int = 1
     gpus_per_node: int = 8
-    """0 for runs without GPUs."""
+    """0 for runs without GPUs. With local processes: of each run, where the machine has GPUs."""
     cpus_per_task: int | None = None
+    memory: str | None = None
+    """Of a node, as sbatch --mem takes it; null is all of it with `exclusive`, else Slurm's default."""
     exclusive: bool = True
     hours: float = 24.0
     save_seconds: int = 600
     """Before the time is up, for the run to save itself; the job is then requeued."""
     partition: str | None = None
     account: str | None = None
+    python: str = ""
+    """In the container, if there is one; empty is the present one."""
     srun: list[str] = field(default_factory=list)
     """More options of srun, such as those of a container."""
 
@@ -114,11 +118,19 @@ def _check_names(values: dict, section: type, path: Path, prefix: str) -> None:
 
 
 def _check_ranges(sweep: SweepConfig, path: Path) -> None:
-    least = {"concurrent": 1, "retries": 0, "job.nodes": 1, "job.gpus_per_node": 0, "job.save_seconds": 1}
+    least = {
+        "concurrent": 1,
+        "retries": 0,
+        "job.nodes": 1,
+        "job.gpus_per_node": 0,
+        "job.cpus_per_task": 1,
+        "job.hours": 1 / 60,
+        "job.save_seconds": 1,
+    }
     for key, bound in least.items():
         value = OmegaConf.select(OmegaConf.structured(sweep), key)
-        if value < bound:
-            raise UserError(f"{path}: {key} is {value}, expected {bound} or more.")
+        if value is not None and value < bound:
+            raise UserError(f"{path}: {key} is {value}, expected {bound:.3g} or more.")
     for key, empty in {
         "seeds": not sweep.seeds,
         **{f"grid.{key}": not value for key, value in sweep.grid.items()},

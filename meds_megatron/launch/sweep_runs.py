@@ -11,26 +11,30 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import submitit
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from meds_megatron.errors import UserError
 from meds_megatron.launch.job import run_job
-from meds_megatron.launch.slurm import EXIT_REQUEUE, SlurmJob
+from meds_megatron.launch.slurm import SlurmJob
 from meds_megatron.launch.sweep_config import SweepConfig, SweepRun, expand, load_sweep
 
-POLL_SECONDS = 2.0
+POLL_SECONDS = {"local": 2.0, "slurm": 15.0}
 LOST_SECONDS = 30.0
 """After which a job that Slurm no longer lists, and that has left no result, counts as failed."""
+LOCAL_MINUTES = 10 * 365 * 24 * 60
+"""submitit wants a limit on the time of a local run, which has none."""
 
 Executor = Literal["auto", "slurm", "local"]
 State = Literal["waiting", "submitted", "finished", "failed"]
@@ -71,6 +75,8 @@ class Tracked:
     """In this start of the sweep."""
     job: submitit.Job | None = None
     missing_since: float | None = None
+    gpus: list[str] = field(default_factory=list)
+    """Of this machine, that a local run has to itself."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -82,10 +88,24 @@ class Sweep:
         self._directory = Path(config.directory)
         self._directory.mkdir(parents=True, exist_ok=True)
         self._tracked = [Tracked(run) for run in runs]
-        self._executor = self._make_executor()
-        self._follow_earlier_jobs()
+        self._executor = self._make_slurm_executor() if executor == "slurm" else self._make_local_executor()
+        self._gpus = _visible_gpus() if executor == "local" else []
+        self._concurrent = self._fitting_runs()
 
     def run(self, report: Callable[[Table], None]) -> list[dict]:
+        """Runs what is not finished; the rows of the table. Raises UserError while another process runs the sweep, and
+        when Slurm takes no job."""
+        try:
+            with FileLock(self._directory / "sweep.lock", blocking=False):
+                self._follow_earlier_jobs()
+                return self._run(report)
+        except Timeout:
+            raise UserError(
+                f"{self._directory}: another process runs this sweep; wait for its end, or give this one a directory "
+                "of its own (directory: ...)."
+            ) from None
+
+    def _run(self, report: Callable[[Table], None]) -> list[dict]:
         shown = None
         try:
             while True:
@@ -97,17 +117,20 @@ class Sweep:
                     report(self._table(rows))
                 if all(tracked.state in ("finished", "failed") for tracked in self._tracked):
                     return rows
-                time.sleep(POLL_SECONDS)
+                time.sleep(POLL_SECONDS[self._executor_name])
         except BaseException:
             # Slurm's jobs go on without this process, and the next start follows them.
             if self._executor_name == "local":
-                for tracked in self._tracked:
-                    if tracked.state == "submitted":
-                        tracked.job.cancel()
+                self._stop_local_runs()
             raise
 
     def _update(self) -> None:
-        listed = _slurm_jobs() if self._executor_name == "slurm" else None
+        if self._executor_name == "slurm":
+            listed = _slurm_jobs()
+            if listed is None:
+                return
+        else:
+            listed = None
         for tracked in self._tracked:
             if tracked.state in ("waiting", "submitted"):
                 tracked.metrics = _last_metrics(tracked.run.directory)
@@ -116,9 +139,20 @@ class Sweep:
                 tracked.state = self._state_after(tracked)
             elif tracked.state == "waiting" and not tracked.attempts and _is_complete(tracked):
                 tracked.state = "finished"
-        free = self._config.concurrent - sum(tracked.state == "submitted" for tracked in self._tracked)
+        free = self._concurrent - sum(tracked.state == "submitted" for tracked in self._tracked)
         for tracked in [tracked for tracked in self._tracked if tracked.state == "waiting"][: max(free, 0)]:
             self._submit(tracked)
+
+    def _stop_local_runs(self) -> None:
+        """Makes the local runs save themselves and end, and waits for that."""
+        jobs = [tracked.job for tracked in self._tracked if tracked.state == "submitted" and not tracked.job.done()]
+        if jobs:
+            print(f"meds: the sweep stops when its {len(jobs)} runs have saved themselves", file=sys.stderr)
+        for job in jobs:
+            # submitit's controller passes it on to `_train_here`.
+            os.kill(int(job.job_id), signal.SIGTERM)
+        while not all(job.done() for job in jobs):
+            time.sleep(0.2)
 
     def _state_after(self, tracked: Tracked) -> State:
         try:
@@ -140,10 +174,22 @@ class Sweep:
         return tracked.job.paths.result_pickle.exists() or time.monotonic() - tracked.missing_since > LOST_SECONDS
 
     def _submit(self, tracked: Tracked) -> None:
-        function = _train_in_slurm if self._executor_name == "slurm" else _train_here
-        if self._executor_name == "slurm":
-            self._executor.update_parameters(job_name=tracked.run.name)
-        tracked.job = self._executor.submit(function, tracked.run.arguments, list(self._config.job.srun))
+        run, job = tracked.run, self._config.job
+        if self._executor_name == "local":
+            tracked.gpus = self._free_gpus()
+            visible = ",".join(tracked.gpus) if tracked.gpus else os.environ.get("CUDA_VISIBLE_DEVICES")
+            # The runs' processes inherit that Ctrl-C is ignored: this one decides how they end.
+            with _ignoring_interrupts():
+                tracked.job = self._executor.submit(_train_here, run.arguments, visible)
+        else:
+            self._executor.update_parameters(job_name=run.name)
+            try:
+                tracked.job = self._executor.submit(
+                    _train_in_slurm, run.arguments, list(job.srun), job.python or sys.executable
+                )
+            except submitit.core.utils.FailedJobError as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise UserError(f"Slurm does not take the job of the run {run.name}: {reason}") from error
         tracked.state, tracked.missing_since = "submitted", None
         tracked.attempts += 1
         jobs = {entry.run.name: entry.job.job_id for entry in self._tracked if entry.job is not None}
@@ -154,24 +200,42 @@ class Sweep:
         jobs = json.loads(file.read_text()) if file.exists() else {}
         if self._executor_name != "slurm" or jobs.get("executor") != "slurm":
             return
-        listed = _slurm_jobs()
+        while (listed := _slurm_jobs()) is None:
+            time.sleep(POLL_SECONDS["slurm"])
         for tracked in self._tracked:
             if (job := jobs.get(tracked.run.name)) in listed:
                 tracked.job = submitit.SlurmJob(folder=self._directory / "jobs", job_id=job)
                 tracked.state, tracked.attempts = "submitted", 1
 
-    def _make_executor(self) -> submitit.Executor:
-        folder, job = self._directory / "jobs", self._config.job
-        if self._executor_name == "local":
-            executor = submitit.LocalExecutor(folder)
-            executor.update_parameters(timeout_min=round(job.hours * 60))
-            return executor
+    def _fitting_runs(self) -> int:
+        """Runs at a time: those of the config, or as many as this machine has GPUs for."""
+        needed = self._config.job.gpus_per_node
+        if not (self._gpus and needed):
+            return self._config.concurrent
+        if needed > len(self._gpus):
+            raise UserError(
+                f"a run needs job.gpus_per_node = {needed}, but this machine has {len(self._gpus)} GPUs; lower it, and "
+                "cluster.ranks_per_node with it."
+            )
+        return min(self._config.concurrent, len(self._gpus) // needed)
+
+    def _free_gpus(self) -> list[str]:
+        taken = [gpu for tracked in self._tracked if tracked.state == "submitted" for gpu in tracked.gpus]
+        return [gpu for gpu in self._gpus if gpu not in taken][: self._config.job.gpus_per_node]
+
+    def _make_local_executor(self) -> submitit.LocalExecutor:
+        executor = submitit.LocalExecutor(self._directory / "jobs")
+        executor.update_parameters(timeout_min=LOCAL_MINUTES)
+        return executor
+
+    def _make_slurm_executor(self) -> submitit.SlurmExecutor:
+        job = self._config.job
         if not shutil.which("sbatch"):
             raise UserError(
                 "there is no sbatch on this machine; run the sweep on a login node, or with --executor local."
             )
         # `exec`: the signal before the end of the time goes to the process that the batch script is.
-        executor = submitit.SlurmExecutor(folder, python=f"exec {sys.executable}")
+        executor = submitit.SlurmExecutor(self._directory / "jobs", python=f"exec {sys.executable}")
         # submitit's own signal is not used: `launch.job` saves, and requeues the job.
         extra: dict[str, Any] = {"signal": f"B:USR1@{job.save_seconds}", "requeue": True}
         optional = {
@@ -180,6 +244,7 @@ class Sweep:
             "cpus_per_task": job.cpus_per_task,
             "gpus_per_node": job.gpus_per_node or None,
             "exclusive": job.exclusive or None,
+            "mem": job.memory or ("0" if job.exclusive else None),
         }
         executor.update_parameters(
             nodes=job.nodes,
@@ -224,23 +289,62 @@ class Sweep:
         os.replace(partial, self._directory / "results.csv")
 
 
-def _train_in_slurm(arguments: list[str], srun_options: list[str]) -> int:
+def _train_in_slurm(arguments: list[str], srun_options: list[str], python: str) -> int:
     """The batch process of a run's job. The exit code of the run."""
-    code = run_job(SlurmJob.from_environment(), srun_options, sys.executable, arguments)
-    if code == EXIT_REQUEUE:
+    code, requeued = run_job(SlurmJob.from_environment(), srun_options, python, arguments)
+    if requeued:
         # Slurm ends this process; a result now would make the job a finished one.
-        signal.pause()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        while True:
+            signal.pause()
     return code
 
 
-def _train_here(arguments: list[str], _: list[str]) -> int:
-    command = [sys.executable, "-m", "meds_megatron.cli", "train", *arguments]
-    return subprocess.run(command).returncode
+def _train_here(arguments: list[str], visible: str | None) -> int:
+    """A run on this machine; its exit code. SIGTERM is passed on to it. `visible` is its CUDA_VISIBLE_DEVICES: submitit
+    hides all GPUs from this process."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    run = subprocess.Popen(_run_command(arguments), env=environment, start_new_session=True)
+    signal.signal(signal.SIGTERM, lambda number, _: run.send_signal(number))
+    return run.wait()
 
 
-def _slurm_jobs() -> set[str]:
-    """Ids of all jobs of this user that are queued or running."""
-    listed = subprocess.run(["squeue", "--me", "--noheader", "--format=%i"], capture_output=True, text=True, check=True)
+def _run_command(arguments: list[str]) -> list[str]:
+    return [sys.executable, "-m", "meds_megatron.cli", "train", *arguments]
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """SIGINT is ignored in the block and by processes that it starts. Only the main thread can choose so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [gpu for gpu in chosen.split(",") if gpu]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
+    return [str(number) for number, line in enumerate(listed.splitlines()) if line.startswith("GPU ")]
+
+
+def _slurm_jobs() -> set[str] | None:
+    """Ids of all jobs of this user that are queued or running; None when Slurm does not answer."""
+    listed = subprocess.run(["squeue", "--me", "--noheader", "--format=%i"], capture_output=True, text=True)
+    if listed.returncode != 0:
+        print(f"meds: squeue: {listed.stderr.strip()}; asking again", file=sys.stderr)
+        return None
     return set(listed.stdout.split())
 
 

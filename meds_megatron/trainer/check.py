@@ -31,6 +31,8 @@ LEAST_SHARED_MEMORY = GIB // 4
 MESSAGE_BYTES = {"cuda": 256 * 2**20, "cpu": 8 * 2**20}
 """Of the all-reduce that measures a group's links."""
 ROUNDS = 5
+LINK_SECONDS = 300.0
+"""For all ranks to form their groups and measure them."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,14 @@ def _measure_links(config: Config, placement: Placement) -> list[Finding]:
         ray.remote(_Rank).options(**placement.options(place, env_vars)).remote(config, rank)
         for rank, place in enumerate(rank_places(config.cluster))
     ]
-    host, port = ray.get(ranks[0].open_store.remote(layout.ranks))
-    measured = ray.get([rank.measure.remote(host, port, layout.ranks) for rank in ranks])
+    try:
+        host, port = ray.get(ranks[0].open_store.remote(layout.ranks), timeout=LINK_SECONDS)
+        measured = ray.get([rank.measure.remote(host, port, layout.ranks) for rank in ranks], timeout=LINK_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        found = f"not all ranks met within {LINK_SECONDS:.0f} s: set cluster.interface"
+        return [Finding("all", "links", found, ok=False)]
+    except ray.exceptions.RayError as error:
+        return [Finding("all", "links", str(error).strip().splitlines()[-1], ok=False)]
     findings = []
     for kind, size in (("tensor", layout.tensor), ("pipeline", layout.pipeline), ("data", layout.data)):
         if size > 1:

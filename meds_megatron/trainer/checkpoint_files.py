@@ -71,18 +71,28 @@ def write_state(path: Path, state: dict[str, Any], layout: dict[str, int]) -> No
 
 
 def newest(directory: Path) -> Checkpoint | None:
-    """The newest complete checkpoint in `directory`, None where there is none.
+    """The newest complete checkpoint in `directory`, None where none was ever completed.
 
-    One that was complete and has been damaged since is named and passed over.
+    One that was complete and has been damaged since is named and passed over; UserError if all of them are.
     """
-    for path in reversed(_steps(directory)):
-        if not (path / MARKER).is_file():
-            continue
+    damages = []
+    for path in reversed(_completed(directory)):
         if damage := damage_of(path):
             logger.warning("%s: the checkpoint is passed over", damage)
+            damages.append(damage)
             continue
         return Checkpoint.read(path)
+    if damages:
+        raise UserError(
+            f"{directory}: no checkpoint is whole, and the newest lacks something ({damages[0]}): put its files back, "
+            "give the run a name of its own (name=...) to start anew, or remove the directory"
+        )
     return None
+
+
+def any_completed(directory: Path) -> bool:
+    """Whether there is a checkpoint that was complete, damaged since or not."""
+    return bool(_completed(directory))
 
 
 def damage_of(path: Path) -> str | None:
@@ -91,6 +101,10 @@ def damage_of(path: Path) -> str | None:
         sizes = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         return f"{path / MARKER} cannot be read ({error})"
+    try:
+        json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        return f"{path / STATE_FILE} cannot be read ({error})"
     for name, size in sizes.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
@@ -113,10 +127,12 @@ def mark_complete(path: Path) -> None:
 
 
 def prune(directory: Path, keep_last: int, keep_every: int | None) -> list[Path]:
-    """Removes all complete checkpoints but the newest `keep_last` and those of steps that `keep_every` divides; returns
-    the removed ones."""
-    complete = [path for path in _steps(directory) if (path / MARKER).is_file()]
-    removed = [path for path in complete[:-keep_last] if not (keep_every and _step(path) % keep_every == 0)]
+    """Removes all checkpoints that are older than the newest `keep_last` whole ones, but for those of steps that
+    `keep_every` divides; returns the removed ones. Damaged ones do not count."""
+    completed = _completed(directory)
+    kept = [path for path in completed if damage_of(path) is None][-keep_last:]
+    older = completed[: completed.index(kept[0])] if len(kept) == keep_last else []
+    removed = [path for path in older if not (keep_every and _step(path) % keep_every == 0)]
     for path in removed:
         remove(path)
     return removed
@@ -137,7 +153,11 @@ def remove_incomplete(directory: Path) -> None:
 
 def _steps(directory: Path) -> list[Path]:
     """Directories of checkpoints, complete or not, oldest first."""
-    return sorted(path for path in directory.glob("step_*") if path.name[5:].isdigit())
+    return sorted((path for path in directory.glob("step_*") if path.name[5:].isdigit()), key=_step)
+
+
+def _completed(directory: Path) -> list[Path]:
+    return [path for path in _steps(directory) if (path / MARKER).is_file()]
 
 
 def _step(path: Path) -> int:

@@ -80,6 +80,9 @@ class Checkpointer:
         with _removed_on_failure(path):
             self._policy.finish_save()
             self._memory.finish_save()
+        # Outside of the block: a process that has taken the lock may be writing the same checkpoint.
+        self._run.check_lock()
+        with _removed_on_failure(path):
             mark_complete(path)
         settings = self._config.checkpoint
         prune(path.parent, settings.keep_last, settings.keep_every)
@@ -87,6 +90,7 @@ class Checkpointer:
 
     def _begin(self) -> None:
         self.complete()
+        self._run.check_lock()
         step = self._state["step"]
         path = self._run.checkpoint(step)
         with _removed_on_failure(path):

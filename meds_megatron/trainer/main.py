@@ -53,7 +53,7 @@ def repeat_attempts(
     Raises RunFailed when `Recovery` gives it up, and Stopped, with the exit code on which schedulers start it again,
     when a node has been lost or a signal came during a failure.
     """
-    recovery = Recovery(config.faults.max_restarts)
+    recovery = Recovery(config.faults.max_restarts, run.last_logged_step())
     while True:
         try:
             attempt(config, model_dir, prompts, run, interruption)
@@ -79,7 +79,7 @@ def repeat_attempts(
             )
 
 
-def failure_of(error: Exception) -> Failure:
+def failure_of(error: RunFailed | NoNodes) -> Failure:
     """Kind of failure that ended an attempt."""
     kinds = {
         NoNodes: Failure.NO_NODES,
@@ -87,7 +87,7 @@ def failure_of(error: Exception) -> Failure:
         HardwareFailed: Failure.DIED,
         Hung: Failure.HUNG,
     }
-    return next((kind for error_class, kind in kinds.items() if isinstance(error, error_class)), Failure.ERROR)
+    return kinds[type(error)]
 
 
 def check_machine(config: Config) -> None:

@@ -13,8 +13,6 @@ class Failure(Enum):
     """Nothing progressed."""
     NO_NODES = "no nodes"
     """The cluster does not have the nodes of the run."""
-    ERROR = "error"
-    """What would come back: a mistake in the config, the data or the program."""
 
 
 class Decision(Enum):
@@ -33,17 +31,18 @@ class Recovery:
     """
 
     max_restarts: int
-    furthest: int = 0
-    """Highest finished step."""
+    furthest: int
+    """Highest finished step; at first that of earlier processes."""
     in_a_row: int = 0
     """Restarts since the last progress."""
-    restarts: int = 0
+    progressed: bool = False
+    """Whether this process has made progress."""
     stopping: bool = False
 
     def finished(self, step: int) -> None:
         """Step `step` is finished."""
         if step > self.furthest:
-            self.furthest, self.in_a_row = step, 0
+            self.furthest, self.in_a_row, self.progressed = step, 0, True
 
     def stop_requested(self) -> None:
         """A signal stops the run."""
@@ -51,15 +50,13 @@ class Recovery:
 
     def failed(self, failure: Failure) -> Decision:
         """An attempt failed."""
-        if failure is Failure.ERROR:
-            return Decision.STOP
         if self.stopping:
             return Decision.REQUEUE
         if failure is Failure.NO_NODES:
-            # At the first attempt the config asks for more than there is; later a node has been lost.
-            return Decision.REQUEUE if self.restarts else Decision.STOP
+            # After progress a node has been lost. Without any, the config asks for more than there is, or it does not
+            # help to start again, and a job that is requeued for ever would never say so.
+            return Decision.REQUEUE if self.progressed else Decision.STOP
         if self.in_a_row >= self.max_restarts:
             return Decision.STOP
         self.in_a_row += 1
-        self.restarts += 1
         return Decision.RESTART

@@ -15,7 +15,7 @@ from filelock import SoftFileLease
 from meds_megatron.config import Config, load_config, save_config
 from meds_megatron.config.changes import changes
 from meds_megatron.errors import UserError
-from meds_megatron.trainer.checkpoint_files import Checkpoint, newest, remove_incomplete
+from meds_megatron.trainer.checkpoint_files import Checkpoint, any_completed, newest, remove_incomplete
 from meds_megatron.trainer.run_lock import check_lock, run_lock
 
 ROLLOUT_SCHEMA = pa.schema(
@@ -80,7 +80,7 @@ class RunDirectory:
                 keep_logs = False
                 raise
             finally:
-                if not self.started and not self.newest_checkpoint():
+                if not self.started and not any_completed(self.checkpoints):
                     self._discard(keep_logs)
 
     def check_lock(self) -> None:
@@ -89,12 +89,12 @@ class RunDirectory:
             check_lock(self._lock)
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """The checkpoint to resume from; None where a run starts."""
+        """The checkpoint to resume from; None where a run starts. Raises UserError when every one is damaged."""
         return newest(self.checkpoints)
 
     def rewind(self, step: int | None) -> None:
-        """Removes what was written after step `step` (None: all of it), a torn last line of metrics, and incomplete
-        checkpoints and exports."""
+        """Removes what was written after step `step` (None: all of it), a torn end of the metrics, and incomplete
+        checkpoints and exports. Raises UserError for a line of metrics before that which cannot be read."""
         last = -1 if step is None else step
         remove_incomplete(self.checkpoints)
         for path in [*self.rollouts.glob("*"), *self.exports.glob(".*"), *self.exports.glob("step_*")]:
@@ -102,9 +102,12 @@ class RunDirectory:
             if not number.isdigit() or int(number) > last:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         if self.metrics.exists():
-            kept = [line for line in self._metrics_lines() if json.loads(line)["step"] <= last]
+            kept = [line for step, line in self._metrics_lines() if step <= last]
             partial = self.metrics.with_name(f"{self.metrics.name}.partial")
-            partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            with open(partial, "w", encoding="utf-8") as file:
+                file.write("".join(line + "\n" for line in kept))
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(partial, self.metrics)
 
     @property
@@ -115,13 +118,27 @@ class RunDirectory:
     def last_logged_step(self) -> int:
         """Step of the last whole line of metrics, 0 if there is none."""
         lines = self._metrics_lines()
-        return json.loads(lines[-1])["step"] if lines else 0
+        return lines[-1][0] if lines else 0
 
-    def _metrics_lines(self) -> list[str]:
-        return self.metrics.read_text(encoding="utf-8").split("\n")[:-1] if self.metrics.exists() else []
+    def _metrics_lines(self) -> list[tuple[int, str]]:
+        """Step and text of every whole line of metrics. A crash of the machine may leave others at the end."""
+        lines = self.metrics.read_bytes().split(b"\n")[:-1] if self.metrics.exists() else []
+        found, torn = [], None
+        for number, line in enumerate(lines, 1):
+            try:
+                step = json.loads(line)["step"]
+            except ValueError:
+                torn = torn or number
+                continue
+            if torn:
+                raise UserError(
+                    f"{self.metrics}: line {torn} cannot be read, expected the metrics of a step as JSON; remove it"
+                )
+            found.append((step, line.decode()))
+        return found
 
     def _check_resumable(self, config: Config) -> None:
-        if not self.config.exists() or not (self.started or self.newest_checkpoint()):
+        if not self.config.exists() or not (self.started or any_completed(self.checkpoints)):
             return
         checkpoint = self.newest_checkpoint()
         saved = checkpoint.config if checkpoint else load_config(self.config)

@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 
-from meds_megatron.launch.slurm import SlurmJob
+from meds_megatron.launch.job import SAVE_SECONDS, Job
+from meds_megatron.launch.slurm import EXIT_REQUEUE, SlurmJob
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,3 +36,55 @@ def test_srun_starts_one_task_a_node_that_ends_by_itself():
     command = job.srun(["--container-image=x"], ["python"])
     assert {"--nodes=3", "--ntasks=3", "--wait=0", "--kill-on-bad-exit=0"} <= set(command)
     assert command[-2:] == ["--container-image=x", "python"]
+
+
+def run_job_of_one_task(monkeypatch, program: str, end_time: float | None = None) -> int:
+    """Exit code of a job whose task runs `program`: `connection` is authenticated and has sent the task's number."""
+    program = (
+        "import json, socket, struct, sys\n"
+        "from multiprocessing.connection import Client\n"
+        "given = json.loads(sys.stdin.readline())\n"
+        "def connect():\n"
+        "    connection = Client(('localhost', given['port']), authkey=given['token'].encode())\n"
+        "    connection.send(0)\n"
+        "    return connection\n"
+    ) + textwrap.dedent(program)
+    monkeypatch.setattr(SlurmJob, "srun", lambda *_: [sys.executable, "-c", program])
+    return Job(SlurmJob("17", "meds", 1, 0, end_time), [], sys.executable, []).run()
+
+
+def test_strangers_at_the_port_do_not_keep_tasks_out(monkeypatch, signal_handlers):
+    """Port scanners: they connect, and send nothing, garbage or a reset."""
+    program = """
+        for sent in [b"", b"GET / HTTP/1.0", None] * 10:
+            stranger = socket.create_connection(("localhost", given["port"]))
+            if sent is None:
+                stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            elif sent:
+                stranger.sendall(sent)
+            stranger.close()
+        connection = connect()
+        connection.send(("ready", 0))
+        assert connection.recv() == ("run", None)
+        connection.send(("ended", 7))
+        assert connection.recv() == ("end", None)
+    """
+    assert run_job_of_one_task(monkeypatch, program) == 7
+
+
+def test_the_run_saves_before_the_time_of_the_job_is_up(monkeypatch, signal_handlers):
+    program = """
+        connection = connect()
+        connection.send(("ready", 0))
+        assert [connection.recv()[0], connection.recv()[0]] == ["run", "save"]
+        connection.send(("ended", 7))
+        connection.recv()
+    """
+    assert run_job_of_one_task(monkeypatch, program, time.time() + SAVE_SECONDS + 12) == 7
+
+
+def test_a_job_whose_time_is_up_before_the_run_began_is_to_be_started_again(monkeypatch, signal_handlers):
+    program = """
+        assert connect().recv() == ("end", None)
+    """
+    assert run_job_of_one_task(monkeypatch, program, time.time() + SAVE_SECONDS + 3) == EXIT_REQUEUE

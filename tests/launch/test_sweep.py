@@ -2,13 +2,21 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+from filelock import FileLock
 
 from meds_megatron.errors import UserError
-from meds_megatron.launch import sweep
+from meds_megatron.launch import sweep, sweep_runs
 from meds_megatron.launch.sweep_config import expand, load_sweep
+from meds_megatron.launch.sweep_runs import Sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -50,6 +58,8 @@ def test_the_published_ablations_are_valid_runs():
         ("grid: {penalty.alpha: []}", "grid.penalty.alpha is an empty list"),
         ("seeds: [1, 1]", "more than one run is seed=1"),
         ("concurrent: 0", "concurrent is 0, expected 1 or more"),
+        ("job: {hours: 0}", "job.hours is 0.0, expected 0.0167 or more"),
+        ("job: {cpus_per_task: 0}", "job.cpus_per_task is 0, expected 1 or more"),
         ("concurrent: many", "some.yaml: concurrent"),
         ("[", "not readable as YAML"),
     ],
@@ -80,3 +90,81 @@ def test_failed_runs_are_tried_again_and_finished_ones_left_alone(tmp_path):
         assert [row["state"] for row in csv.DictReader(table)] == ["failed", "finished"]
     logs = list((tmp_path / "runs" / "jobs").glob("*_log.err"))
     assert len(logs) == 2 and all(f"{tmp_path}/none does not exist" in log.read_text() for log in logs)
+
+
+def test_a_second_process_on_the_same_sweep_is_refused(tmp_path):
+    file = write(tmp_path, "")
+    (tmp_path / "runs").mkdir()
+    with FileLock(tmp_path / "runs" / "sweep.lock"), pytest.raises(UserError, match="another process runs this sweep"):
+        sweep(file, executor="local")
+
+
+def test_local_runs_have_gpus_of_their_own(tmp_path, monkeypatch):
+    file = write(tmp_path, "seeds: [0, 1, 2]\nconcurrent: 3\njob: {gpus_per_node: 2}\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,1")
+    runs = Sweep(load_sweep(file), expand(load_sweep(file), file), "local")
+    taken = []
+    monkeypatch.setattr(runs._executor, "submit", lambda _, arguments, visible: taken.append(visible) or SimpleJob)
+    runs._update()
+    assert taken == ["4,5", "6,7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    with pytest.raises(UserError, match="a run needs job.gpus_per_node = 2, but this machine has 1 GPUs"):
+        Sweep(load_sweep(file), expand(load_sweep(file), file), "local")
+
+
+class SimpleJob:
+    job_id = "1"
+
+
+def test_a_run_sees_the_gpus_that_it_was_given(monkeypatch, capfd, signal_handlers):
+    """submitit hides all of them from its processes."""
+    program = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
+    monkeypatch.setattr(sweep_runs, "_run_command", lambda arguments: [sys.executable, "-c", program])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [sweep_runs._train_here([], visible) for visible in ("4,5", "", None)] == [0, 0, 0]
+    assert capfd.readouterr().out == "4,5\n\nNone\n"
+
+
+def test_after_ctrl_c_local_runs_have_saved_themselves_and_go_on_at_the_next_start(tmp_path, small_model, cpu_engines):
+    """SIGINT to the whole process group, as a terminal sends it."""
+    settings = {
+        "cluster.device": "cpu",
+        "model.make": "no",
+        "model.path": str(small_model),
+        "data.limit_train": 6,
+        "rollout.responses_per_prompt": 8,
+        "filter.metric": "none",
+        "train.steps": 200,
+        "train.prompts_per_step": 4,
+        "train.mini_batch_prompts": 4,
+        "train.micro_batch_responses": 16,
+        "train.validate_every": 0,
+        "train.export_hf": False,
+        "wandb.enabled": False,
+    }
+    file = write(tmp_path, f"settings: {json.dumps(settings)}\n")
+    command = [sys.executable, "-m", "meds_megatron.cli", "sweep", str(file), "--executor", "local"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = tmp_path / "runs" / "seed=0"
+    started = time.monotonic()
+    while not last_step(run):
+        assert process.poll() is None and time.monotonic() < started + 300, process.communicate()
+        time.sleep(0.2)
+    below = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "the sweep stops when its 1 runs have saved themselves" in errors
+    assert not psutil.wait_procs(below, timeout=10)[1]
+    step = last_step(run)
+    assert 0 < step < 200 and (run / "checkpoints" / f"step_{step:06d}" / "complete.json").is_file()
+    settings["train.steps"] = step + 1
+    write(tmp_path, f"settings: {json.dumps(settings)}\n")
+    assert [(row["state"], row["step"]) for row in sweep(file, executor="local")] == [("finished", step + 1)]
+    logs = [log.read_text() for log in (tmp_path / "runs" / "jobs").glob("*_log.err")]
+    assert any(f"resumed from {run}/checkpoints/step_{step:06d}" in log for log in logs), logs
+
+
+def last_step(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0

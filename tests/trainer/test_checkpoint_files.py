@@ -29,6 +29,11 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path):
     assert (found.step, found.layout, found.state) == (1000000, {"tensor": 2}, {"step": 1000000})
 
 
+def zero(path):
+    """What a file system may make of a file whose blocks were lost."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
 @pytest.mark.parametrize(
     ("damage", "word"),
     [
@@ -36,14 +41,23 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path):
         (lambda path: (path / "memory" / "shard").write_bytes(b"123"), "shard has 3 bytes, expected 5"),
         (lambda path: (path / files.MARKER).write_text("{"), "complete.json cannot be read"),
         (lambda path: (path / files.MARKER).write_text("[]"), "complete.json cannot be read"),
+        (lambda path: zero(path / files.STATE_FILE), "state.json cannot be read"),
     ],
-    ids=["missing", "cut short", "torn marker", "foreign marker"],
+    ids=["missing", "cut short", "torn marker", "foreign marker", "zeroed"],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage, word):
     make(tmp_path, 5)
     damage(make(tmp_path, 10))
     assert files.newest(tmp_path).step == 5
     assert word in caplog.text and "step_000010" in caplog.text
+
+
+def test_only_damaged_checkpoints_are_not_the_same_as_none(tmp_path):
+    zero(make(tmp_path, 5) / files.MARKER)
+    (make(tmp_path, 10) / "memory" / "shard").unlink()
+    assert files.any_completed(tmp_path) and not files.any_completed(tmp_path / "none")
+    with pytest.raises(UserError, match="no checkpoint is whole, and the newest lacks something .*step_000010"):
+        files.newest(tmp_path)
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path):
@@ -60,6 +74,17 @@ def test_pruning_keeps_the_newest_and_every_nth(tmp_path):
     assert [path.name for path in removed] == ["step_000002", "step_000006"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_0000{step:02d}" for step in (4, 8, 10, 12, 14)]
     assert files.prune(tmp_path, keep_last=2, keep_every=None) == [tmp_path / "step_000004", tmp_path / "step_000008"]
+
+
+def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
+    for step in (2, 4, 6, 8, 10):
+        path = make(tmp_path, step)
+        if step in (4, 8):
+            (path / "memory" / "shard").unlink()
+    assert files.prune(tmp_path, keep_last=3, keep_every=None) == []
+    removed = files.prune(tmp_path, keep_last=2, keep_every=None)
+    assert [path.name for path in removed] == ["step_000002", "step_000004"]
+    assert files.newest(tmp_path).step == 10
 
 
 def test_a_removal_that_is_interrupted_leaves_no_checkpoint(tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def claim(path: Path, **settings) -> AbstractContextManager[RunDirectory]:
 
 def complete_checkpoint(run: RunDirectory, step: int, config: Config | None = None) -> None:
     path = run.checkpoint(step)
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     save_config(config or Config(run_dir=str(run.path)), path / "config.yaml")
     write_state(path, {"step": step}, {})
     mark_complete(path)
@@ -129,6 +129,33 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(tmp_path):
         assert run.newest_checkpoint() is None
         run.rewind(None)
         assert run.metrics.read_text() == ""
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_is_kept(tmp_path):
+    with claim(tmp_path) as run:
+        run.metrics.write_text('{"step": 4}\n')
+        complete_checkpoint(run, 4)
+    (run.checkpoint(4) / "state.json").write_text("")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="no checkpoint is whole.*state.json has 0 bytes"), claim(tmp_path):
+        pass
+    # Nor is it discarded where the damage comes while the run is claimed, before its first line of metrics.
+    run.metrics.write_text("")
+    complete_checkpoint(run, 4)
+    with claim(tmp_path) as run:
+        (run.checkpoint(4) / "state.json").write_text("")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_lines_of_metrics_that_a_crash_left_are_dropped_and_others_named(tmp_path):
+    with claim(tmp_path) as run:
+        run.metrics.write_bytes(b'{"step": 1}\n{"step": 2}\n' + bytes(8) + b"\n" + bytes(5))
+        assert run.last_logged_step() == 2
+        run.rewind(2)
+        assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+        run.metrics.write_text('{"step": 1}\nxx\n{"step": 3}\n')
+        with pytest.raises(UserError, match="metrics.jsonl: line 2 cannot be read"):
+            run.rewind(3)
 
 
 def test_other_settings_are_refused_by_name_unless_accepted(tmp_path, capsys):
