@@ -161,7 +161,7 @@ def test_after_ctrl_c_local_runs_have_saved_themselves_and_go_on_at_the_next_sta
     write(tmp_path, f"settings: {json.dumps(settings)}\n")
     assert [(row["state"], row["step"]) for row in sweep(file, executor="local")] == [("finished", step + 1)]
     logs = [log.read_text() for log in (tmp_path / "runs" / "jobs").glob("*_log.err")]
-    assert any(f"resumed from {run}/checkpoints/step_{step:06d}" in log for log in logs), logs
+    assert any(f"resuming with train.steps: 200 -> {step + 1}" in log for log in logs), logs
 
 
 def last_step(run: Path) -> int:
