@@ -101,15 +101,15 @@ def damage_of(path: Path) -> str | None:
         sizes = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         return f"{path / MARKER} cannot be read ({error})"
-    try:
-        json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        return f"{path / STATE_FILE} cannot be read ({error})"
     for name, size in sizes.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             return f"{file} is missing" if found is None else f"{file} has {found} bytes, expected {size}"
+    try:
+        json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        return f"{path / STATE_FILE} cannot be read ({error})"
     return None
 
 

@@ -12,7 +12,7 @@ from filelock import LeaseCompromise
 from meds_megatron.config import Config, load_config, save_config
 from meds_megatron.config.schema import CheckpointConfig, PenaltyConfig, TrainConfig
 from meds_megatron.errors import UserError
-from meds_megatron.trainer.checkpoint_files import mark_complete, write_state
+from meds_megatron.trainer.checkpoint_files import mark_complete, remove, write_state
 from meds_megatron.trainer.run_dir import ROLLOUT_SCHEMA, RunDirectory
 
 
@@ -47,7 +47,7 @@ def claim(path: Path, **settings) -> AbstractContextManager[RunDirectory]:
 
 def complete_checkpoint(run: RunDirectory, step: int, config: Config | None = None) -> None:
     path = run.checkpoint(step)
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True)
     save_config(config or Config(run_dir=str(run.path)), path / "config.yaml")
     write_state(path, {"step": step}, {})
     mark_complete(path)
@@ -141,6 +141,7 @@ def test_a_run_whose_only_checkpoint_is_damaged_is_kept(tmp_path):
         pass
     # Nor is it discarded where the damage comes while the run is claimed, before its first line of metrics.
     run.metrics.write_text("")
+    remove(run.checkpoint(4))
     complete_checkpoint(run, 4)
     with claim(tmp_path) as run:
         (run.checkpoint(4) / "state.json").write_text("")
