@@ -301,8 +301,15 @@ class PolicyConfig:
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
     """`token_mean`: over all tokens of the mini-batch (DAPO); `sequence_mean`: each response's mean, then the mean of
     responses (GRPO); `sequence_sum`: sum over tokens divided by max_response_tokens, mean of responses (Dr.GRPO)."""
-    importance_cap: float | None = setting(None, gt=0)
-    """Truncated importance sampling: weight min(pi_trainer_old / pi_rollout, cap); null is off."""
+    importance: Literal["none", "token", "sequence"] = "none"
+    """Importance weights pi_trainer_old / pi_rollout in the loss, of each token or of whole responses
+    (`algorithm.corrections`)."""
+    importance_cap: float | None = setting(2.0, gt=0)
+    """Weights are truncated to it; null is off."""
+    importance_low: float | None = setting(None, ge=0, le=1)
+    importance_high: float | None = setting(None, ge=1)
+    """Tokens, or responses, whose weight would lie outside are left out of the loss; null is no bound. IcePop is
+    `importance: token` with 0.5 and 5 and no cap."""
 
 
 @dataclass

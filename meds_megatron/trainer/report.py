@@ -77,6 +77,10 @@ def update_metrics(updates: list[UpdateOutput]) -> dict[str, float]:
 def _update_means(update: UpdateOutput) -> dict[str, float]:
     tokens = max(update.token_sums["tokens"], 1.0)
     means = {name: value / tokens for name, value in update.token_sums.items() if name != "tokens"}
+    if "importance_square" in means:
+        # Kish's effective sample size, as a share of the tokens.
+        square = means.pop("importance_square")
+        means["importance_effective_share"] = means["importance_weight"] ** 2 / square if square else 0.0
     return means | {"loss": update.loss, "grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
 
 

@@ -32,9 +32,9 @@ def test_at_ratio_one_the_gradient_is_the_plain_policy_gradient(loss, aggregatio
 @every_loss
 @every_aggregation
 @pytest.mark.parametrize("cut", [(8,), (4, 4), (1,) * 8, (3, 5), (0, 8)])
-@pytest.mark.parametrize("importance_cap", [None, 1.5])
-def test_however_a_mini_batch_is_cut_its_loss_gradient_and_metrics_stay(loss, aggregation, cut, importance_cap):
-    config = PolicyConfig(loss=loss, importance_cap=importance_cap)
+@pytest.mark.parametrize("importance", ["none", "token", "sequence"])
+def test_however_a_mini_batch_is_cut_its_loss_gradient_and_metrics_stay(loss, aggregation, cut, importance):
+    config = PolicyConfig(loss=loss, importance=importance, importance_cap=1.5, importance_low=0.5)
     inputs = random_micro_batch(aggregation, token_advantages=True)
     whole = policy_loss(inputs, config)
     whole_gradient_T = gradient(inputs, whole.loss)
@@ -51,11 +51,16 @@ def test_however_a_mini_batch_is_cut_its_loss_gradient_and_metrics_stay(loss, ag
 @every_loss
 def test_importance_weights_scale_each_tokens_loss(loss):
     inputs = random_micro_batch("token_mean")
-    plain, capped = (policy_loss(inputs, PolicyConfig(loss=loss, importance_cap=cap)) for cap in (None, 1.5))
+    plain = policy_loss(inputs, PolicyConfig(loss=loss))
+    capped = policy_loss(inputs, PolicyConfig(loss=loss, importance="token", importance_cap=1.5))
     weights_T = (inputs.old_logprobs_T - inputs.rollout_logprobs_T).exp().clamp(max=1.5)
     assert 0 < (weights_T == 1.5).sum() < len(weights_T)
     torch.testing.assert_close(gradient(inputs, capped.loss), gradient(inputs, plain.loss) * weights_T)
-    assert capped.token_sums == plain.token_sums
+    sums = {name: value.item() for name, value in capped.token_sums.items()}
+    assert sums.pop("importance_weight") == pytest.approx(weights_T.sum().item())
+    assert sums.pop("importance_square") == pytest.approx((weights_T**2).sum().item())
+    assert sums.pop("importance_dropped") == 0
+    assert sums == {name: value.item() for name, value in plain.token_sums.items()}
 
 
 @every_loss
@@ -71,7 +76,7 @@ def test_tokens_of_weight_zero_count_nowhere(loss):
 @every_loss
 def test_a_micro_batch_without_responses_has_loss_zero(loss):
     inputs = micro_batch([], [], [], lengths=torch.zeros(0, dtype=torch.long))
-    output = policy_loss(inputs, PolicyConfig(loss=loss, importance_cap=2.0))
+    output = policy_loss(inputs, PolicyConfig(loss=loss, importance="token"))
     assert output.loss.item() == 0.0
     assert all(value.item() == 0.0 for value in output.token_sums.values())
     assert gradient(inputs, output.loss).shape == (0,)

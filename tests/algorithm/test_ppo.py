@@ -49,7 +49,7 @@ def test_dual_clip_holds_bad_tokens_only():
 def test_importance_weights_are_those_of_trainer_over_engine_up_to_the_cap():
     # p_trainer / p_rollout is 1/2 and 4; the cap is 2.
     inputs = micro_batch([-1.0, -1.0], [-1.0, -1.0], [1.0, 1.0], rollout_logprobs=[-1.0 + LOG2, -1.0 - 2 * LOG2])
-    output = policy_loss(inputs, PolicyConfig(importance_cap=2.0))
+    output = policy_loss(inputs, PolicyConfig(importance="token", importance_cap=2.0))
     assert output.loss.item() == pytest.approx(-2.5)
     assert gradient(inputs, output.loss).tolist() == pytest.approx([-0.5, -2.0])
 

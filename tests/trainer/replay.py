@@ -162,7 +162,7 @@ class Replay:
     def _update(self, step: ReplayedStep, old: list[torch.Tensor], number: int) -> None:
         """AdamW on the clipped surrogate, a mini-batch of kept groups at a time, token mean."""
         policy, advantage, size = self.config["policy"], self.config["advantage"], self.config["train"]
-        assert (policy["loss"], policy["aggregation"], policy["importance_cap"]) == ("ppo", "token_mean", None)
+        assert (policy["loss"], policy["aggregation"], policy["importance"]) == ("ppo", "token_mean", "none")
         warmup = max(self.config["optimizer"]["warmup_steps"], 1)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config["optimizer"]["lr"] * min(number / warmup, 1.0)

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from meds_megatron.algorithm.corrections import importance_weights
+from meds_megatron.algorithm.log_ratios import LOG_RATIO_LIMIT
 from meds_megatron.config import PolicyConfig
-
-LOG_RATIO_LIMIT = 20.0
-"""Bound on |log-ratio|: a ratio that runs away stays finite in float32."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class LossInputs:
     old_logprobs_T: Tensor
     """Log-probs under the policy at the start of the step, from the trainer."""
     rollout_logprobs_T: Tensor
-    """Log-probs under the policy at the start of the step, from the rollout engine."""
+    """Log-probs as the rollout engine drew the tokens: under the policy at the start of the step, or an older one."""
     entropy_T: Tensor
     """Entropy (nats) of the policy being trained at each token, from the forward pass that gives `logprobs_T`."""
     advantages_T: Tensor
@@ -58,11 +56,16 @@ class LossOutput:
 def weighted_sum(loss_T: Tensor, inputs: LossInputs, config: PolicyConfig, **metrics_T: Tensor) -> LossOutput:
     """The loss of a micro-batch from its token losses; `metrics_T` hold a loss's own metrics, one value a token.
 
-    With `importance_cap` each token's loss is multiplied by its truncated importance weight. `tokens` and `kl`, the
-    (never negative) k3 estimate of KL(old || new) in nats, are reported for every loss.
+    With `policy.importance` each token's loss is multiplied by its importance weight, which `importance_weight`,
+    `importance_square` and `importance_dropped` describe. `tokens` and `kl`, the (never negative) k3 estimate of
+    KL(old || new) in nats, are reported for every loss.
     """
-    if config.importance_cap is not None:
-        loss_T = loss_T * importance_weights(inputs.old_logprobs_T, inputs.rollout_logprobs_T, config.importance_cap)
+    if config.importance != "none":
+        importance_T = importance_weights(inputs.old_logprobs_T, inputs.rollout_logprobs_T, inputs.lengths_B, config)
+        loss_T = loss_T * importance_T
+        metrics_T["importance_weight"] = importance_T
+        metrics_T["importance_square"] = importance_T.square()
+        metrics_T["importance_dropped"] = importance_T == 0
     log_ratio_T = inputs.log_ratio_T.detach()
     metrics_T["tokens"] = torch.ones_like(loss_T)
     metrics_T["kl"] = torch.expm1(log_ratio_T) - log_ratio_T

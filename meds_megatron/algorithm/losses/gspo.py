@@ -12,10 +12,10 @@ The published aggregation is `sequence_mean`, the published clip ranges are 3e-4
 closer to 1 than a token's ratio. The paper has no dual clip; with `dual_clip` s is held below it for A < 0.
 """
 
-import torch
 from torch import Tensor
 
-from meds_megatron.algorithm.losses.base import LOG_RATIO_LIMIT, LossInputs, LossOutput
+from meds_megatron.algorithm.log_ratios import LOG_RATIO_LIMIT, at_tokens, response_sums
+from meds_megatron.algorithm.losses.base import LossInputs, LossOutput
 from meds_megatron.algorithm.losses.ppo import clipped_surrogate
 from meds_megatron.config import PolicyConfig
 
@@ -31,7 +31,5 @@ def gspo_loss(inputs: LossInputs, config: PolicyConfig) -> LossOutput:
 def _sequence_log_ratio(inputs: LossInputs) -> Tensor:
     """log s of each token's response, without gradient."""
     log_ratio_T, lengths_B = inputs.logprobs_T.detach() - inputs.old_logprobs_T, inputs.lengths_B
-    # Not index_add: it adds in no fixed order on CUDA. The checks that `unsafe` skips refuse empty micro-batches.
-    sums_B = torch.segment_reduce(log_ratio_T, "sum", lengths=lengths_B, unsafe=True)
-    log_ratio_B = (sums_B / lengths_B.clamp(min=1)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return log_ratio_B.repeat_interleave(lengths_B, output_size=len(log_ratio_T))
+    log_ratio_B = response_sums(log_ratio_T, lengths_B) / lengths_B.clamp(min=1)
+    return at_tokens(log_ratio_B.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), lengths_B, len(log_ratio_T))
