@@ -5,6 +5,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -156,6 +157,27 @@ def sweep(file: str, executor: str) -> None:
     rows = sweep_with_live_table(file, executor)
     if any(row["state"] == "failed" for row in rows):
         click.get_current_context().exit(EXIT_FAILURE)
+
+
+@cli.command(cls=Command, example="meds report runs/meds runs/dapo --out compared.html")
+@click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True)
+@click.option("--out", metavar="FILE", help="The page.  [default: report.html, in RUN_DIR if there is only one]")
+@click.option(
+    "--text-mib",
+    type=click.FloatRange(min=0),
+    default=64.0,
+    help="Limit of the responses' texts in the page, before compression; the most typical come first.",
+)
+def report(run_dirs: Sequence[str], out: str | None, text_mib: float) -> None:
+    """Write a page that shows runs: their curves, and the mistakes that the model keeps making.
+
+    The page is one file that needs no network. Several runs are drawn over each other. A run need not be finished.
+    """
+    from meds_megatron.report.page import write_report
+
+    out = out or str(Path(run_dirs[0] if len(run_dirs) == 1 else ".") / "report.html")
+    write_report(run_dirs, out, text_mib)
+    click.echo(out)
 
 
 @cli.group()

@@ -24,6 +24,8 @@ ALLOWED = {
     "data": {"config"},
     "reward": {"config"},
     "memory": {"config"},
+    # Clusters the fingerprints of a whole run as the memory does.
+    "report": {"config", "memory"},
     "algorithm": {"config"},
     "weights": {"config"},
     "launch": {"config", "weights"},
@@ -47,6 +49,7 @@ NOT_LOADED = {
     "config.model_shape": (*CLUSTER, "torch"),
     "data.sampler": (*CLUSTER, "torch"),
     "memory": (*CLUSTER, "torch"),
+    "report": (*CLUSTER, "torch"),
     "launch": ("megatron", "torch", "vllm"),
     "plan": (*CLUSTER, "torch"),
     "algorithm": CLUSTER,

@@ -12,6 +12,7 @@ from meds_megatron.launch.cluster import NoNodes, ray_cluster
 from meds_megatron.launch.device import resolve_device
 from meds_megatron.plan.fit import check_fit
 from meds_megatron.plan.hardware import H100
+from meds_megatron.report.page import write_report
 from meds_megatron.trainer.attempt import attempt
 from meds_megatron.trainer.interruption import EXIT_REQUEUE, Interruption
 from meds_megatron.trainer.model_check import check_model_files
@@ -43,6 +44,18 @@ def train(config: Config) -> None:
         config.run_dir = str(run.path)
         with ray_cluster(config.cluster), Interruption() as interruption:
             repeat_attempts(config, model_dir, prompts, run, interruption)
+        report(run)
+
+
+def report(run: RunDirectory) -> None:
+    """Writes the report of a finished run. The run is whole without it, so what goes wrong here is only said."""
+    try:
+        write_report([run.path], run.report)
+    except Exception as error:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        _print_progress(f"there is no report of the run ({reason}): try `meds report {run.path}`")
+    else:
+        _print_progress(f"the report of the run is {run.report}")
 
 
 def repeat_attempts(

@@ -199,6 +199,10 @@ class RunDirectory:
     def hf_export(self, step: int) -> Path:
         return self.exports / f"step_{step:06d}"
 
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
     def save_rollouts(self, step: int, columns: Mapping[str, Sequence]) -> Path:
         """Write a step's responses, one row each; the file appears whole or not at all. Raises UserError.
 

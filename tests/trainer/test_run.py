@@ -40,6 +40,11 @@ def test_rollout_rows_hold_what_a_replay_needs(run):
     assert all(row["cluster_size"] == 0 for row in looked_up if row["cluster_label"] == -2)
 
 
+def test_the_run_has_its_report(run):
+    report = (run / "report.html").read_text()
+    assert report.startswith("<!DOCTYPE html>") and report.rstrip().endswith("</html>")
+
+
 def test_every_step_is_reported(metrics):
     assert [line["step"] for line in metrics] == list(range(STEPS + 1))
     for line in (metrics[0], metrics[-1]):

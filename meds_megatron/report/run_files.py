@@ -1,0 +1,87 @@
+"""What the report reads of a run directory: settings, metrics and rollout files."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from meds_megatron.config import Config, load_config
+from meds_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run directory, finished or not."""
+
+    path: Path
+    config: Config
+    metrics: list[dict]
+    """A dict a step, oldest first, with the names of `metrics.jsonl`."""
+    rollouts: list[Path]
+    """Parquet files of the steps, oldest first; none with `train.save_rollouts=false`."""
+
+
+def read_run(path: str | Path) -> RunFiles:
+    """Raises UserError where there is no run, or a file of it is damaged."""
+    path = Path(path).expanduser().absolute()
+    if not (path / "metrics.jsonl").is_file() or not (path / "config.yaml").is_file():
+        raise UserError(
+            f"{path}: expected a run directory with config.yaml and metrics.jsonl; give one that `meds train` wrote."
+        )
+    return RunFiles(
+        path,
+        load_config(path / "config.yaml"),
+        _read_metrics(path / "metrics.jsonl"),
+        sorted((path / "rollouts").glob("step_*.parquet")),
+    )
+
+
+def _read_metrics(path: Path) -> list[dict]:
+    # What follows the last newline is a line that the run is still writing.
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    steps = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            steps.append(json.loads(line))
+            steps[-1]["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} line {number}: expected a JSON object with a `step`; remove the line and try again."
+            ) from error
+    return steps
+
+
+def read_columns(path: Path, names: list[str]) -> pa.Table:
+    """Columns of a rollout file, a row for every response. Raises UserError for a damaged file and a missing column."""
+    try:
+        with pq.ParquetFile(path) as file:
+            if missing := [name for name in names if name not in file.schema_arrow.names]:
+                raise UserError(f"{path}: there is no column `{missing[0]}`; `meds train` did not write this file.")
+            return file.read(columns=names)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not readable as parquet; remove the file and try again.") from error
+
+
+def texts_of(column: pa.ChunkedArray) -> list[str]:
+    """A column of strings; bytes that are not UTF-8 become U+FFFD."""
+    return [(text or b"").decode("utf-8", "replace") for text in column.cast(pa.binary()).to_pylist()]
+
+
+def numbers_of(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of numbers as float64, NaN where there is none."""
+    return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+
+
+def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of lists [B, L] float32, NaN in rows without one; L is 0 where no row has one."""
+    lists = column.combine_chunks()
+    lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
+    present_B = np.asarray(lists.is_valid())
+    values = np.asarray(lists.flatten(), dtype=np.float32)
+    rows = int(present_B.sum())
+    vectors_BL = np.full((len(lists), len(values) // rows if rows else 0), np.nan, dtype=np.float32)
+    vectors_BL[present_B] = values.reshape(rows, vectors_BL.shape[1])
+    return vectors_BL
