@@ -404,6 +404,10 @@ class WandbConfig:
     project: str = "meds_megatron"
     entity: str | None = None
     group: str | None = None
+    responses_every: int = setting(10, ge=0)
+    """Steps between tables of sample responses, the first after step 1; 0 is none."""
+    responses: int = setting(32, gt=0)
+    """Responses of such a table."""
 
 
 @dataclass

@@ -29,7 +29,7 @@ RANDOMNESS = {
     "reward/differences.py": "a function of the answers",
     "rollout/engine.py": CHECKPOINT,
     "trainer/attempt.py": NO_EFFECT,  # name of a directory in shared memory
-    "trainer/run_log.py": NO_EFFECT,  # id of the wandb run
+    "trainer/wandb_run.py": NO_EFFECT,  # id of the wandb run
 }
 RANDOM = re.compile(
     r"(?:\w+\.)*(?:(?:random|secrets|uuid)\.\w+|torch\.rand\w*|manual_seed|set_random_seed|default_rng|SeedSequence|"
