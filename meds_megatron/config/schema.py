@@ -179,6 +179,9 @@ class OverlongConfig:
 class RewardConfig:
     """Grading of answers."""
 
+    grader: Literal["math_verify", "strict", "limo"] = "math_verify"
+    """`math_verify` accepts any form of the same value, `strict` the same text or number only, `limo` what LIMO's
+    evaluation accepts, its known false accepts included (`reward.rules`)."""
     workers: int = setting(8, gt=0)
     """Grader processes."""
     timeout_seconds: float = setting(10.0, gt=0)
