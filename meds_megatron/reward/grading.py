@@ -61,8 +61,9 @@ class GraderPool(AbstractContextManager):
     answer that takes its process over `memory_gib` of address space, or whose process ends for another reason, is an
     "error".
 
-    `grader` names the rules. Any thread may call the methods. Each process has a thread that waits for its verdicts; callbacks of a future run in
-    that thread. Use the pool as a context manager: an interpreter with an open pool exits after the last verdict only.
+    `grader` names the rules. Any thread may call the methods. Each process has a thread that waits for its verdicts;
+    callbacks of a future run in that thread. Use the pool as a context manager: an interpreter with an open pool exits
+    after the last verdict only.
     """
 
     def __init__(

@@ -2,8 +2,8 @@ r"""The rules by which LIMO's evaluation grades answers, for figures that are co
 
 Source of the rules: `eval/utils/parser.py` and `eval/utils/grader.py` of github.com/GAIR-NLP/LIMO. Known false accepts,
 kept on purpose: a number equals a hundredth of it and its hundredfold (5 = 500), and any number within 1e-4; units and
-one-letter words count as nothing (5 m = 5 km); brackets and parentheses do not differ, lists have no order; a box that is
-not closed counts. Two departures: a text is given to sympy's Python parser only where it is plain arithmetic, since
+one-letter words count as nothing (5 m = 5 km); brackets and parentheses do not differ, lists have no order; a box that
+is not closed counts. Two departures: a text is given to sympy's Python parser only where it is plain arithmetic, since
 that parser runs what it is given; and matrices, sets and mixed numbers are parsed by math-verify's successor of the
 parser that LIMO uses, which is no longer installable.
 
@@ -19,12 +19,13 @@ from typing import Any
 MAX_DEPTH = 5
 TOLERANCE = 1e-4
 _UNITS = (
-    "east|degree|mph|kmph|ft|m sqaure| m east|sq m|deg|mile|q .|monkey|prime|ratio|profit of rs|rd|o|gm|p . m|lb|tile|"
-    "per|dm|lt|gain|ab|way|west|a .|b .|c .|d .|e .|f .|g .|h .|t|a|h|no change|men|soldier|pie|bc|excess|st|inches|noon|"
-    "percent|by|gal|kmh|c|acre|rise|a . m|th|π r 2|sq|mark|l|toy|coin|sq . m|gallon|° f|profit|minw|yr|women|feet|am|pm|"
-    "hr|cu cm|square|v â € ™|are|rupee|rounds|cubic|cc|mtr|s|ohm|number|kmph|day|hour|minute|min|second|man|woman|sec|"
-    "cube|mt|sq inch|mp|∏ cm ³|hectare|more|sec|unit|cu . m|cm 2|rs .|rs|kg|g|month|km|m|cm|mm|apple|liter|loss|yard|"
-    "pure|year|increase|decrease|d|less|Surface|litre|pi sq m|s .|metre|meter|inch"
+    "east|degree|mph|kmph|ft|m sqaure| m east|sq m|deg|mile|q .|monkey|prime|ratio|profit of rs|rd|o|gm|p . m|lb|"
+    "tile|per|dm|lt|gain|ab|way|west|a .|b .|c .|d .|e .|f .|g .|h .|t|a|h|no change|men|soldier|pie|bc|excess|"
+    "st|inches|noon|percent|by|gal|kmh|c|acre|rise|a . m|th|π r 2|sq|mark|l|toy|coin|sq . m|gallon|° f|profit|"
+    "minw|yr|women|feet|am|pm|hr|cu cm|square|v â € ™|are|rupee|rounds|cubic|cc|mtr|s|ohm|number|kmph|day|hour|"
+    "minute|min|second|man|woman|sec|cube|mt|sq inch|mp|∏ cm ³|hectare|more|sec|unit|cu . m|cm 2|rs .|rs|kg|g|"
+    "month|km|m|cm|mm|apple|liter|loss|yard|pure|year|increase|decrease|d|less|Surface|litre|pi sq m|s .|metre|"
+    "meter|inch"
 ).split("|")
 """Regular expressions of words without a meaning, in the order in which they are removed; then come their plurals."""
 _UNIT_PATTERNS = [re.compile(rf"(^|\W){unit}($|\W)") for unit in [*_UNITS, *(f"{unit}s" for unit in _UNITS)]]
@@ -251,8 +252,8 @@ def _same_matrix(answer: str, truth: str, same: Callable[[str, str], bool]) -> b
 
 
 def symbolically_equal(answer: str, truth: str) -> bool:
-    """Whether sympy finds two texts equal: as texts, as expressions, as equations, as numbers, or as matrices rounded to
-    three decimals. What sympy cannot do with them counts as different."""
+    """Whether sympy finds two texts equal: as texts, as expressions, as equations, as numbers, or as matrices rounded
+    to three decimals. What sympy cannot do with them counts as different."""
     import sympy
 
     a, b = _parsed(answer), _parsed(truth)
