@@ -35,7 +35,7 @@ def engine_config(model: Path, dtype: str, longest_prompt: int, max_tokens: int,
 
 
 def size_to_machine(config: Config, engines: int | None) -> None:
-    """Sets nodes and engines to `engines`, or all that the connected cluster has GPUs for. Raises UserError for more."""
+    """Sets nodes and engines: `engines`, or all that the connected cluster has GPUs for. Raises UserError for more."""
     import ray
 
     rollout, cluster = config.rollout, config.cluster
@@ -48,8 +48,8 @@ def size_to_machine(config: Config, engines: int | None) -> None:
     available = per_node * len(gpus)
     if not available or (engines or 1) > available:
         raise UserError(
-            f"{engines or 1} engines of {rollout.tensor} GPUs do not fit the Ray cluster, which has room for {available}: "
-            "lower --engines or --tensor"
+            f"{engines or 1} engines of {rollout.tensor} GPUs do not fit the Ray cluster, which has room for "
+            f"{available}: lower --engines or --tensor"
         )
     rollout.engines = engines or available
     cluster.nodes = min(len(gpus), rollout.engines)

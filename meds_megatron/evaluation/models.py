@@ -52,7 +52,8 @@ def find_model(path: str) -> EvaluatedModel:
         found = given
     if not (found / "config.json").is_file():
         raise UserError(
-            f"{path} has no model: give the directory of a run with checkpoints, a checkpoint, or a Hugging Face directory"
+            f"{path} has no model: give the directory of a run with checkpoints, a checkpoint, or a Hugging Face "
+            "directory"
         )
     settings = next((p for p in (found / "config.yaml", found.parents[1] / "config.yaml") if p.is_file()), None)
     return EvaluatedModel(found, load_config(settings) if settings else None)

@@ -33,7 +33,8 @@ class SamplingSettings:
         """Raises UserError for settings that give n equal responses."""
         if self.temperature == 0 and self.n_sampling > 1:
             raise UserError(
-                f"--temperature 0 gives {self.n_sampling} equal responses to each problem: raise it, or set --n-sampling 1"
+                f"--temperature 0 gives {self.n_sampling} equal responses to each problem: raise it, or set "
+                "--n-sampling 1"
             )
 
 
