@@ -12,12 +12,12 @@ from meds_megatron.evaluation.summary import Summary
 
 def table(summaries: Sequence[Summary]) -> Table:
     """A row for each metric, a section for each data set and grader."""
-    shown = Table("data set", "problems", "grader", "failed", "metric", "value", "95 % interval")
+    shown = Table("problems", "grader", "failed", "metric", "value, 95 % interval")
     for summary in summaries:
-        start = [summary.dataset, str(summary.problems), summary.grader, str(summary.errors)]
+        start = [f"{summary.dataset} ({summary.problems})", summary.grader, str(summary.errors)]
         for metric in summary.metrics:
-            shown.add_row(*start, metric.name, f"{metric.value:.4f}", f"{metric.low:.4f} - {metric.high:.4f}")
-            start = ["", "", "", ""]
+            shown.add_row(*start, metric.name, f"{metric.value:.3f} ({metric.low:.3f}-{metric.high:.3f})")
+            start = [""] * len(start)
         shown.add_section()
     return shown
 

@@ -79,7 +79,7 @@ class EvalSettings:
             prompt,
             f"t{sampling.temperature:g}",
             f"p{sampling.top_p:g}",
-            f"top{sampling.top_k}",
+            f"topk{sampling.top_k}",
             f"n{sampling.n_sampling}",
             f"max{sampling.max_tokens}",
             f"seed{sampling.seed}",
