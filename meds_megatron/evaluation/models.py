@@ -24,15 +24,13 @@ class EvaluatedModel:
         """Last three parts of the path, as in the names of LIMO's outputs."""
         return "/".join(self.path.parts[1:][-3:])
 
-    @property
-    def is_checkpoint(self) -> bool:
-        return (self.path / "metadata.json").is_file()
-
     def hf_directory(self, cache: Path) -> Path:
         """The model as a Hugging Face directory; a checkpoint is converted to one below `cache`, once."""
-        if not self.is_checkpoint:
-            return self.path
+        from meds_megatron.weights.conversion.checkpoint import is_checkpoint
         from meds_megatron.weights.conversion.convert import to_hf
+
+        if not is_checkpoint(self.path):
+            return self.path
 
         directory = cache / "hf"
         if not directory.is_dir():

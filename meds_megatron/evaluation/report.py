@@ -9,6 +9,8 @@ from rich.table import Table
 
 from meds_megatron.evaluation.summary import Summary
 
+LINE_STYLES = ("-", "--", ":")
+
 
 def table(summaries: Sequence[Summary]) -> Table:
     """A row for each metric, a section for each data set and grader."""
@@ -42,12 +44,15 @@ def plot_pass_at_k(summaries: Sequence[Summary], path: Path, title: str) -> None
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    several = len({summary.grader for summary in summaries}) > 1
+    graders = list(dict.fromkeys(summary.grader for summary in summaries))
     ks = sorted({k for summary in summaries for k in summary.pass_at()})
     for summary in summaries:
         curve = summary.pass_at()
-        label = f"{summary.dataset}, {summary.grader}" if several else summary.dataset
-        (line,) = axes.plot(list(curve), [metric.value for metric in curve.values()], marker="o", label=label)
+        label = f"{summary.dataset}, {summary.grader}" if len(graders) > 1 else summary.dataset
+        # Graders that agree lie on one another.
+        style = LINE_STYLES[graders.index(summary.grader) % len(LINE_STYLES)]
+        values = [metric.value for metric in curve.values()]
+        (line,) = axes.plot(list(curve), values, style, marker="o", label=label)
         low, high = ([getattr(metric, side) for metric in curve.values()] for side in ("low", "high"))
         axes.fill_between(list(curve), low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     axes.set_xscale("log", base=2)
