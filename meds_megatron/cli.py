@@ -422,6 +422,22 @@ def rollout(config, rounds: int) -> dict:
     return rollout(config, rounds)
 
 
+@bench.command("eval", cls=Command, example="meds bench eval --json")
+@click.option("--responses", type=click.IntRange(min=1), default=8, help="To each of 200 problems.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, help="Measured generations, after one warm-up.")
+@click.option("--answers", type=click.IntRange(min=1), default=2000, help="Answers that are graded.")
+@click.option("--workers", type=click.IntRange(min=1), default=2, help="Grader processes.")
+@with_json
+def bench_eval(responses: int, rounds: int, answers: int, workers: int) -> dict:
+    """Tokens per second of `meds eval` and of plain vLLM, and seconds of grading.
+
+    Both generate the same responses of the embedded arithmetic model, alternately.
+    """
+    from meds_megatron.bench.evaluation import run
+
+    return run(responses, rounds, answers, workers)
+
+
 @bench.command(cls=Command, example="meds bench step configs/quickstart.yaml --steps 5 --json")
 @click.option("--steps", type=click.IntRange(min=1), default=5, help="Measured steps, after one warm-up step.")
 @with_json
