@@ -184,7 +184,7 @@ DATA = {
     "an empty answer": rows("the answer in `answer` is empty", {"question": "?", "answer": ""}),
     "no question": rows("problems.jsonl, row 1: no question", {"answer": "3"}),
     "no answer": rows("problems.jsonl, row 1: no answer", {"question": "?"}),
-    "an answer of a wrong type": rows("must be a text or a number, found a list", {"question": "?", "answer": ["3"]}),
+    "an answer of a wrong type": rows("or a list of these, found a list", {"question": "?", "answer": [["3"]]}),
     "an answer that is no number": rows("found nan", '{"question": "?", "answer": NaN}'),
     "a question of a wrong type": rows("the question in `question` must be a text", {"question": 3, "answer": "3"}),
     "an id of a wrong type": rows("`id` must be a text or a whole number", ROW | {"id": [1]}),

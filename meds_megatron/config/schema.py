@@ -189,6 +189,9 @@ class RewardConfig:
     memory_gib: float = setting(4.0, ge=0.25)
     """Address space of a grader process, of which 0.1 GiB are its own; an answer that needs more ends it, and its
     grading has failed."""
+    grader: Literal["math_verify", "strict", "limo"] = "math_verify"
+    """`math_verify` accepts any form of the same value, `strict` the same text or number only, `limo` what LIMO's
+    evaluation accepts, its known false accepts included (`reward.rules`)."""
     overlong: OverlongConfig = field(default_factory=OverlongConfig)
 
 

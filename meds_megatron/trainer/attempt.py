@@ -76,7 +76,7 @@ def _attempt(
     memory = ErrorMemory(config, placement, supervisor)
     stack.callback(memory.close)
     reward = config.reward
-    graders = stack.enter_context(GraderPool(reward.workers, reward.timeout_seconds, reward.memory_gib))
+    graders = stack.enter_context(GraderPool(reward.workers, reward.timeout_seconds, reward.memory_gib, reward.grader))
     state = TrainerState(PromptSampler(len(prompts.train), config.train.seed, config.data.shuffle))
     if checkpoint:
         state.load_state_dict(checkpoint.state)

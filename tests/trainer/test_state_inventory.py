@@ -13,7 +13,15 @@ from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.trainer.state import TrainerState
 
 SOURCE = Path(__file__).resolve().parents[2] / "meds_megatron"
-NOT_IN_A_RUN = ("bench", "embedded", "evaluation", "report", "weights/conversion", "trainer/check.py")
+NOT_IN_A_RUN = (
+    "bench",
+    "data/duplicates.py",
+    "embedded",
+    "evaluation",
+    "report",
+    "weights/conversion",
+    "trainer/check.py",
+)
 """Packages whose code no training step executes."""
 
 CHECKPOINT = "in the checkpoint"
