@@ -34,6 +34,11 @@ class MicroBatch:
     """Place among the T of the token at the answer position of each of `answer_rows`."""
 
 
+def packed_tokens(batch: TrainBatch, rows: np.ndarray) -> int:
+    """Tokens that the sequences `rows` take in a micro-batch."""
+    return int(batch.lengths_B[rows].sum())
+
+
 def build_micro_batch(batch: TrainBatch, rows: np.ndarray, tokens: int, device: str) -> MicroBatch:
     """The sequences `rows` packed into `tokens` tokens, which must have room for them; no rows give padding alone."""
     lengths_B = batch.lengths_B[rows]

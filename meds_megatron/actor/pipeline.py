@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from meds_megatron.actor.logprobs import logprobs_and_entropy
-from meds_megatron.actor.microbatch import MicroBatch, build_micro_batch
+from meds_megatron.actor.microbatch import MicroBatch, build_micro_batch, packed_tokens
 from meds_megatron.actor.train_batch import TrainBatch
 from meds_megatron.config import ParallelLayout
 from meds_megatron.weights.chunks import unwrapped
@@ -83,5 +83,5 @@ def _tokens(batch: TrainBatch, micro_batches: list[np.ndarray], config: Transfor
     """Tokens of each micro-batch, padded; in a pipeline all have those of the largest, so that its stages know the
     shape of what they receive."""
     layout = ParallelLayout(tensor=config.tensor_model_parallel_size, pipeline=config.pipeline_model_parallel_size)
-    tokens = [layout.padded_tokens(int(batch.lengths_B[rows].sum())) for rows in micro_batches]
+    tokens = [layout.padded_tokens(packed_tokens(batch, rows)) for rows in micro_batches]
     return tokens if layout.pipeline == 1 else [max(tokens)] * len(tokens)

@@ -57,8 +57,7 @@ def update(
     """Loss, gradient norm and KL of both updates of the training step, added up over the data-parallel ranks."""
     key = (str(directory), tuple(parallel.items()), tokens, aggregation, loss)
     if key not in _known:
-        sizes = [parallel.get(axis, 1) for axis in ("tensor", "pipeline", "data")]
         arguments = (str(directory), parallel, tokens, aggregation, loss)
-        results = ranks.run(int(np.prod(sizes)), cases.forward_and_update, *arguments)
+        results = ranks.run(cases.world_size(parallel), cases.forward_and_update, *arguments)
         _known[key] = cases.add_up(results)
     return _known[key]

@@ -71,6 +71,10 @@ def scheduled(batch: TrainBatch, minibatches_B: np.ndarray, parallel: dict, toke
     return schedule(lengths_B, lengths_B, minibatches_B, parallel.get("data", 1), tokens, multiple)
 
 
+def world_size(parallel: dict) -> int:
+    return int(np.prod([parallel.get(axis, 1) for axis in ("tensor", "context", "data", "pipeline")]))
+
+
 def run_forward(policy, batch: TrainBatch, parallel: dict, tokens: int) -> ForwardOutput | None:
     work = scheduled(batch, MINIBATCHES_B, parallel, tokens)
     return policy.forward(batch, [rows for minibatch in work.micro_batches[0] for rows in minibatch])
@@ -118,7 +122,15 @@ def forward_and_update(
 
 
 def train_step(policy, parallel: dict, tokens: int = PAIRS, aggregation: str = "token_mean") -> list[dict]:
-    """The training step of `forward_and_update` on a policy that exists."""
+    """The updates of `whole_step`."""
+    return whole_step(policy, parallel, tokens, aggregation)[-1]
+
+
+def whole_step(
+    policy, parallel: dict, tokens: int, aggregation: str = "token_mean"
+) -> tuple[np.ndarray, ForwardOutput, list[dict]]:
+    """One training step with made-up advantages on one rank: the rows of its data-parallel rank, their forward pass,
+    and a dict of sums and the gradient norm for each update."""
     whole = train_batch()
     whole.advantages_B = np.random.default_rng(1).standard_normal(RESPONSES).astype(np.float32)
     whole.loss_weights_B = loss_weights(whole, aggregation)
@@ -132,10 +144,11 @@ def train_step(policy, parallel: dict, tokens: int = PAIRS, aggregation: str = "
     torch.distributed.all_gather_object(everyone, (data, output))
     (found,) = [result for rank, result in everyone if result is not None and rank == data]
     mine.logprobs_R, mine.entropy_R = found.logprobs_R, found.entropy_R
-    return [
+    updates = [
         {**update.token_sums, **({"loss": update.loss} if update.token_sums else {}), "grad_norm": update.grad_norm}
         for update in policy.update(mine, minibatches, step=0)
     ]
+    return work.rows[data], found, updates
 
 
 def loss_weights(batch: TrainBatch, aggregation: str) -> np.ndarray:
@@ -175,6 +188,9 @@ def make_policy(
     dtype: str = "float32",
     loss: str = "ppo",
 ):
+    """The policy of a rank, whose groups are made with the first."""
+    from megatron.core import parallel_state
+
     from meds_megatron.actor.policy import Policy
     from meds_megatron.actor.process_group import form_groups
     from meds_megatron.config import Config, ParallelConfig
@@ -185,7 +201,8 @@ def make_policy(
     config.policy.aggregation, config.policy.loss = aggregation, loss
     # Large enough that the second update of a step depends on what the first one did.
     config.optimizer.lr, config.optimizer.warmup_steps = 1e-3, 1
-    form_groups(config.parallel, seed=0)
+    if not parallel_state.model_parallel_is_initialized():
+        form_groups(config.parallel, seed=0)
     return Policy(config, directory, "cpu")
 
 
