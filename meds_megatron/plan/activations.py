@@ -6,6 +6,8 @@ so no masks; sequence parallelism, which divides the norms' activations by the t
 `layer_bytes` are the tensors that autograd keeps for megatron-core 0.16.1's layer as `model.gpt` configures it.
 """
 
+import math
+
 from meds_megatron.config import Config, ModelShape, ParallelLayout
 from meds_megatron.config.model_shape import LOGITS_BLOCK_TOKENS
 from meds_megatron.plan.sizes import ITEM_BYTES, rank_sizes
@@ -16,7 +18,7 @@ def micro_batches(config: Config, layout: ParallelLayout, length: float) -> int:
     """Micro-batches of one optimizer update on one rank whose sequences have `length` tokens."""
     responses = -(-config.train.mini_batch_prompts * config.rollout.responses_per_prompt // layout.data)
     multiple = layout.pipeline if layout.virtual > 1 else 1
-    packs = -(-responses // max(1, int(config.train.micro_batch_tokens // length)))
+    packs = math.ceil(responses * length / config.train.micro_batch_tokens)
     return -(-packs // multiple) * multiple
 
 
