@@ -417,7 +417,7 @@ def rollout(config, rounds: int) -> dict:
 
     Both generate the responses to one step's prompts, alternately, with the same model and sampling.
     """
-    from meds_megatron.bench.step import rollout
+    from meds_megatron.bench.run import rollout
 
     return rollout(config, rounds)
 
@@ -438,18 +438,42 @@ def bench_eval(responses: int, rounds: int, answers: int, workers: int) -> dict:
     return run(responses, rounds, answers, workers)
 
 
-@bench.command(cls=Command, example="meds bench step configs/quickstart.yaml --steps 5 --json")
+@bench.command(cls=Command, example="meds bench phases configs/quickstart.yaml --steps 5 --json")
 @click.option("--steps", type=click.IntRange(min=1), default=5, help="Measured steps, after one warm-up step.")
 @with_json
 @with_config
-def step(config, steps: int) -> dict:
+def phases(config, steps: int) -> dict:
     """Seconds of each phase of a training step.
 
     Runs `meds train` in a temporary run directory without validation and export.
     """
-    from meds_megatron.bench.step import step
+    from meds_megatron.bench.run import phases
 
-    return step(config, steps)
+    return phases(config, steps)
+
+
+@bench.command(cls=Command, example="meds bench step --model Qwen2.5-1.5B --layers 2 --json")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=("Qwen2.5-1.5B", "Qwen2.5-7B"),
+    help="Published model whose shape is taken; may be given several times.",
+)
+@click.option("--layers", type=click.IntRange(min=1), default=1, help="Layers of it.")
+@click.option("--responses", type=click.IntRange(min=4), default=16, help="Synthetic responses of a step.")
+@click.option("--rounds", type=click.IntRange(min=1), default=1, help="Measured steps of each form, after a warm-up.")
+@with_json
+def step(models: Sequence[str], layers: int, responses: int, rounds: int) -> dict:
+    """Tokens per second of a policy's forward pass with fingerprints and update.
+
+    Packed micro-batches against padded rectangles of 4 responses and a plain loop of transformers and torch's AdamW, on
+    responses of long-tailed lengths (mean 300, longest 2000 tokens): on a GPU in bfloat16, else on one CPU core in
+    float32.
+    """
+    from meds_megatron.bench.step import run
+
+    return run(models, layers, responses, rounds)
 
 
 @bench.command(cls=Command, example="meds bench fingerprint --responses 8 --tokens 64 --json")

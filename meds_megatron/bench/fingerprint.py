@@ -144,8 +144,8 @@ class _Kinds:
         self._forward()
         for hook in hooks:
             hook.remove()
-        for hidden_SBH in states:
-            hidden_SBH @ self._chunk.head_weight().T
+        for hidden_T1H in states:
+            hidden_T1H @ self._chunk.head_weight().T
 
 
 def _hidden(output: Tensor | tuple) -> Tensor:

@@ -339,8 +339,11 @@ class TrainConfig:
     prompts_per_step: int = setting(512, gt=0)
     mini_batch_prompts: int = setting(16, gt=0)
     """Prompts of one optimizer update; a step makes prompts_per_step / mini_batch_prompts updates."""
-    micro_batch_responses: int = setting(1, gt=0)
-    """Responses in one forward/backward pass of one data-parallel rank."""
+    micro_batch_tokens: int = setting(8192, gt=0)
+    """Most tokens of one forward and backward pass of one data-parallel rank: responses and their prompts, packed
+    without padding between them."""
+    forward_tokens: int = setting(16384, gt=0)
+    """The same for passes that are forward only, which keep no activations."""
     seed: int = setting(0, ge=0)
     validate_every: int = setting(2, ge=0)
     """Steps between validations; 0 is never. Step 0 (before training) and the last step are validated too."""
