@@ -87,7 +87,7 @@ class PolicyWorker(SupervisedActor):
         torch.set_num_threads(self._config.cluster.threads_per_rank)
         timeout = self._config.cluster.collective_timeout_minutes
         device = join(host, port, self._rank, world_size, timeout, self._store)
-        form_groups(self._config.parallel, self._config.train.seed)
+        form_groups(self._config.parallel, self._config.train.seed, timeout)
         self._policy = Policy(self._config, model_dir, device)
         self._copies = HostCopies()
         logger.info("rank %d of %d has loaded its share of %s on %s", self._rank, world_size, model_dir, device)
@@ -117,7 +117,6 @@ class PolicyWorker(SupervisedActor):
 
         if self._policy.device == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.ipc_collect()
 
     def begin_save(self, directory: str) -> None:
         """Begins to write this rank's part of a checkpoint; training may go on."""

@@ -67,7 +67,7 @@ def bfloat16_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def in_bfloat16(rank: int, tensor: int, with_buffer: bool) -> list[torch.Tensor]:
-    """Log-probs, gradient of the hidden states and of this rank's rows of the head, which is added to 1 in the buffer."""
+    """Log-probs, gradient of the hidden states and that of this rank's rows of the head, which the buffer adds to 1."""
     from megatron.core import parallel_state, tensor_parallel
 
     from meds_megatron.actor.process_group import form_groups

@@ -26,6 +26,7 @@ RANDOMNESS = {
     "actor/process_group.py": START,  # seeds them
     "data/sampler.py": "a function of the seed and the epoch, which are in the checkpoint",
     "launch/job.py": NO_EFFECT,  # the token of a job's Ray cluster
+    "weights/resharding/transport.py": NO_EFFECT,  # name of exported memory
     "reward/differences.py": "a function of the answers",
     "rollout/engine.py": CHECKPOINT,
     "trainer/attempt.py": NO_EFFECT,  # name of a directory in shared memory
@@ -105,7 +106,8 @@ CHANGING = {
         "_local": STEP,
         "_staged": STEP,
     },
-    "CudaIpc": {"_staged": STEP},
+    "CudaIpc": dict.fromkeys(("_block", "_exported", "_opened"), START),
+    "Arena": {"_taken": STEP},
     "SharedMemory": {"_claim": START},
     "TransferGroup": {"sent_bytes": NO_EFFECT},
     "ReshardTransfer": {"_completeness": STEP, "_receiver": START},

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from meds_megatron.weights.resharding.plan import Transfer
 from meds_megatron.weights.resharding.shared_directory import remove_unclaimed
+from meds_megatron.weights.resharding.staging import staging_elements
 from meds_megatron.weights.resharding.transport import TransferGroup, local_transport, open_rendezvous
 from meds_megatron.weights.resharding.types import Checksums, Rendezvous, StagedBucket, SyncSpec
 from meds_megatron.weights.table import TensorSlice
@@ -37,10 +38,12 @@ class WeightSender:
         """`parameters` are the rank's own by Megatron name (`weights.chunks.rank_parameters`); their values are read
         when a bucket is staged or sent. `host` is this machine's address for other nodes."""
         self._plan, self._dtype = spec.plan(), getattr(torch, spec.dtype)
-        self._rank, self._trainer_rank = rank, spec.layout.coordinates(rank).tensor
+        place = spec.layout.coordinates(rank)
+        self._rank, self._trainer_rank = rank, place.tensor
         self._parameters, self._device, self._host = parameters, device, host
         self._directory = spec.directory
-        self._local = local_transport(device, spec.directory)
+        elements = staging_elements(self._plan, place.pipeline, place.tensor)
+        self._local = local_transport(device, spec.directory, elements)
         self._stores: dict[int, dist.TCPStore] = {}
         self._staged: dict[int, StagedBucket] = {}
         self.groups: dict[int, TransferGroup] = {}

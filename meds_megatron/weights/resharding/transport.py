@@ -7,6 +7,7 @@ GPUs.
 
 import logging
 import os
+import secrets
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from meds_megatron.errors import UserError
 from meds_megatron.weights.resharding.shared_directory import claim, remove_unclaimed
+from meds_megatron.weights.resharding.staging import Arena
 from meds_megatron.weights.resharding.types import Rendezvous
 from meds_megatron.weights.store import open_store
 
@@ -27,8 +29,8 @@ logger = logging.getLogger(__name__)
 TIMEOUT = timedelta(minutes=5)
 """For the members of a transfer group to join, and for one message."""
 
-# Place of the device index among the arguments of torch's `rebuild_cuda_tensor`.
-_DEVICE_ARGUMENT = 6
+# Places among the arguments of torch's `rebuild_cuda_tensor`.
+_DEVICE_ARGUMENT, _EVENT_ARGUMENT = 6, 14
 
 
 class LocalTransport(Protocol):
@@ -44,9 +46,10 @@ class LocalTransport(Protocol):
         """Frees the memory as soon as no reader has it open. Called by the writer."""
 
 
-def local_transport(device: torch.device | str, directory: str) -> LocalTransport:
-    """The transport between processes of one node that compute on `device`."""
-    return SharedMemory(directory) if torch.device(device).type == "cpu" else CudaIpc()
+def local_transport(device: torch.device | str, directory: str, elements: int = 0) -> LocalTransport:
+    """The transport between processes of one node that compute on `device`; a writer never has more than `elements`
+    (`staging_elements`) under way."""
+    return SharedMemory(directory) if torch.device(device).type == "cpu" else CudaIpc(elements)
 
 
 @dataclass(frozen=True)
@@ -92,39 +95,68 @@ class SharedMemory:
 
 
 @dataclass(frozen=True)
-class GpuMemory:
+class ExportedBlock:
+    """GPU memory that other processes of the node can open."""
+
     name: str
+    """Unique on the node."""
     gpu: str
     """UUID: device indices differ from process to process."""
     arguments: tuple[Any, ...]
     """Of torch's `rebuild_cuda_tensor`."""
 
 
-class CudaIpc:
-    """GPU memory of the writer, kept until it is dropped.
+@dataclass(frozen=True)
+class GpuMemory:
+    block: ExportedBlock
+    begin: int
+    elements: int
 
-    Every process of a run sees all GPUs of its node, its own first, so it can open a handle of any of them.
+
+class CudaIpc:
+    """One block of the writer's GPU memory, in which it stages all updates of the engines.
+
+    torch counts the readers of an export so that it can free the memory: one export is for one reader, which must open
+    it, or the memory is never free again. The block therefore lives as long as the writer, is exported once, and every
+    reader opens it once and keeps it: nothing depends on what readers do, also when one dies.
+
+    Every process of a run sees all GPUs of its node, its own first, so it can open a block of any of them.
     """
 
-    def __init__(self) -> None:
-        self._staged: dict[str, Tensor] = {}
+    def __init__(self, elements: int = 0) -> None:
+        """`elements` is the size of the block, which is allocated when it is first used; 0 for a reader."""
+        self._elements = elements
+        self._arena = Arena()
+        self._block: Tensor | None = None
+        self._exported: ExportedBlock | None = None
+        self._opened: dict[str, Tensor] = {}
 
     def put(self, name: str, parts: list[Tensor], dtype: torch.dtype) -> GpuMemory:
-        flat = torch.cat([part.to(dtype).flatten() for part in parts])
+        """Raises RuntimeError when the block is too small."""
+        if self._exported is None:
+            self._block = torch.empty(self._elements, dtype=dtype, device=parts[0].device)
+            _, arguments = reduce_tensor(self._block)
+            self._exported = ExportedBlock(secrets.token_hex(8), _uuid(self._block.device.index), arguments)
+        elements = sum(part.numel() for part in parts)
+        begin = self._arena.take(elements)
+        if begin + elements > self._elements:
+            raise RuntimeError(f"{name} does not fit the {self._elements} elements for staged weights")
+        staged = self._block[begin : begin + elements].split([part.numel() for part in parts])
+        for values, part in zip(staged, parts, strict=True):
+            values.view(part.shape).copy_(part)
         # Readers do not wait for this process's stream.
-        torch.cuda.synchronize(flat.device)
-        self._staged[name] = flat
-        _, arguments = reduce_tensor(flat)
-        return GpuMemory(name, _uuid(flat.device.index), arguments)
+        torch.cuda.synchronize()
+        return GpuMemory(self._exported, begin, elements)
 
     def open(self, handle: GpuMemory) -> Tensor:
         """A copy on this process's own GPU. Raises RuntimeError when the writer's GPU is not visible here."""
-        arguments = list(handle.arguments)
-        arguments[_DEVICE_ARGUMENT] = _device_index(handle.gpu)
-        return rebuild_cuda_tensor(*arguments).to(torch.cuda.current_device(), copy=True)
+        block = self._opened.get(handle.block.name)
+        if block is None:
+            block = self._opened[handle.block.name] = _open_block(handle.block)
+        return block[handle.begin : handle.begin + handle.elements].to(torch.cuda.current_device(), copy=True)
 
     def drop(self, handle: GpuMemory) -> None:
-        self._staged.pop(handle.name, None)
+        self._arena.give_back(handle.begin)
 
 
 class TransferGroup:
@@ -188,6 +220,21 @@ def _allocate(path: Path, size: int) -> None:
         os.posix_fallocate(descriptor, 0, max(size, 1))
     finally:
         os.close(descriptor)
+
+
+def _open_block(block: ExportedBlock) -> Tensor:
+    """The block in this process's address space.
+
+    This process's own GPU maps it where it can read the writer's memory: a context on the writer's GPU would take half
+    a GiB there for each reader.
+    """
+    own, arguments = torch.cuda.current_device(), list(block.arguments)
+    writer = _device_index(block.gpu)
+    direct = writer == own or torch.cuda.can_device_access_peer(own, writer)
+    arguments[_DEVICE_ARGUMENT] = own if direct else writer
+    # The writer has synchronized, and its event belongs to its own GPU.
+    arguments[_EVENT_ARGUMENT] = False
+    return rebuild_cuda_tensor(*arguments)
 
 
 def _uuid(index: int) -> str:
