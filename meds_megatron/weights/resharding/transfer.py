@@ -100,14 +100,15 @@ class WeightSender:
                     sums |= self._checksums(transfer)
         except ConnectionError as error:
             # Leaving the group also fails the engine's ranks that still wait for the rest of the bucket.
-            del self.groups[engine]
+            self.groups.pop(engine).abort()
             logger.warning("engine %d is lost while bucket %d is sent: %s", engine, bucket, error)
             return {}
         return sums
 
     def close(self) -> None:
         """Leaves all groups and removes from this node what the run and killed processes have in shared memory."""
-        self.groups.clear()
+        while self.groups:
+            self.groups.popitem()[1].abort()
         shutil.rmtree(self._directory, ignore_errors=True)
         remove_unclaimed()
 

@@ -8,6 +8,8 @@ GPUs.
 import logging
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -163,23 +165,40 @@ class TransferGroup:
     """A process group of one engine's ranks and of the trainer ranks that serve it over the network.
 
     It is separate from torch's default group, which vLLM and Megatron each use themselves, and every engine has its
-    own: one that fails breaks no other's. With gloo a member fails at once when another is gone; with NCCL late or not
-    at all, which has not been tried.
+    own: one that fails breaks no other's. With gloo a member fails at once when another is gone, with NCCL when a
+    message has taken TIMEOUT.
     """
 
     def __init__(self, rendezvous: Rendezvous, member: int, device: str, store: dist.TCPStore | None = None):
-        """Joins as `member` and returns when all others have. `store` is that of `open_rendezvous`, in the process that
-        opened it.
+        """Joins as `member` and returns when every sender has reached every engine rank. `store` is that of
+        `open_rendezvous`, in the process that opened it.
 
         Raises ConnectionError when a member does not join in time.
         """
+        self._senders = rendezvous.senders
+        self.sent_bytes = 0
         try:
-            store = store or dist.TCPStore(rendezvous.host, rendezvous.port, rendezvous.members, is_master=False)
-            self._group = _process_group(store, member, rendezvous.members, device)
+            self._store = store or dist.TCPStore(rendezvous.host, rendezvous.port, rendezvous.members, is_master=False)
+            _wait_for_members(self._store, member, rendezvous.members)
+            self._group = _process_group(self._store, member, rendezvous.members, device)
         except RuntimeError as error:
             raise ConnectionError(f"not all members of a transfer group joined: {error}") from error
-        self._store = store
-        self._senders = rendezvous.senders
+        try:
+            self._meet(member, rendezvous, device)
+        except ConnectionError:
+            self.abort()
+            raise
+
+    def _meet(self, member: int, rendezvous: Rendezvous, device: str) -> None:
+        """One element from each sender to each engine rank: NCCL connects two members in their first message, where it
+        would otherwise wait in the middle of an update."""
+        element = torch.zeros(1, device=device)
+        if member < rendezvous.senders:
+            for engine_rank in range(rendezvous.receivers):
+                self.send(element, engine_rank)
+        else:
+            for sender in range(rendezvous.senders):
+                self.receive(element, sender)
         self.sent_bytes = 0
 
     def send(self, values: Tensor, engine_rank: int) -> None:
@@ -198,6 +217,14 @@ class TransferGroup:
         except RuntimeError as error:
             raise ConnectionError(f"member {sender} of the transfer group is gone: {error}") from error
 
+    def abort(self) -> None:
+        """Leaves the group, which fails what others still wait for from this member. The process goes on."""
+        if isinstance(self._group, dist.ProcessGroupGloo):
+            # gloo closes its connections with the group.
+            del self._group
+        else:
+            self._group.abort()
+
 
 def open_rendezvous(host: str, senders: int, receivers: int) -> tuple[Rendezvous, dist.TCPStore]:
     """A rendezvous at a free port of this machine; it exists as long as the returned store is kept."""
@@ -205,12 +232,40 @@ def open_rendezvous(host: str, senders: int, receivers: int) -> tuple[Rendezvous
     return Rendezvous(host, store.port, senders, receivers), store
 
 
+def _wait_for_members(store: dist.TCPStore, member: int, members: int) -> None:
+    """Returns when all members are here; NCCL itself would wait for a missing one without end. Raises RuntimeError
+    after TIMEOUT."""
+    store.set(f"here{member}", "")
+    store.wait([f"here{other}" for other in range(members)], TIMEOUT)
+
+
 def _process_group(store: dist.TCPStore, member: int, members: int, device: str) -> dist.ProcessGroup:
     if device == "cpu":
         return dist.ProcessGroupGloo(store, member, members, TIMEOUT)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = TIMEOUT
-    return dist.ProcessGroupNCCL(store, member, members, options)
+    with _variables(NCCL_RAISES):
+        return dist.ProcessGroupNCCL(store, member, members, options)
+
+
+NCCL_RAISES = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+"""Read by a `ProcessGroupNCCL` when it is made: waiting for a message then lasts until it has arrived and raises after
+the timeout. Otherwise torch ends the process when another member is gone."""
+
+
+@contextmanager
+def _variables(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables of this process, for as long as the block lasts."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _allocate(path: Path, size: int) -> None:
