@@ -83,7 +83,7 @@ def train(config) -> None:
     train(config)
 
 
-@cli.command(cls=Command, example="meds plan configs/meds_qwen2.5_72b.yaml rollout.gpu_memory_utilization=0.4")
+@cli.command(cls=Command, example="meds plan configs/meds_qwen2.5_72b.yaml rollout.kv_cache_gib=40")
 @click.option("--calibrate", metavar="RUN_DIR", help="Replace assumed times and lengths by those of a finished run.")
 @click.option(
     "--network-gbit",

@@ -93,5 +93,9 @@ class Workload:
 
 # vLLM 0.32 (EngineArgs.get_batch_defaults): tokens of one engine step on cards of 70 GiB and more, for offline use.
 VLLM_BATCH_TOKENS = 16384
+# Tokens of a block of vLLM's KV cache.
+VLLM_BLOCK_TOKENS = 16
+# Share of a card that the plan leaves empty while engines generate, for what it does not know of.
+RESERVE = 0.06
 # CUDA graphs of vLLM's default capture sizes, outside of its KV cache's budget.
 VLLM_GRAPH_GIB = 1.0

@@ -89,9 +89,13 @@ class PolicyGroup:
         """Continues from a checkpoint of any layout; the random states only if it is the same."""
         self._on_all("load", directory, same_layout)
 
-    def free_cached_memory(self) -> None:
-        """Returns unused GPU memory of all ranks to the engines that share the GPUs."""
-        self._on_all("free_cached_memory")
+    def free_memory(self) -> None:
+        """Returns GPU memory that only updates need to the engines that share the GPUs."""
+        self._on_all("free_memory")
+
+    def restore_memory(self) -> None:
+        """Takes it back before an update."""
+        self._on_all("restore_memory")
 
     def close(self) -> None:
         """Ends the ranks; those of other nodes get CLOSE_SECONDS to clear their nodes' shared memory."""

@@ -56,6 +56,7 @@ CHANGING = {
     "PolicySave": {"_failure": NO_EFFECT},
     "FingerprintCollector": dict.fromkeys(("_micro_batch", "_places_N", "_values_NL", "sent_bytes"), STEP),
     "Policy": {"micro_batches_begun": NO_EFFECT},
+    "Offload": {"_freed": NO_EFFECT, "_on_host": NO_EFFECT},
     "PolicyWorker": {
         "_copies": NO_EFFECT,
         "_policy": CHECKPOINT,
@@ -109,7 +110,7 @@ CHANGING = {
     "CudaIpc": dict.fromkeys(("_block", "_exported", "_opened"), START),
     "Arena": {"_taken": STEP},
     "SharedMemory": {"_claim": START},
-    "TransferGroup": {"sent_bytes": NO_EFFECT},
+    "TransferGroup": {"_group": START, "sent_bytes": NO_EFFECT},
     "ReshardTransfer": {"_completeness": STEP, "_receiver": START},
 }
 """By class: attributes that are assigned after `__init__`, and where they come from."""
