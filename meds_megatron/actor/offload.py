@@ -1,7 +1,7 @@
 """Memory of a rank's GPU for the engines that share it: the optimizer's state moves to the host, gradients are dropped.
 
-megatron-core's own `offload_to_cpu` cannot be used for float32 models, whose main weights are the model's: it would leave
-the optimizer with copies that the model does not see.
+megatron-core's own `offload_to_cpu` cannot be used for float32 models, whose main weights are the model's: it would
+leave the optimizer with copies that the model does not see.
 """
 
 import torch
@@ -47,7 +47,9 @@ class Offload:
         for chunk in self._chunks:
             chunk.restore_grad_buffers(synchronize=False)
         for tensor, on_host in self._on_host.items():
-            tensor.data = torch.empty_like(on_host, device=torch.cuda.current_device()).copy_(on_host, non_blocking=True)
+            tensor.data = torch.empty_like(on_host, device=torch.cuda.current_device()).copy_(
+                on_host, non_blocking=True
+            )
         torch.cuda.synchronize()
 
     def _state(self) -> list[Tensor]:

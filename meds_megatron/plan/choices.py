@@ -1,5 +1,5 @@
-"""Settings that a config leaves to the plan (null): whether the optimizer's state leaves the GPUs while engines generate,
-and the size of the KV cache."""
+"""Settings that a config leaves to the plan (null): whether the optimizer's state leaves the GPUs while engines
+generate, and the size of the KV cache."""
 
 import copy
 

@@ -2,8 +2,8 @@
 
 A run's phases (`trainer.loop`): engines generate, beside the trainer's weights and, where `train.offload_optimizer`
 does not move it to the host's memory, its optimizer state; engines sleep while the trainer computes; weights are
-exchanged while the engines have their weights but no KV cache. Gradients exist in updates only. Engines on nodes of their
-own do not sleep, and the trainer's state stays where it is.
+exchanged while the engines have their weights but no KV cache. Gradients exist in updates only. Engines on nodes of
+their own do not sleep, and the trainer's state stays where it is.
 """
 
 from collections.abc import Iterable

@@ -314,8 +314,6 @@ def test_a_step_whose_gradings_all_failed_trains_on_nothing(train):
     assert seen[0]["advantage"] == [None] * 4 and list(seen[0]["kept"]) == [True] * 4
 
 
-
-
 def test_memory_of_shared_gpus_moves_between_engines_and_trainer(train):
     """The trainer's memory is freed before each part that the engines take back, and restored for the update. Engines
     that are given new weights, or the same ones again, drop the old ones."""
