@@ -71,8 +71,9 @@ class PolicyWorker(SupervisedActor):
         self._store = open_store(host, world_size)
         return host, self._store.port
 
-    def start(self, host: str, port: int, world_size: int, model_dir: str) -> None:
-        """Connects to the other ranks through the store at `host` and loads this rank's share of the model."""
+    def start(self, host: str, port: int, world_size: int, model_dir: str) -> bool:
+        """Connects to the other ranks through the store at `host` and loads this rank's share of the model. Returns
+        whether its layers are Transformer Engine's."""
         import torch
 
         # megatron-core warns at every import of the optional packages that are absent.
@@ -81,6 +82,7 @@ class PolicyWorker(SupervisedActor):
         from meds_megatron.actor.background_save import HostCopies
         from meds_megatron.actor.policy import Policy
         from meds_megatron.actor.process_group import form_groups, join
+        from meds_megatron.model.gpt import use_transformer_engine
 
         if self._config.cluster.device == "cuda":
             require_gpu()
@@ -91,6 +93,7 @@ class PolicyWorker(SupervisedActor):
         self._policy = Policy(self._config, model_dir, device)
         self._copies = HostCopies()
         logger.info("rank %d of %d has loaded its share of %s on %s", self._rank, world_size, model_dir, device)
+        return use_transformer_engine()
 
     def forward(self, batch: TrainBatch, micro_batches: list[np.ndarray]) -> ForwardOutput | None:
         return self._policy.forward(batch, micro_batches)
