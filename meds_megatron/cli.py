@@ -144,8 +144,11 @@ def train(config) -> None:
 @click.option("--engines", type=click.IntRange(min=1), help="vLLM engines.  [default: all GPUs; one without GPUs]")
 @click.option("--tensor", type=click.IntRange(min=1), default=1, help="GPUs of an engine.")
 @click.option("--max-num-seqs", type=click.IntRange(min=1), default=256, help="Responses of an engine at once.")
-@click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True), default=0.9)
-@click.option("--cpu-kv-cache-gib", type=click.FloatRange(min=0, min_open=True), default=1.0)
+@click.option(
+    "--kv-cache-gib",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of each GPU's engine.  [default: what is free; 1 without GPUs]",
+)
 @click.option("--enforce-eager", is_flag=True, help="Skip vLLM's compilation: faster start, slower generation.")
 @click.option("--workers", type=click.IntRange(min=1), help="Grader processes.  [default: one a core]")
 def evaluate(model, data, regrade, out, k, graders, workers, **options) -> None:
@@ -184,7 +187,7 @@ def evaluate(model, data, regrade, out, k, graders, workers, **options) -> None:
     click.echo(last_line(summaries, **({"files": [str(path) for path in files]} if files else {})))
 
 
-@cli.command(cls=Command, example="meds plan configs/meds_qwen2.5_72b.yaml rollout.gpu_memory_utilization=0.4")
+@cli.command(cls=Command, example="meds plan configs/meds_qwen2.5_72b.yaml rollout.kv_cache_gib=40")
 @click.option("--calibrate", metavar="RUN_DIR", help="Replace assumed times and lengths by those of a finished run.")
 @click.option(
     "--network-gbit",

@@ -57,7 +57,7 @@ def build(
         params_dtype=model_config.params_dtype,
         use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=torch.cuda.is_available())
+    optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
     model_config.grad_scale_func = optimizer.scale_loss
     for group in optimizer.param_groups:
         group["weight_decay"] = config.weight_decay * group["wd_mult"]

@@ -9,6 +9,7 @@ from torch import Tensor
 from meds_megatron.actor import optimizer, optimizer_state
 from meds_megatron.actor.fingerprint import FingerprintCollector
 from meds_megatron.actor.microbatch import MicroBatch
+from meds_megatron.actor.offload import Offload
 from meds_megatron.actor.pipeline import run_pipeline
 from meds_megatron.actor.process_group import is_replica_output_rank
 from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput, scatter_ragged, take_ragged
@@ -36,6 +37,7 @@ class Policy:
         self._wrapped = optimizer.wrap(self.chunks)
         self.optimizer = optimizer.build(self._wrapped, model_config, config.optimizer)
         optimizer_state.make_state(self.optimizer)
+        self.offload = Offload(self._wrapped, self.optimizer, bool(config.train.offload_optimizer))
 
     def forward(self, batch: TrainBatch, micro_batches: list[np.ndarray]) -> ForwardOutput | None:
         """Log-probs, entropies and fingerprints of all responses; None except on the replica's output rank."""

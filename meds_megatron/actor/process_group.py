@@ -34,14 +34,16 @@ def join(
     return "cuda"
 
 
-def form_groups(parallel: ParallelConfig, seed: int) -> None:
+def form_groups(parallel: ParallelConfig, seed: int, timeout_minutes: int = 30) -> None:
     """Makes megatron-core's tensor-, pipeline- and data-parallel groups and seeds all random generators; every rank
-    calls it together."""
+    calls it together. `timeout_minutes` is that of a collective of these groups; torch has another for each group."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        create_gloo_process_groups=torch.cuda.is_available(),
+        distributed_timeout_minutes=timeout_minutes,
+        # Megatron's own checkpoints of the optimizer use them; ours do not (`actor.optimizer_state`).
+        create_gloo_process_groups=False,
     )
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -71,8 +71,9 @@ class PolicyWorker(SupervisedActor):
         self._store = open_store(host, world_size)
         return host, self._store.port
 
-    def start(self, host: str, port: int, world_size: int, model_dir: str) -> None:
-        """Connects to the other ranks through the store at `host` and loads this rank's share of the model."""
+    def start(self, host: str, port: int, world_size: int, model_dir: str) -> bool:
+        """Connects to the other ranks through the store at `host` and loads this rank's share of the model. Returns
+        whether its layers are Transformer Engine's."""
         import torch
 
         # megatron-core warns at every import of the optional packages that are absent.
@@ -81,16 +82,18 @@ class PolicyWorker(SupervisedActor):
         from meds_megatron.actor.background_save import HostCopies
         from meds_megatron.actor.policy import Policy
         from meds_megatron.actor.process_group import form_groups, join
+        from meds_megatron.model.gpt import use_transformer_engine
 
         if self._config.cluster.device == "cuda":
             require_gpu()
         torch.set_num_threads(self._config.cluster.threads_per_rank)
         timeout = self._config.cluster.collective_timeout_minutes
         device = join(host, port, self._rank, world_size, timeout, self._store)
-        form_groups(self._config.parallel, self._config.train.seed)
+        form_groups(self._config.parallel, self._config.train.seed, timeout)
         self._policy = Policy(self._config, model_dir, device)
         self._copies = HostCopies()
         logger.info("rank %d of %d has loaded its share of %s on %s", self._rank, world_size, model_dir, device)
+        return use_transformer_engine()
 
     def forward(self, batch: TrainBatch, micro_batches: list[np.ndarray]) -> ForwardOutput | None:
         return self._policy.forward(batch, micro_batches)
@@ -111,13 +114,18 @@ class PolicyWorker(SupervisedActor):
         """Calls a method of this rank's WeightSender."""
         return getattr(self._weight_sender, method)(*args)
 
-    def free_cached_memory(self) -> None:
-        """Returns unused memory of torch's allocator to the GPU, for the engines that share it."""
+    def free_memory(self) -> None:
+        """Returns all GPU memory that only updates need, and what torch's allocator has unused, to the engines that
+        share the GPU."""
         import torch
 
+        self._policy.offload.free()
         if self._policy.device == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.ipc_collect()
+
+    def restore_memory(self) -> None:
+        """Takes back what `free_memory` returned, before an update."""
+        self._policy.offload.restore()
 
     def begin_save(self, directory: str) -> None:
         """Begins to write this rank's part of a checkpoint; training may go on."""

@@ -46,7 +46,7 @@ def run(responses: int = 8, rounds: int = 3, answers: int = 2000, workers: int =
     data = DataConfig(system_prompt=None)
     token_ids = encode(found, load_tokenizer(model), data)
     prompts = [Prompt(problem, ids) for problem, ids in zip(found, token_ids, strict=True)]
-    options = EngineOptions(engines=1, enforce_eager=True, gpu_memory_utilization=0.4)
+    options = EngineOptions(engines=1, enforce_eager=True, kv_cache_gib=1.0)
     config = engine_config(model, model_dtype(model), max(map(len, token_ids)), MAX_TOKENS, options)
     config.cluster.device = resolve_device(config.cluster)
     seeded = [Sampling(responses, MAX_TOKENS, seed=request_seed(0, problem.dataset, problem.id)) for problem in found]

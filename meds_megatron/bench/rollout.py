@@ -12,6 +12,7 @@ import ray
 from meds_megatron.config import Config
 from meds_megatron.launch.cluster import reserve_nodes
 from meds_megatron.launch.placement import Placement, engine_places
+from meds_megatron.rollout.engine import kv_cache_arguments
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.samples import Completion
 from meds_megatron.rollout.settings import Sampling, engine_env_vars
@@ -37,7 +38,8 @@ def run(config: Config, model_dir: str, prompts: Sequence[list[int]], use_gpu: b
     config = copy.deepcopy(config)
     config.rollout.engines, config.rollout.nodes = 1, None
     # Two engines share the memory that a run gives to one.
-    config.rollout.gpu_memory_utilization /= 2
+    if use_gpu:
+        config.rollout.kv_cache_gib /= 2
     sampling = Sampling.training(config.rollout)
     placement = reserve_nodes(config, use_gpu)
     (place,) = engine_places(config.cluster, config.rollout)
@@ -151,8 +153,7 @@ class PlainEngine:
             tensor_parallel_size=rollout.tensor,
             distributed_executor_backend="uni" if rollout.tensor == 1 else "mp",
             enforce_eager=rollout.enforce_eager,
-            gpu_memory_utilization=rollout.gpu_memory_utilization,
-            kv_cache_memory_bytes=None if use_gpu else int(rollout.cpu_kv_cache_gib * 2**30),
+            **kv_cache_arguments(rollout, use_gpu),
         )
 
     def ready(self) -> None:

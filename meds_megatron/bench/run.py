@@ -12,6 +12,8 @@ from meds_megatron.data.tokenizer import load_tokenizer
 from meds_megatron.embedded.make import ensure_model
 from meds_megatron.launch.cluster import ray_cluster
 from meds_megatron.launch.device import resolve_device
+from meds_megatron.plan.choices import with_choices
+from meds_megatron.plan.hardware import CPU, H100
 from meds_megatron.trainer.main import train
 from meds_megatron.trainer.prompts import read_prompts
 from meds_megatron.trainer.run_dir import RunDirectory
@@ -21,11 +23,13 @@ def rollout(config: Config, rounds: int) -> dict:
     """`meds_megatron.bench.rollout.run` on the prompts of one step of a run."""
     config.cluster.device = resolve_device(config.cluster)
     model_dir = ensure_model(config.model, config.data, config.cache_dir)
-    validate_model(config, ModelShape.from_hf(model_dir))
+    shape, on_gpu = ModelShape.from_hf(model_dir), config.cluster.device == "cuda"
+    validate_model(config, shape)
+    config = with_choices(config, shape, H100 if on_gpu else CPU, on_gpu)
     prompts = read_prompts(config, load_tokenizer(model_dir)).train[: config.train.prompts_per_step]
     with ray_cluster(config.cluster):
         token_ids = [prompt.token_ids for prompt in prompts]
-        return rollout_bench.run(config, str(model_dir), token_ids, config.cluster.device == "cuda", rounds)
+        return rollout_bench.run(config, str(model_dir), token_ids, on_gpu, rounds)
 
 
 def phases(config: Config, steps: int) -> dict:

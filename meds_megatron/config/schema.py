@@ -127,6 +127,10 @@ class DataConfig:
     """Embedded task: `shared` has one correct rule for all kinds of problem, `per_kind` one for each kind."""
 
 
+CPU_KV_CACHE_GIB = 1.0
+"""`rollout.kv_cache_gib` where it is null and there is no GPU."""
+
+
 @dataclass
 class RolloutConfig:
     """Generation with vLLM."""
@@ -151,9 +155,9 @@ class RolloutConfig:
     validation_responses: int = setting(1, gt=0)
     """Responses to each validation problem. With n of them the metrics are mean@n and pass@k
     (`trainer.validation`); sets as small as AIME's 30 problems need 32."""
-    gpu_memory_utilization: float = setting(0.6, gt=0, le=1)
-    cpu_kv_cache_gib: float = setting(1.0, gt=0)
-    """KV cache of an engine rank without CUDA."""
+    kv_cache_gib: float | None = setting(None, gt=0)
+    """KV cache of each engine rank. Null on a GPU that a trainer uses too: what the plan finds free there, but no more
+    than `max_num_seqs` of the longest sequences need; on another what vLLM finds free. Null without GPUs: 1."""
     threads: int = setting(1, gt=0)
     """CPU threads of each engine rank without CUDA."""
     max_num_seqs: int = setting(256, gt=0)
@@ -344,6 +348,9 @@ class TrainConfig:
     without padding between them."""
     forward_tokens: int = setting(16384, gt=0)
     """The same for passes that are forward only, which keep no activations."""
+    offload_optimizer: bool | None = None
+    """The optimizer's state is in the host's memory while engines on the same GPUs generate, and leaves room for their
+    KV cache. Null: where the plan expects the step to be faster. Gradients are never there meanwhile."""
     seed: int = setting(0, ge=0)
     validate_every: int = setting(2, ge=0)
     """Steps between validations; 0 is never. Step 0 (before training) and the last step are validated too."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from meds_megatron.actor.schedule import schedule
 from meds_megatron.actor.train_batch import TrainBatch
 from meds_megatron.actor.worker import PolicyWorker, rank_env_vars
 from meds_megatron.config import Config
@@ -22,7 +23,6 @@ from meds_megatron.supervised import CONCURRENCY_GROUPS
 TOKENS = "tokens"
 """Field of an unfinished row: token ids of `prompt` and `responses`, and `answer_positions`."""
 BATCH_PROBLEMS = 64
-MICRO_BATCH_RESPONSES = 8
 
 
 def add_ratios(rows: Sequence[dict[str, Any]], config: Config, model: Path) -> None:
@@ -44,8 +44,9 @@ def add_ratios(rows: Sequence[dict[str, Any]], config: Config, model: Path) -> N
         for first in range(0, len(rows), BATCH_PROBLEMS):
             part = rows[first : first + BATCH_PROBLEMS]
             batch = train_batch(part)
-            micro_batches = np.array_split(np.arange(len(batch)), -(-len(batch) // MICRO_BATCH_RESPONSES))
-            output = ray.get(worker.forward.remote(batch, micro_batches))
+            one_minibatch_B = np.zeros(len(batch), dtype=np.int64)
+            packed = schedule(batch.lengths_B, batch.lengths_B, one_minibatch_B, 1, config.train.forward_tokens)
+            output = ray.get(worker.forward.remote(batch, packed.micro_batches[0][0]))
             for number, row in enumerate(part):
                 own_B = (batch.groups_B == number) & (batch.answer_positions_B >= 0)
                 ratio = top_eigenvalue_ratio(output.fingerprints_BL[own_B, -config.memory.last_n_layers :])

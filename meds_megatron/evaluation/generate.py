@@ -28,8 +28,7 @@ def engine_config(model: Path, dtype: str, longest_prompt: int, max_tokens: int,
     rollout = config.rollout
     rollout.tensor, rollout.max_num_seqs, rollout.threads = options.tensor, options.max_num_seqs, options.threads or 1
     rollout.max_prompt_tokens, rollout.max_response_tokens = longest_prompt, max_tokens
-    rollout.gpu_memory_utilization, rollout.cpu_kv_cache_gib = options.gpu_memory_utilization, options.cpu_kv_cache_gib
-    rollout.enforce_eager = options.enforce_eager
+    rollout.kv_cache_gib, rollout.enforce_eager = options.kv_cache_gib, options.enforce_eager
     config.reward.workers, config.reward.overlong.enabled = options.workers, False
     return config
 

@@ -104,8 +104,8 @@ class EngineOptions:
     threads: int | None = None
     """Of an engine rank without CUDA; None is one."""
     max_num_seqs: int = 256
-    gpu_memory_utilization: float = 0.9
-    cpu_kv_cache_gib: float = 1.0
+    kv_cache_gib: float | None = None
+    """Of an engine rank; None is what vLLM finds free, and 1 without CUDA."""
     enforce_eager: bool = False
     workers: int = 1
     """Grader processes."""

@@ -18,6 +18,10 @@ from typing import Any
 from meds_megatron.config import ClusterConfig, RolloutConfig
 from meds_megatron.errors import UserError
 
+ALLOCATOR_ENV_VARS = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:False")
+"""Settings of torch's allocator under both of their names, in place of inherited ones: from expandable segments neither
+CUDA IPC can share memory nor can vLLM's engines sleep."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -121,6 +125,7 @@ class Placement:
             env_vars["CUDA_VISIBLE_DEVICES"] = ""
         else:
             # The run owns the reserved GPUs and assigns them itself: several actors share one.
+            env_vars |= ALLOCATOR_ENV_VARS
             env_vars["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus(place, node.gpus))
             env_vars["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
         return {

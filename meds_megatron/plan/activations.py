@@ -109,15 +109,15 @@ def chunks_under_way(layout: ParallelLayout, stage: int, count: int) -> list[int
 def head_bytes(config: Config, shape: ModelShape, tokens: int, backward: bool) -> int:
     """Bytes of the log-probs of one block of a micro-batch's `tokens` on the last stage (`actor.logprobs`).
 
-    Forward: the logits, their exponentials and the product of both, in float32. Backward as much, with the gradients of
-    the head's weight and of the hidden states in the model's data type.
+    Forward: the logits, their exponentials and the product of both, in float32. Backward as much, with the gradient of
+    the hidden states in the model's data type; that of the head's weight goes straight into the gradient buffer.
     """
     item = ITEM_BYTES[config.model.dtype]
     rows = padded_vocab(shape.vocab_size, config.parallel.tensor) // config.parallel.tensor
     block = min(LOGITS_BLOCK_TOKENS, tokens) * rows * 12
     if not backward:
         return block
-    return block + item * shape.hidden_size * (rows + tokens)
+    return block + item * shape.hidden_size * tokens
 
 
 def backward_bytes(config: Config, shape: ModelShape, layout: ParallelLayout, stage: int) -> int:

@@ -79,7 +79,7 @@ def step_seconds(
         + traffic.pipeline_update / pipeline
         + (traffic.data + traffic.tied) / data
         + optimizer,
-        "sync": traffic.weights.seconds + _sleep_seconds(config, hardware, memory),
+        "sync": traffic.weights.seconds + copy_seconds(config, hardware, tokens, memory),
     }
 
 
@@ -117,8 +117,15 @@ def _state_bytes(memory: Memory) -> int:
     return max(2 * sum(d.parts.get(name, 0) for name in held) for d in memory.demands if d.device.stage is not None)
 
 
-def _sleep_seconds(config: Config, hardware: Hardware, memory: Memory) -> float:
-    """Weights of colocated engines go to the host's memory before the trainer computes, and come back."""
+def copy_seconds(config: Config, hardware: Hardware, tokens: StepTokens, memory: Memory) -> float:
+    """Copies to the host's memory and back where engines and trainer share GPUs: of the optimizer's state once a step,
+    and of the engines' weights at each generation batch whose filter needs a forward pass."""
     if memory.limit is None or config.rollout.nodes is not None:
         return 0.0
-    return 2 * memory.engine.weights / (hardware.host_gbyte * 1e9)
+    copied = 0.0
+    if config.train.offload_optimizer:
+        copied += max(demand.parts.get("optimizer", 0) for demand in memory.demands)
+    if config.filter.metric == "shaped":
+        batch = config.filter.generation_prompts or config.train.prompts_per_step
+        copied += memory.engine.weights * tokens.generated / (batch * config.rollout.responses_per_prompt)
+    return 2 * copied / (hardware.host_gbyte * 1e9)

@@ -16,13 +16,15 @@ GROUPS = {
     "trainer": ("weights", "gradients", "optimizer"),
     "activations": ("activations", "logits", "fingerprints", "temporary"),
     "engine": ("engine weights", "engine work", "KV cache"),
-    "resharding": ("resharding",),
+    "resharding": ("staging", "resharding"),
     "contexts and NCCL": ("contexts",),
 }
 """What a sentence adds up, of the parts of a demand."""
 MOST_SUGGESTIONS = 3
 MOST_CHANGES = 3
-UTILISATIONS = tuple(number / 20 for number in range(19, 1, -1))
+
+CHOSEN = ("rollout.kv_cache_gib", "train.offload_optimizer")
+"""Settings that the plan chooses where they are null."""
 
 Changes = dict[str, Any]
 
@@ -46,8 +48,9 @@ def problem(config: Config, memory: Memory) -> str | None:
     engine = memory.engine
     if not engine.full_sequences:
         needed = engine.kv_bytes_per_token * engine.longest
+        given = config.rollout.kv_cache_gib
         return (
-            f"rollout.gpu_memory_utilization = {config.rollout.gpu_memory_utilization} leaves an engine rank "
+            f"{'the trainer leaves' if given is None else f'rollout.kv_cache_gib = {given:g} gives'} an engine rank "
             f"{max(engine.kv_cache, 0) / GIB:.1f} GiB of KV cache beside {engine.weights / GIB:.1f} of weights and "
             f"{engine.work / GIB:.1f} of work, less than the {needed / GIB:.1f} of one prompt and response of "
             f"{engine.longest} tokens"
@@ -92,7 +95,7 @@ def suggest(config: Config, shape: ModelShape, hardware: Hardware) -> list[Sugge
 
 
 def _combinations(config: Config, count: int) -> Iterator[Changes]:
-    """Changes of `count` settings other than the utilisation, the cheapest in time first."""
+    """Changes of `count` settings other than the KV cache, the cheapest in time first."""
     options = _options(config)
     for keys in combinations(options, count):
         for values in product(*(options[key] for key in keys)):
@@ -123,7 +126,7 @@ def _options(config: Config) -> dict[str, list]:
 
 
 def _fitting(config: Config, shape: ModelShape, hardware: Hardware, changes: Changes) -> Changes | None:
-    """The changes, with another utilisation where that is needed; None if the run does not fit with any."""
+    """The changes, with null for settings that the plan chooses where that is needed; None if the run does not fit."""
     changed = changed_config(config, changes)
     try:
         if changed.rollout.tensor != config.rollout.tensor:
@@ -138,13 +141,10 @@ def _fitting(config: Config, shape: ModelShape, hardware: Hardware, changes: Cha
         return None
     if _fits(changed, shape, hardware):
         return changes
-    memory = plan_memory(changed, shape, ParallelLayout.from_config(changed), hardware, on_gpu=True)
-    if any(demand.phase in ("forward", "update") and _has_trainer(demand) for demand in memory.over):
-        return None
-    for utilisation in UTILISATIONS:
-        changed.rollout.gpu_memory_utilization = utilisation
-        if _fits(changed, shape, hardware):
-            return changes | {"rollout.gpu_memory_utilization": utilisation}
+    for keys in (["rollout.kv_cache_gib"], ["train.offload_optimizer"], [*CHOSEN]):
+        freed = {key: None for key in keys if _value(changed, key) is not None}
+        if freed and _fits(changed_config(changed, freed), shape, hardware):
+            return changes | freed
     return None
 
 
@@ -153,8 +153,9 @@ def _fits(config: Config, shape: ModelShape, hardware: Hardware) -> bool:
     return problem(config, plan_memory(config, shape, layout, hardware, on_gpu=True)) is None
 
 
-def _has_trainer(demand: Demand) -> bool:
-    return demand.device.stage is not None
+def _value(config: Config, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
 
 
 def changed_config(config: Config, changes: Changes) -> Config:
@@ -177,4 +178,6 @@ def _too_much(demand: Demand, limit: int) -> str:
 
 
 def _written(value: Any) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

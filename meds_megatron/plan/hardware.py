@@ -60,8 +60,7 @@ H100 = Hardware(
 
 CPU = Hardware(
     # One core of a server: rates of torch 2.13 in float32 as seen on the machine that runs the tests. The memory of
-    # processes is what `python tools/measure.py --processes meds train configs/quickstart.yaml` shows there with
-    # train.micro_batch_responses=1.
+    # processes is what `python tools/measure.py --processes meds train configs/quickstart.yaml` shows there.
     name="CPU core",
     tflops=0.05,
     efficiency=0.4,
@@ -93,5 +92,9 @@ class Workload:
 
 # vLLM 0.32 (EngineArgs.get_batch_defaults): tokens of one engine step on cards of 70 GiB and more, for offline use.
 VLLM_BATCH_TOKENS = 16384
+# Tokens of a block of vLLM's KV cache.
+VLLM_BLOCK_TOKENS = 16
+# Share of a card that the plan leaves empty while engines generate, for what it does not know of.
+RESERVE = 0.06
 # CUDA graphs of vLLM's default capture sizes, outside of its KV cache's budget.
 VLLM_GRAPH_GIB = 1.0

@@ -1,8 +1,9 @@
 """Memory of every kind of device by phase of a step: what is on it at once, and whether that fits.
 
-A run's phases (`trainer.loop`): engines generate, beside the trainer's weights, gradients and optimizer state, which
-stay; engines sleep while the trainer computes (engines on nodes of their own do not); weights are exchanged while the
-engines have their weights but no KV cache.
+A run's phases (`trainer.loop`): engines generate, beside the trainer's weights and, where `train.offload_optimizer`
+does not move it to the host's memory, its optimizer state; engines sleep while the trainer computes; weights are
+exchanged while the engines have their weights but no KV cache. Gradients exist in updates only. Engines on nodes of
+their own do not sleep, and the trainer's state stays where it is.
 """
 
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from meds_megatron.config import Config, ModelShape, ParallelLayout
 from meds_megatron.launch.placement import engine_places, rank_places
 from meds_megatron.plan.activations import backward_bytes, head_bytes, layer_bytes, stage_bytes
 from meds_megatron.plan.engine import EngineMemory, engine_item_bytes, engine_memory
-from meds_megatron.plan.hardware import GIB, Hardware
+from meds_megatron.plan.hardware import GIB, RESERVE, Hardware
 from meds_megatron.plan.sizes import largest_bucket, rank_sizes
 
 PHASES = ("generate", "forward", "update", "weight sync")
@@ -27,6 +28,7 @@ PARTS = (
     "engine weights",
     "engine work",
     "KV cache",
+    "staging",
     "resharding",
     "contexts",
 )
@@ -111,19 +113,29 @@ def device_kinds(config: Config, layout: ParallelLayout, on_gpu: bool) -> list[D
 
 
 def plan_memory(config: Config, shape: ModelShape, layout: ParallelLayout, hardware: Hardware, on_gpu: bool) -> Memory:
-    """Demands of every kind of device in every phase."""
-    engine = engine_memory(config, shape, on_gpu)
+    """Demands of every kind of device in every phase. Of a config that leaves `train.offload_optimizer` to the plan
+    (`plan.choices`) they are those with it, which are nowhere larger."""
+    limit = int(config.cluster.gpu_memory_gib * GIB) if on_gpu else None
+    kinds = device_kinds(config, layout, on_gpu)
+
+    def held(kind: DeviceKind, phase: str) -> dict[str, int]:
+        trainer = {} if kind.stage is None else _trainer_parts(config, shape, layout, kind.stage, phase, on_gpu)
+        return _base(config, layout, hardware, kind) | trainer
+
+    room = None
+    if limit is not None:
+        fullest = max(sum(held(kind, "generate").values()) for kind in kinds if kind.engine)
+        room = int((1 - RESERVE) * limit) - fullest
+    engine = engine_memory(config, shape, room)
     demands = []
-    for kind in device_kinds(config, layout, on_gpu):
-        base = _base(config, layout, hardware, kind)
-        trainer = {} if kind.stage is None else _static(config, shape, layout, kind.stage)
+    for kind in kinds:
         for phase in PHASES:
-            parts = base | trainer
+            parts = held(kind, phase)
             if kind.engine:
                 parts |= _engine_parts(engine, phase, sleeps=on_gpu and config.rollout.nodes is None)
             parts |= _phase_parts(config, shape, layout, kind, phase, hardware, on_gpu)
             demands.append(Demand(kind, phase, {name: size for name, size in parts.items() if size}))
-    return Memory(demands, engine, int(config.cluster.gpu_memory_gib * GIB) if on_gpu else None)
+    return Memory(demands, engine, limit)
 
 
 def _base(config: Config, layout: ParallelLayout, hardware: Hardware, kind: DeviceKind) -> dict[str, int]:
@@ -136,14 +148,20 @@ def _base(config: Config, layout: ParallelLayout, hardware: Hardware, kind: Devi
     return {"contexts": int(gib * GIB)}
 
 
-def _static(config: Config, shape: ModelShape, layout: ParallelLayout, stage: int) -> dict[str, int]:
-    """What a trainer rank holds in every phase."""
-    sizes = rank_sizes(shape, layout, stage)
-    return {
-        "weights": sizes.weight_bytes(config.model.dtype),
-        "gradients": sizes.gradient_bytes,
-        "optimizer": sizes.optimizer_bytes(config.model.dtype),
-    }
+def _trainer_parts(
+    config: Config, shape: ModelShape, layout: ParallelLayout, stage: int, phase: str, on_gpu: bool
+) -> dict[str, int]:
+    """What a trainer rank holds from one phase to the next."""
+    sizes, shared = rank_sizes(shape, layout, stage), on_gpu and config.rollout.nodes is None
+    parts = {"weights": sizes.weight_bytes(config.model.dtype)}
+    if not shared or phase == "update":
+        parts["gradients"] = sizes.gradient_bytes
+    if not shared or config.train.offload_optimizer is False or phase == "update":
+        parts["optimizer"] = sizes.optimizer_bytes(config.model.dtype)
+    if shared:
+        # The block in which it stages weights for the engines, which is never freed.
+        parts["staging"] = largest_bucket(shape) * engine_item_bytes(config) // layout.tensor
+    return parts
 
 
 def _engine_parts(engine: EngineMemory, phase: str, sleeps: bool) -> dict[str, int]:
@@ -172,7 +190,7 @@ def _phase_parts(
     if phase == "generate":
         return {}
     if phase == "weight sync":
-        return {"resharding": _resharding(config, shape, layout, kind)}
+        return {"resharding": _resharding(config, shape, layout, kind, on_gpu)}
     if kind.stage is None:
         return {}
     slack = 1 + hardware.allocator_slack
@@ -198,9 +216,10 @@ def _fingerprint_bytes(config: Config, shape: ModelShape, layout: ParallelLayout
     return 4 * shape.hidden_size * responses
 
 
-def _resharding(config: Config, shape: ModelShape, layout: ParallelLayout, kind: DeviceKind) -> int:
-    """Buffers of a weight update: a rank stages its share of a bucket, an engine rank assembles tensors of full shape
-    (`weights.resharding.transfer`). Together the buckets under way are no larger than the largest."""
+def _resharding(config: Config, shape: ModelShape, layout: ParallelLayout, kind: DeviceKind, on_gpu: bool) -> int:
+    """Buffers of a weight update (`weights.resharding.transfer`): an engine rank assembles tensors of full shape, and a
+    rank without a block for it stages, or converts what it sends of, its share of a bucket. Together the buckets under
+    way are no larger than the largest."""
     bucket = largest_bucket(shape) * engine_item_bytes(config)
-    staged = bucket // layout.tensor if kind.stage is not None else 0
-    return staged + (bucket if kind.engine else 0)
+    shared = on_gpu and config.rollout.nodes is None
+    return (bucket if kind.engine else 0) + (0 if shared or kind.stage is None else bucket // layout.tensor)

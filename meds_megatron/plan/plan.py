@@ -6,6 +6,7 @@ from pathlib import Path
 from meds_megatron.config import Config, ModelShape, ParallelLayout, validate, validate_model
 from meds_megatron.plan.activations import micro_batches
 from meds_megatron.plan.calibration import Measured, read_run
+from meds_megatron.plan.choices import with_choices
 from meds_megatron.plan.duration import TIMED, StepTokens, step_seconds, step_tokens
 from meds_megatron.plan.fit import Suggestion, problem, sentence, suggest
 from meds_megatron.plan.hardware import CPU, H100, Hardware, Workload
@@ -137,6 +138,7 @@ def scaled_tokens(measured: Measured, config: Config) -> StepTokens:
 
 
 def _plan(config: Config, shape: ModelShape, on_gpu: bool, hardware: Hardware, tokens: StepTokens) -> Plan:
+    given, config = config, with_choices(config, shape, hardware, on_gpu, tokens)
     layout = ParallelLayout.from_config(config)
     memory = plan_memory(config, shape, layout, hardware, on_gpu)
     traffic = step_traffic(
@@ -158,5 +160,5 @@ def _plan(config: Config, shape: ModelShape, on_gpu: bool, hardware: Hardware, t
         tokens=tokens,
         traffic=traffic,
         seconds=step_seconds(config, shape, layout, hardware, tokens, memory, traffic),
-        suggestions=suggest(config, shape, hardware) if problem(config, memory) else [],
+        suggestions=suggest(given, shape, hardware) if problem(config, memory) else [],
     )

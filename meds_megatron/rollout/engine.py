@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from meds_megatron.config import Config
+from meds_megatron.config import Config, RolloutConfig
 from meds_megatron.config.model_shape import ModelShape
+from meds_megatron.config.schema import CPU_KV_CACHE_GIB
 from meds_megatron.data.tokenizer import load_tokenizer
 from meds_megatron.errors import UserError
 from meds_megatron.launch.device import require_gpu
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 
 STEP_TOKENS = 4096
 """Prompt tokens of a step in evaluations without CUDA: vLLM's own default there."""
+FREE_SHARE = 0.01
+"""Of the GPU, which has to be free when vLLM starts. Where the size of the KV cache is given it has no other use, and
+vLLM's default would refuse a GPU on which a trainer rank is."""
 
 logger = logging.getLogger(__name__)
 
@@ -186,9 +190,12 @@ class RolloutEngine:
         self._version = self._next_version
         logger.info("weights of policy version %d are in use", self._version)
 
-    def sleep(self) -> None:
-        """Frees the GPU's memory: the weights move to host memory, the KV cache is dropped."""
-        self.on_vllm_thread(lambda: self.llm.sleep(level=1))
+    def sleep(self, keep_weights: bool) -> None:
+        """Frees the GPU's memory: the weights move to host memory, or are dropped and stale until the end of a weight
+        update; the KV cache is dropped."""
+        if not keep_weights:
+            self._version = None
+        self.on_vllm_thread(lambda: self.llm.sleep(level=1 if keep_weights else 2))
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
         """Takes the memory back, first for the weights, then for the KV cache."""
@@ -376,12 +383,6 @@ def make_llm(
     from meds_megatron.weights.resharding.vllm_backend import BACKEND
 
     rollout = config.rollout
-    memory = (
-        {"gpu_memory_utilization": rollout.gpu_memory_utilization}
-        | {"enable_sleep_mode": rollout.nodes is None and not evaluation}
-        if use_gpu
-        else {"kv_cache_memory_bytes": int(rollout.cpu_kv_cache_gib * 2**30)}
-    )
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     purpose = (
         {"logprobs_mode": "raw_logprobs"}
@@ -407,9 +408,16 @@ def make_llm(
         disable_log_stats=True,
         use_tqdm_on_load=False,
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        enable_sleep_mode=use_gpu and rollout.nodes is None and not evaluation,
         **purpose,
-        **memory,
+        **kv_cache_arguments(rollout, use_gpu),
     )
+
+
+def kv_cache_arguments(rollout: RolloutConfig, use_gpu: bool) -> dict[str, Any]:
+    """vLLM's arguments for the KV cache. Where neither config nor plan says its size, vLLM finds what is free."""
+    size = rollout.kv_cache_gib or (None if use_gpu else CPU_KV_CACHE_GIB)
+    return {} if size is None else {"kv_cache_memory_bytes": int(size * 2**30), "gpu_memory_utilization": FREE_SHARE}
 
 
 def engine_dtype(config: Config) -> str:

@@ -1,7 +1,7 @@
 """Health of one engine as a state machine without I/O.
 
 STARTING until the model is loaded, STALE until the engine has the policy's present weights, FRESH afterwards. A weight
-update makes it STALE until its end; a failure makes it STARTING again.
+update makes it STALE until its end, a sleep without weights until the next one; a failure makes it STARTING again.
 """
 
 from dataclasses import dataclass
@@ -29,6 +29,9 @@ class EngineHealth:
         self.state = EngineState.STALE
 
     def update_began(self) -> None:
+        self.state = EngineState.STALE
+
+    def weights_dropped(self) -> None:
         self.state = EngineState.STALE
 
     def updated(self) -> None:

@@ -191,15 +191,21 @@ class EnginePool:
 
     # Memory of GPUs that engines and trainer ranks share. Elsewhere engines do not sleep.
 
-    def sleep(self) -> None:
-        """Frees the engines' GPU memory. A starting engine is waited for: it would take the memory that others need."""
+    def sleep(self, keep_weights: bool) -> None:
+        """Frees the engines' GPU memory. A starting engine is waited for: it would take the memory that others need.
+
+        `keep_weights` copies the weights to the host's memory, for engines that generate with them again; without it
+        the engines are STALE until a weight sync.
+        """
         if not self._sleeps or self.asleep:
             return
         if any(engine.running for engine in self.engines):
             raise RuntimeError("engines with unfinished requests cannot sleep: wait for the requests first")
         self._wait_until_started()
         self.asleep = True
-        self.outcomes(self.call(self.ready(), "sleep"))
+        for engine in self.outcomes(self.call(self.ready(), "sleep", keep_weights)):
+            if not keep_weights:
+                self.engines[engine].health.weights_dropped()
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
         """Takes the GPU memory back: for the weights before an update, for the KV cache after it.

@@ -67,8 +67,10 @@ def _attempt(
     policy = PolicyGroup(config, str(model_dir), placement, supervisor)
     stack.callback(policy.close)
     if use_gpu:
-        # vLLM measures the free memory of a GPU that a trainer rank shares with it: the rank has to be there first.
+        # Loading needs more of a GPU than the rank keeps beside an engine.
         policy.start()
+        if config.rollout.nodes is None:
+            policy.free_memory()
     pool = EnginePool(config, str(model_dir), use_gpu, placement, alarm=supervisor.alarm)
     stack.callback(pool.close)
     timer = PhaseTimer(console)

@@ -65,7 +65,8 @@ def collect(
         part = RolloutBatch.of_groups(in_order(groups), config)
         if config.filter.metric == "shaped":
             with timer("sync"):
-                pool.sleep()
+                # Another generation batch may follow with the same weights.
+                pool.sleep(keep_weights=True)
             score(part, policy, memory, config, timer)
         mark_kept(part, config.filter, missing)
         missing -= len(part.kept_groups)
@@ -80,9 +81,9 @@ def collect(
 
 def wake_engines(part: Literal["weights", "kv_cache"], pool: EnginePool, policy: PolicyGroup) -> None:
     """Returns GPU memory to sleeping engines: for their weights before an update, for the KV cache after it. The
-    trainer's unused memory is freed first."""
+    trainer's gradients and, with `train.offload_optimizer`, its optimizer state make room first."""
     if pool.asleep:
-        policy.free_cached_memory()
+        policy.free_memory()
         pool.wake(part)
 
 

@@ -65,7 +65,7 @@ def train(
         # The GPUs are the trainer's until the engines wake. One forward pass gives the old log-probs and the
         # fingerprints, one lookup the earlier mistakes of the same kind: mistakes that recur cost more.
         with timer("sync"):
-            pool.sleep()
+            pool.sleep(keep_weights=False)
         if config.filter.metric != "shaped":
             score(rollouts, policy, memory, config, timer)
         batch, minibatches_B, advantage_metrics = training_batch(rollouts, config)
@@ -74,6 +74,8 @@ def train(
         memory.remember(*rollouts.lookup_arguments(rollouts.rows_to_remember(config)))
         updates = []
         if len(batch):
+            with timer("sync"):
+                policy.restore_memory()
             with timer("update"):
                 updates = policy.update(batch, minibatches_B, state.step - 1)
         with timer("sync"):
@@ -81,6 +83,8 @@ def train(
             if updates:
                 weight_sync.update()
                 state.policy_version = weight_sync.version
+            else:
+                weight_sync.refill()
             wake_engines("kv_cache", pool, policy)
 
         metrics = sampling_metrics(rollouts) | pool.metrics() | advantage_metrics

@@ -10,8 +10,9 @@ from meds_megatron.embedded.make import ensure_model
 from meds_megatron.errors import RunFailed, Stopped, UserError
 from meds_megatron.launch.cluster import NoNodes, ray_cluster
 from meds_megatron.launch.device import resolve_device
+from meds_megatron.plan.choices import with_choices
 from meds_megatron.plan.fit import check_fit
-from meds_megatron.plan.hardware import H100
+from meds_megatron.plan.hardware import CPU, H100
 from meds_megatron.report.page import write_report
 from meds_megatron.trainer.attempt import attempt
 from meds_megatron.trainer.interruption import EXIT_REQUEUE, Interruption
@@ -31,8 +32,10 @@ def train(config: Config) -> None:
     model_dir = ensure_model(config.model, config.data, config.cache_dir, report=_print_progress)
     shape = ModelShape.from_hf(model_dir)
     validate_model(config, shape)
-    if config.cluster.device == "cuda":
+    on_gpu = config.cluster.device == "cuda"
+    if on_gpu:
         check_fit(config, shape, H100)
+    config = with_choices(config, shape, H100 if on_gpu else CPU, on_gpu)
     prompts = read_prompts(config, check_model_files(model_dir, shape))
     run = RunDirectory(config.run_dir)
     with run.claim(config):

@@ -1,5 +1,6 @@
 """The trainer ranks as one object: every call reaches all of them."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,6 +17,13 @@ from meds_megatron.trainer.supervision import Supervisor
 from meds_megatron.weights.resharding.types import SyncSpec
 
 CLOSE_SECONDS = 5
+LOCAL_LAYERS = (
+    "layers are megatron-core's local ones, since Transformer Engine is not installed: norms, rotary embeddings and "
+    "SwiGLU are not fused, and forward and update take some 5 to 10 % longer (estimated); bash tools/setup.sh cuda "
+    "compiles it where nvcc is"
+)
+
+logger = logging.getLogger(__name__)
 
 
 class PolicyGroup:
@@ -37,7 +45,9 @@ class PolicyGroup:
         """Returns when the ranks have formed their process groups and loaded the model."""
         world = self.layout.ranks
         ((host, port),) = self.results([self.on_rank(0, "open_store", world)])
-        self._on_all("start", host, port, world, self._model_dir)
+        fused = self._on_all("start", host, port, world, self._model_dir)
+        if self._config.cluster.device == "cuda" and not all(fused):
+            logger.warning(LOCAL_LAYERS)
 
     def forward(self, batch: TrainBatch, minibatches_B: np.ndarray) -> ForwardOutput:
         """Results for all rows of `batch`; those of rows without a mini-batch are 0.
@@ -91,9 +101,13 @@ class PolicyGroup:
         """Continues from a checkpoint of any layout; the random states only if it is the same."""
         self._on_all("load", directory, same_layout)
 
-    def free_cached_memory(self) -> None:
-        """Returns unused GPU memory of all ranks to the engines that share the GPUs."""
-        self._on_all("free_cached_memory")
+    def free_memory(self) -> None:
+        """Returns GPU memory that only updates need to the engines that share the GPUs."""
+        self._on_all("free_memory")
+
+    def restore_memory(self) -> None:
+        """Takes it back before an update."""
+        self._on_all("restore_memory")
 
     def close(self) -> None:
         """Ends the ranks; those of other nodes get CLOSE_SECONDS to clear their nodes' shared memory."""

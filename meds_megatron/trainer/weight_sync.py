@@ -14,7 +14,8 @@ from meds_megatron.launch.placement import engine_places, rank_places
 from meds_megatron.rollout.engine import engine_dtype
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.trainer.policy_group import PolicyGroup
-from meds_megatron.weights.resharding.plan import Route, find_routes, interleaved
+from meds_megatron.weights.resharding.plan import Route, find_routes
+from meds_megatron.weights.resharding.staging import begins_and_ends
 from meds_megatron.weights.resharding.types import Checksums, StagedBucket, SyncSpec
 
 
@@ -81,14 +82,12 @@ class WeightSync:
         engines = self._on_engines(engines, "begin_weight_update", self.version)
         for engine in engines:
             self._pool.engines[engine].health.update_began()
-        under_way: list[_BucketTransfer] = []
-        for bucket in interleaved(self._plan):
-            elements = self._plan.elements(bucket)
-            while under_way and sum(t.elements for t in under_way) + elements > self._plan.largest_bucket:
-                engines = self._finish(under_way.pop(0), engines)
-            under_way.append(self._begin(bucket, engines, check))
-        for transfer in under_way:
-            engines = self._finish(transfer, engines)
+        under_way: dict[int, _BucketTransfer] = {}
+        for bucket, is_begin in begins_and_ends(self._plan):
+            if is_begin:
+                under_way[bucket] = self._begin(bucket, engines, check)
+            else:
+                engines = self._finish(under_way.pop(bucket), engines)
         for engine in self._on_engines(engines, "finish_weight_update"):
             self._pool.engines[engine].health.updated()
 
@@ -103,7 +102,7 @@ class WeightSync:
         for engine in engines:
             near = sorted({route.rank for route in routes if route.engine == engine and route.local})
             loads |= self._pool.call([engine], "load_bucket", bucket, check, *(staged[rank] for rank in near))
-        return _BucketTransfer(bucket, self._plan.elements(bucket), staged, sent, loads)
+        return _BucketTransfer(bucket, staged, sent, loads)
 
     def _finish(self, transfer: "_BucketTransfer", engines: list[int]) -> list[int]:
         """Waits for a bucket and frees its staged memory; returns the engines that have loaded it."""
@@ -154,7 +153,6 @@ class _BucketTransfer:
     """A bucket under way."""
 
     bucket: int
-    elements: int
     staged: dict[int, ray.ObjectRef]
     """By trainer rank."""
     sent: list[ray.ObjectRef]

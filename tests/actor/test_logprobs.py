@@ -59,6 +59,61 @@ def test_values_and_gradients_are_those_of_log_softmax(ranks, tensor, block_toke
     assert torch.allclose(grad_VH, head_VH.grad, atol=1e-5)
 
 
+def bfloat16_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `inputs`, in bfloat16 and with logits of up to 32, which bfloat16 itself holds in steps of 1/8."""
+    hidden_RH, head_VH, targets_R = inputs(padded_rows=0)
+    scale = 32 / (hidden_RH @ head_VH.T).abs().max()
+    return (hidden_RH * scale).bfloat16(), head_VH.bfloat16(), targets_R
+
+
+def in_bfloat16(rank: int, tensor: int, with_buffer: bool) -> list[torch.Tensor]:
+    """Log-probs, gradient of the hidden states and that of this rank's rows of the head, which the buffer adds to 1."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    from meds_megatron.actor.process_group import form_groups
+    from meds_megatron.config import ParallelConfig
+
+    form_groups(ParallelConfig(tensor=tensor), seed=0)
+    hidden_RH, head_VH, targets_R = bfloat16_inputs()
+    mine_VH = head_VH.chunk(tensor)[parallel_state.get_tensor_model_parallel_rank()].clone().requires_grad_()
+    if with_buffer:
+        mine_VH.main_grad = torch.ones(mine_VH.shape)
+    hidden_RH.requires_grad_()
+    values_R, _ = logprobs.logprobs_and_entropy(
+        tensor_parallel.copy_to_tensor_model_parallel_region(hidden_RH),
+        mine_VH,
+        targets_R,
+        temperature=1.0,
+        vocab_size=VOCAB,
+        block_tokens=5,
+    )
+    (values_R * torch.linspace(-1, 1, TOKENS)).sum().backward()
+    if with_buffer:
+        assert mine_VH.grad is None
+    head_grad_VH = mine_VH.main_grad - 1 if with_buffer else mine_VH.grad
+    return [t.detach().float().numpy() for t in (values_R, hidden_RH.grad, head_grad_VH)]
+
+
+@pytest.mark.parametrize(("tensor", "with_buffer"), [(1, True), (2, True), (1, False)])
+def test_bfloat16_weights_have_logits_and_the_heads_gradient_in_float32(ranks, tensor, with_buffer):
+    hidden_RH, head_VH, targets_R = bfloat16_inputs()
+    hidden_RH, head_VH = (t.double().requires_grad_() for t in (hidden_RH, head_VH))
+    all_RV = (hidden_RH @ head_VH.T).log_softmax(-1)
+    expected_R = all_RV.gather(1, targets_R[:, None]).squeeze(1)
+    (expected_R * torch.linspace(-1, 1, TOKENS)).sum().backward()
+
+    found = ranks.run(tensor, in_bfloat16, tensor, with_buffer)
+    grad_VH = torch.cat([torch.from_numpy(result[2]) for result in found])
+    for values_R, grad_hidden_RH, _ in found:
+        assert torch.from_numpy(values_R) == pytest.approx(expected_R.detach().float(), abs=1e-5)
+        error_RH = torch.from_numpy(grad_hidden_RH) - hidden_RH.grad
+        assert error_RH.norm() < 2**-8 * hidden_RH.grad.norm()
+    # The gradients of single logits are bfloat16; their sums are rounded again only where there is no buffer.
+    error = (grad_VH - head_VH.grad).norm() / head_VH.grad.norm()
+    rounded = (head_VH.grad.bfloat16() - head_VH.grad).norm() / head_VH.grad.norm()
+    assert error < (0.9 * rounded if with_buffer else 2 * rounded)
+
+
 def peak_bytes(rank: int, tokens: int) -> int:
     """The most that the log-probs of `tokens` tokens have allocated at once."""
     from meds_megatron.actor.process_group import form_groups

@@ -36,7 +36,7 @@ def problems(tmp_path_factory) -> str:
 
 def arguments(model: Path, problems: str, output: Path, *more: str) -> list[str]:
     sizes = ["--n-sampling", str(SAMPLES), "--k", "1,3", "--max-tokens", "40", "--max-num-seqs", "6"]
-    fast = ["--prompt-type", "question", "--enforce-eager", "--cpu-kv-cache-gib", "0.1", "--workers", "1"]
+    fast = ["--prompt-type", "question", "--enforce-eager", "--kv-cache-gib", "0.1", "--workers", "1"]
     return ["eval", str(model), "--data", problems, "--output-dir", str(output), *sizes, *fast, *more]
 
 

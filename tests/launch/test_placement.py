@@ -12,7 +12,7 @@ from meds_megatron.config.network import network_env_vars
 from meds_megatron.errors import UserError
 from meds_megatron.launch.cluster import reserve_nodes
 from meds_megatron.launch.device import require_gpu, resolve_device
-from meds_megatron.launch.placement import Place, Placement, engine_places, rank_places
+from meds_megatron.launch.placement import ALLOCATOR_ENV_VARS, Place, Placement, engine_places, rank_places
 
 
 def test_ranks_fill_one_node_after_the_other():
@@ -30,12 +30,12 @@ def test_engines_never_share_a_gpu_or_leave_their_node(engines, tensor):
     assert len({place.node for place in places}) == min(engines, 2)
 
 
-def seen(placement: Placement, places: list[Place]) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of an actor at each place."""
+def seen(placement: Placement, places: list[Place], variable: str = "CUDA_VISIBLE_DEVICES") -> list[str]:
+    """An environment variable of an actor at each place."""
 
     class Looker:
         def look(self) -> str:
-            return os.environ["CUDA_VISIBLE_DEVICES"]
+            return os.environ[variable]
 
     actors = [ray.remote(Looker).options(**placement.options(place, {})).remote() for place in places]
     return ray.get([actor.look.remote() for actor in actors])
@@ -52,6 +52,8 @@ def pretend_gpus():
         for visible in ("4,5,6,7", "0,1,2,3"):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("CUDA_VISIBLE_DEVICES", visible)
+                for name in ALLOCATOR_ENV_VARS:
+                    patch.setenv(name, "expandable_segments:True")
                 cluster.add_node(num_cpus=1, num_gpus=4, include_dashboard=False)
         ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
         yield
@@ -95,6 +97,13 @@ def test_actors_see_the_gpus_of_their_place_first(pretend_gpus):
     assert orders[8:] == [
         ",".join(str(gpu + start) for gpu in order) for order in engine_orders for start in (first, 4 - first)
     ]
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_an_inherited_setting_of_the_allocator_does_not_reach_processes_that_share_memory(pretend_gpus, variable):
+    with closing(Placement(ClusterConfig(nodes=1, ranks_per_node=1), use_gpu=True)) as placement:
+        assert placement.wait(30)
+        assert seen(placement, [Place(0, (0,))], variable) == ["expandable_segments:False"]
 
 
 def test_a_node_that_cannot_read_the_model_is_named(pretend_gpus, tmp_path):

@@ -137,7 +137,7 @@ def test_after_ctrl_c_local_runs_have_saved_themselves_and_go_on_at_the_next_sta
         "train.steps": 200,
         "train.prompts_per_step": 4,
         "train.mini_batch_prompts": 4,
-        "train.micro_batch_responses": 16,
+        "train.micro_batch_tokens": 4096,
         "train.validate_every": 0,
         "train.export_hf": False,
         "wandb.enabled": False,

@@ -55,7 +55,7 @@ def engine_config(engines: int = 1, tensor: int = 1) -> Config:
     config.rollout.max_response_tokens = 100
     config.rollout.max_num_seqs = 64
     config.rollout.enforce_eager = True
-    config.rollout.cpu_kv_cache_gib = 0.0625
+    config.rollout.kv_cache_gib = 0.0625
     return config
 
 

@@ -36,7 +36,10 @@ class ScriptedPool(EnginePool):
 
     def call(self, engines, method, *arguments):
         self.calls += [(method, *arguments, engine) for engine in engines]
-        return {}
+        return {engine: None for engine in engines}
+
+    def _get(self, reference):
+        return reference
 
 
 @pytest.fixture
@@ -47,21 +50,39 @@ def pool(monkeypatch):
 
 
 def test_weights_wake_before_the_kv_cache_and_only_once(pool):
-    pool.sleep()
-    pool.sleep()
+    pool.sleep(keep_weights=True)
+    pool.sleep(keep_weights=True)
     pool.wake("weights")
     pool.wake("kv_cache")
     pool.wake("weights")
     pool.wake("kv_cache")
     assert pool.calls == [
-        *[("sleep", 0), ("sleep", 1)],
+        *[("sleep", True, 0), ("sleep", True, 1)],
         *[("wake", "weights", 0), ("wake", "weights", 1)],
         *[("wake", "kv_cache", 0), ("wake", "kv_cache", 1)],
     ]
 
 
+def test_engines_that_drop_their_weights_generate_again_after_a_weight_sync_only(pool):
+    pool.sleep(keep_weights=False)
+    assert pool.calls == [("sleep", False, 0), ("sleep", False, 1)]
+    pool.wake("weights")
+    assert pool.stale() == [0, 1]
+    pool.engines[1].health.updated()
+    pool.wake("kv_cache")
+    assert pool.stale() == [0]
+    assert [engine.health.state for engine in pool.engines] == [EngineState.STALE, EngineState.FRESH]
+
+
+def test_engines_that_keep_their_weights_stay_fresh(pool):
+    pool.sleep(keep_weights=True)
+    # Already asleep: the weights are in the host's memory.
+    pool.sleep(keep_weights=False)
+    assert pool.stale() == []
+
+
 def test_sleeping_engines_get_no_requests(pool):
-    pool.sleep()
+    pool.sleep(keep_weights=True)
     pool.submit([[1, 2]], Sampling(1, 1), seed=0)
     with pytest.raises(RuntimeError, match="no engine can generate: wake the engines"):
         pool.wait()
@@ -71,12 +92,12 @@ def test_sleeping_engines_get_no_requests(pool):
 def test_engines_with_unfinished_requests_do_not_sleep(pool):
     pool.engines[1].running = {0: None}
     with pytest.raises(RuntimeError, match="engines with unfinished requests cannot sleep"):
-        pool.sleep()
+        pool.sleep(keep_weights=True)
     assert pool.calls == []
 
 
 def test_an_engine_that_fails_while_others_sleep_starts_when_they_wake(pool):
-    pool.sleep()
+    pool.sleep(keep_weights=True)
     pool._restart(pool.engines[1], RuntimeError("out of memory"))
     pool.wake("weights")
     assert ("start", 1) not in pool.calls
@@ -87,8 +108,8 @@ def test_an_engine_that_fails_while_others_sleep_starts_when_they_wake(pool):
 def test_a_starting_engine_is_waited_for_and_sleeps_too(pool):
     pool._restart(pool.engines[0], RuntimeError("killed"))
     assert pool.calls == [("start", 0)]
-    pool.sleep()
-    assert pool.calls[1:] == [("sleep", 0), ("sleep", 1)]
+    pool.sleep(keep_weights=True)
+    assert pool.calls[1:] == [("sleep", True, 0), ("sleep", True, 1)]
 
 
 def test_a_restarted_engine_waits_for_the_weight_sync_unless_it_reads_weights_from_disk(pool):
@@ -103,7 +124,7 @@ def test_a_restarted_engine_waits_for_the_weight_sync_unless_it_reads_weights_fr
 
 def test_engines_on_nodes_of_their_own_never_sleep(pool):
     pool._sleeps = False
-    pool.sleep()
+    pool.sleep(keep_weights=True)
     pool.wake("weights")
     pool.wake("kv_cache")
     assert pool.calls == []

@@ -66,6 +66,36 @@ def test_new_pins_are_installed(checkout):
     assert bash(checkout, "set_up").returncode == 1
 
 
+def test_transformer_engine_is_compiled_against_the_headers_of_the_wheels(checkout):
+    """A Python that only writes down how pip is called, and a machine with nvcc."""
+    python = checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in -c*) echo /site ;; *) echo "$CUDNN_PATH $CPATH $*" >> "$CALLS" ;; esac\n'
+    )
+    python.chmod(0o755)
+    nvcc = checkout / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch(mode=0o755)
+    exports = f"export CALLS={checkout}/calls CUDA_HOME={checkout}/cuda CPATH=/mine"
+    done = bash(checkout, f"{exports}; install_cuda")
+    assert done.returncode == 0 and "going on without it" not in done.stderr
+    torch, ours = (checkout / "calls").read_text().splitlines()
+    assert "torch==2.13.0" in torch and not torch.startswith("/")
+    assert ours.startswith("/site/nvidia/cudnn /site/nvidia/cudnn/include:/site/nvidia/nccl/include:/mine ")
+    assert ours.endswith("[cuda]") and "--no-build-isolation" in ours
+
+
+def test_without_transformer_engine_the_set_up_says_what_that_costs(checkout):
+    python = checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
+    done = bash(checkout, f"export CUDA_HOME={checkout}/none PATH=/usr/bin:/bin; install_cuda")
+    assert "no nvcc to compile Transformer Engine with" in done.stderr
+    assert "not fused: some 5 to 10 % slower" in done.stderr
+
+
 def test_a_login_node_without_a_gpu_can_install_for_cuda(checkout):
     stamp(checkout, "cuda")
     python = checkout / ".venv" / "bin" / "python"

@@ -81,8 +81,11 @@ class ScriptedPolicy:
         fingerprints_BL = np.stack([fingerprint(*tokens) for tokens in batch.tokens_T.reshape(-1, 3)[:, 1:]])
         return ForwardOutput(zeros_R, zeros_R, fingerprints_BL.astype(np.float32))
 
-    def free_cached_memory(self) -> None:
+    def free_memory(self) -> None:
         self.calls.append("free")
+
+    def restore_memory(self) -> None:
+        self.calls.append("restore")
 
     def update(self, batch: TrainBatch, minibatches_B: np.ndarray, step: int) -> list[UpdateOutput]:
         assert batch.logprobs_R is not None and np.isfinite(batch.advantages_B).all() and (minibatches_B >= 0).all()
@@ -98,9 +101,9 @@ class RecordedPool:
     def __init__(self, calls: list[str]):
         self._calls, self.asleep, self.metrics = calls, False, dict
 
-    def sleep(self) -> None:
+    def sleep(self, keep_weights: bool) -> None:
         if not self.asleep:
-            self._calls.append("sleep")
+            self._calls.append("sleep" if keep_weights else "sleep and drop weights")
         self.asleep = True
 
     def wake(self, part: str) -> None:
@@ -117,7 +120,7 @@ class WeightSyncWithoutEngines:
         self.version += 1
 
     def refill(self) -> None:
-        pass
+        self._calls.append("refill")
 
 
 def fingerprint(habit: int, place: int) -> np.ndarray:
@@ -311,14 +314,16 @@ def test_a_step_whose_gradings_all_failed_trains_on_nothing(train):
     assert seen[0]["advantage"] == [None] * 4 and list(seen[0]["kept"]) == [True] * 4
 
 
-WAKE = ["free", "wake weights", "free", "wake kv_cache"]
-
-
 def test_memory_of_shared_gpus_moves_between_engines_and_trainer(train):
-    """The trainer's unused memory is freed before each part that the engines take back."""
-    _, policy = train(lambda step, prompt: "RAAA", steps=2, prompts=1)
-    synced = ["free", "wake weights", "sync", "free", "wake kv_cache"]
-    assert policy.calls == ["generate", "sleep", "forward", "update", *synced] * 2
+    """The trainer's memory is freed before each part that the engines take back, and restored for the update. Engines
+    that are given new weights, or the same ones again, drop the old ones."""
+    _, policy = train(lambda step, prompt: ["RAAA", "tttt"][step - 1], steps=2, prompts=1, filter__metric="none")
+    assert policy.calls == [
+        *["generate", "refill", "sleep and drop weights", "forward", "restore", "update"],
+        *["free", "wake weights", "sync", "free", "wake kv_cache"],
+        *["generate", "refill", "sleep and drop weights"],
+        *["free", "wake weights", "refill", "free", "wake kv_cache"],
+    ]
 
 
 def test_engines_wake_for_every_generation_batch_of_the_shaped_filter(train):
@@ -329,7 +334,10 @@ def test_engines_wake_for_every_generation_batch_of_the_shaped_filter(train):
         filter__metric="shaped",
         filter__max_batches=2,
     )
-    assert policy.calls == ["generate", "sleep", "forward", *WAKE, "generate", "sleep", "forward", *WAKE]
+    wake = ["free", "wake weights", "free", "wake kv_cache"]
+    last = ["free", "wake weights", "refill", "free", "wake kv_cache"]
+    generated = ["generate", "refill", "sleep", "forward"]
+    assert policy.calls == [*generated, *wake, *generated, *last]
 
 
 def test_a_generation_batch_whose_gradings_all_failed_is_joined_to_others(train):

@@ -1,12 +1,17 @@
 """Results of data-parallel ranks as one: rows back in their places, sums added up."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meds_megatron.actor.schedule import NOT_SCHEDULED, schedule
 from meds_megatron.actor.train_batch import ForwardOutput, UpdateOutput
-from meds_megatron.trainer.policy_group import add_up, scatter
+from meds_megatron.config import Config
+from meds_megatron.config.layout import ParallelLayout
+from meds_megatron.trainer.policy_group import LOCAL_LAYERS, PolicyGroup, add_up, scatter
 
 
 @given(
@@ -33,3 +38,19 @@ def test_an_update_is_the_sum_over_the_data_parallel_ranks():
         UpdateOutput(1.0, {"tokens": 5.0, "kl": 1.0}, 2.0, 1e-6, skipped=False),
     )
     assert add_up(parts) == UpdateOutput(1.5, {"tokens": 8.0, "kl": 1.25}, 2.0, 1e-6, skipped=False)
+
+
+@pytest.mark.parametrize(
+    ("device", "fused", "warns"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_a_run_on_gpus_says_that_its_layers_are_not_fused(device, fused, warns, caplog):
+    def method(result):
+        return SimpleNamespace(remote=lambda *_: result)
+
+    group = PolicyGroup.__new__(PolicyGroup)
+    group.layout, group._config, group._model_dir = ParallelLayout(), Config(), ""
+    group._config.cluster.device = device
+    group._workers = [SimpleNamespace(open_store=method(("host", 1)), start=method(fused))]
+    group._supervisor = SimpleNamespace(results=list)
+    group.start()
+    assert (LOCAL_LAYERS in caplog.text) == warns

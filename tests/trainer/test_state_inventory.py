@@ -34,6 +34,7 @@ RANDOMNESS = {
     "actor/process_group.py": START,  # seeds them
     "data/sampler.py": "a function of the seed and the epoch, which are in the checkpoint",
     "launch/job.py": NO_EFFECT,  # the token of a job's Ray cluster
+    "weights/resharding/transport.py": NO_EFFECT,  # name of exported memory
     "reward/differences.py": "a function of the answers",
     "rollout/engine.py": CHECKPOINT,
     "trainer/attempt.py": NO_EFFECT,  # name of a directory in shared memory
@@ -63,6 +64,7 @@ CHANGING = {
     "PolicySave": {"_failure": NO_EFFECT},
     "FingerprintCollector": dict.fromkeys(("_micro_batch", "_places_N", "_values_NL", "sent_bytes"), STEP),
     "Policy": {"micro_batches_begun": NO_EFFECT},
+    "Offload": {"_freed": NO_EFFECT, "_on_host": NO_EFFECT},
     "PolicyWorker": {
         "_copies": NO_EFFECT,
         "_policy": CHECKPOINT,
@@ -113,9 +115,10 @@ CHANGING = {
         "_local": STEP,
         "_staged": STEP,
     },
-    "CudaIpc": {"_staged": STEP},
+    "CudaIpc": dict.fromkeys(("_block", "_exported", "_opened"), START),
+    "Arena": {"_taken": STEP},
     "SharedMemory": {"_claim": START},
-    "TransferGroup": {"sent_bytes": NO_EFFECT},
+    "TransferGroup": {"_group": START, "sent_bytes": NO_EFFECT},
     "ReshardTransfer": {"_completeness": STEP, "_receiver": START},
 }
 """By class: attributes that are assigned after `__init__`, and where they come from."""

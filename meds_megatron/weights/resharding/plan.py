@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import VLLM_VOCABULARY_MULTIPLE, ModelShape
@@ -140,15 +139,6 @@ def engine_slices(shape: ModelShape, hf_name: str, hf_shape: HfShape, rank: int,
         first, last = 0, hf_shape[0]
     whole = [slice(0, length) for length in hf_shape]
     return (*whole[:dimension], slice(first, last), *whole[dimension + 1 :])
-
-
-def interleaved(plan: ReshardPlan) -> list[int]:
-    """The buckets in an order in which the pipeline stages take turns, so that they work in parallel."""
-    stages = [plan.stage(bucket) for bucket in plan.buckets]
-    starts = [0, *(i for i, (a, b) in enumerate(pairwise(stages), 1) if a != b), len(stages)]
-    runs = [list(plan.buckets)[first:last] for first, last in pairwise(starts)]
-    turns = range(max(map(len, runs)))
-    return [run[turn] for turn in turns for run in runs if turn < len(run)]
 
 
 @dataclass(frozen=True)

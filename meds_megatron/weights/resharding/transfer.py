@@ -16,6 +16,7 @@ from torch import Tensor
 
 from meds_megatron.weights.resharding.plan import Transfer
 from meds_megatron.weights.resharding.shared_directory import remove_unclaimed
+from meds_megatron.weights.resharding.staging import staging_elements
 from meds_megatron.weights.resharding.transport import TransferGroup, local_transport, open_rendezvous
 from meds_megatron.weights.resharding.types import Checksums, Rendezvous, StagedBucket, SyncSpec
 from meds_megatron.weights.table import TensorSlice
@@ -37,10 +38,12 @@ class WeightSender:
         """`parameters` are the rank's own by Megatron name (`weights.chunks.rank_parameters`); their values are read
         when a bucket is staged or sent. `host` is this machine's address for other nodes."""
         self._plan, self._dtype = spec.plan(), getattr(torch, spec.dtype)
-        self._rank, self._trainer_rank = rank, spec.layout.coordinates(rank).tensor
+        place = spec.layout.coordinates(rank)
+        self._rank, self._trainer_rank = rank, place.tensor
         self._parameters, self._device, self._host = parameters, device, host
         self._directory = spec.directory
-        self._local = local_transport(device, spec.directory)
+        elements = staging_elements(self._plan, place.pipeline, place.tensor)
+        self._local = local_transport(device, spec.directory, elements)
         self._stores: dict[int, dist.TCPStore] = {}
         self._staged: dict[int, StagedBucket] = {}
         self.groups: dict[int, TransferGroup] = {}
@@ -97,14 +100,15 @@ class WeightSender:
                     sums |= self._checksums(transfer)
         except ConnectionError as error:
             # Leaving the group also fails the engine's ranks that still wait for the rest of the bucket.
-            del self.groups[engine]
+            self.groups.pop(engine).abort()
             logger.warning("engine %d is lost while bucket %d is sent: %s", engine, bucket, error)
             return {}
         return sums
 
     def close(self) -> None:
         """Leaves all groups and removes from this node what the run and killed processes have in shared memory."""
-        self.groups.clear()
+        while self.groups:
+            self.groups.popitem()[1].abort()
         shutil.rmtree(self._directory, ignore_errors=True)
         remove_unclaimed()
 

@@ -7,6 +7,9 @@ GPUs.
 
 import logging
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +22,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from meds_megatron.errors import UserError
 from meds_megatron.weights.resharding.shared_directory import claim, remove_unclaimed
+from meds_megatron.weights.resharding.staging import Arena
 from meds_megatron.weights.resharding.types import Rendezvous
 from meds_megatron.weights.store import open_store
 
@@ -27,8 +31,8 @@ logger = logging.getLogger(__name__)
 TIMEOUT = timedelta(minutes=5)
 """For the members of a transfer group to join, and for one message."""
 
-# Place of the device index among the arguments of torch's `rebuild_cuda_tensor`.
-_DEVICE_ARGUMENT = 6
+# Places among the arguments of torch's `rebuild_cuda_tensor`.
+_DEVICE_ARGUMENT, _EVENT_ARGUMENT = 6, 14
 
 
 class LocalTransport(Protocol):
@@ -44,9 +48,10 @@ class LocalTransport(Protocol):
         """Frees the memory as soon as no reader has it open. Called by the writer."""
 
 
-def local_transport(device: torch.device | str, directory: str) -> LocalTransport:
-    """The transport between processes of one node that compute on `device`."""
-    return SharedMemory(directory) if torch.device(device).type == "cpu" else CudaIpc()
+def local_transport(device: torch.device | str, directory: str, elements: int = 0) -> LocalTransport:
+    """The transport between processes of one node that compute on `device`; a writer never has more than `elements`
+    (`staging_elements`) under way."""
+    return SharedMemory(directory) if torch.device(device).type == "cpu" else CudaIpc(elements)
 
 
 @dataclass(frozen=True)
@@ -92,62 +97,108 @@ class SharedMemory:
 
 
 @dataclass(frozen=True)
-class GpuMemory:
+class ExportedBlock:
+    """GPU memory that other processes of the node can open."""
+
     name: str
+    """Unique on the node."""
     gpu: str
     """UUID: device indices differ from process to process."""
     arguments: tuple[Any, ...]
     """Of torch's `rebuild_cuda_tensor`."""
 
 
-class CudaIpc:
-    """GPU memory of the writer, kept until it is dropped.
+@dataclass(frozen=True)
+class GpuMemory:
+    block: ExportedBlock
+    begin: int
+    elements: int
 
-    Every process of a run sees all GPUs of its node, its own first, so it can open a handle of any of them.
+
+class CudaIpc:
+    """One block of the writer's GPU memory, in which it stages all updates of the engines.
+
+    torch counts the readers of an export so that it can free the memory: one export is for one reader, which must open
+    it, or the memory is never free again. The block therefore lives as long as the writer, is exported once, and every
+    reader opens it once and keeps it: nothing depends on what readers do, also when one dies.
+
+    Every process of a run sees all GPUs of its node, its own first, so it can open a block of any of them.
     """
 
-    def __init__(self) -> None:
-        self._staged: dict[str, Tensor] = {}
+    def __init__(self, elements: int = 0) -> None:
+        """`elements` is the size of the block, which is allocated when it is first used; 0 for a reader."""
+        self._elements = elements
+        self._arena = Arena()
+        self._block: Tensor | None = None
+        self._exported: ExportedBlock | None = None
+        self._opened: dict[str, Tensor] = {}
 
     def put(self, name: str, parts: list[Tensor], dtype: torch.dtype) -> GpuMemory:
-        flat = torch.cat([part.to(dtype).flatten() for part in parts])
+        """Raises RuntimeError when the block is too small."""
+        if self._exported is None:
+            self._block = torch.empty(self._elements, dtype=dtype, device=parts[0].device)
+            _, arguments = reduce_tensor(self._block)
+            self._exported = ExportedBlock(secrets.token_hex(8), _uuid(self._block.device.index), arguments)
+        elements = sum(part.numel() for part in parts)
+        begin = self._arena.take(elements)
+        if begin + elements > self._elements:
+            raise RuntimeError(f"{name} does not fit the {self._elements} elements for staged weights")
+        staged = self._block[begin : begin + elements].split([part.numel() for part in parts])
+        for values, part in zip(staged, parts, strict=True):
+            values.view(part.shape).copy_(part)
         # Readers do not wait for this process's stream.
-        torch.cuda.synchronize(flat.device)
-        self._staged[name] = flat
-        _, arguments = reduce_tensor(flat)
-        return GpuMemory(name, _uuid(flat.device.index), arguments)
+        torch.cuda.synchronize()
+        return GpuMemory(self._exported, begin, elements)
 
     def open(self, handle: GpuMemory) -> Tensor:
         """A copy on this process's own GPU. Raises RuntimeError when the writer's GPU is not visible here."""
-        arguments = list(handle.arguments)
-        arguments[_DEVICE_ARGUMENT] = _device_index(handle.gpu)
-        return rebuild_cuda_tensor(*arguments).to(torch.cuda.current_device(), copy=True)
+        block = self._opened.get(handle.block.name)
+        if block is None:
+            block = self._opened[handle.block.name] = _open_block(handle.block)
+        return block[handle.begin : handle.begin + handle.elements].to(torch.cuda.current_device(), copy=True)
 
     def drop(self, handle: GpuMemory) -> None:
-        self._staged.pop(handle.name, None)
+        self._arena.give_back(handle.begin)
 
 
 class TransferGroup:
     """A process group of one engine's ranks and of the trainer ranks that serve it over the network.
 
     It is separate from torch's default group, which vLLM and Megatron each use themselves, and every engine has its
-    own: one that fails breaks no other's. With gloo a member fails at once when another is gone; with NCCL late or not
-    at all, which has not been tried.
+    own: one that fails breaks no other's. With gloo a member fails at once when another is gone, with NCCL when a
+    message has taken TIMEOUT.
     """
 
     def __init__(self, rendezvous: Rendezvous, member: int, device: str, store: dist.TCPStore | None = None):
-        """Joins as `member` and returns when all others have. `store` is that of `open_rendezvous`, in the process that
-        opened it.
+        """Joins as `member` and returns when every sender has reached every engine rank. `store` is that of
+        `open_rendezvous`, in the process that opened it.
 
         Raises ConnectionError when a member does not join in time.
         """
+        self._senders = rendezvous.senders
+        self.sent_bytes = 0
         try:
-            store = store or dist.TCPStore(rendezvous.host, rendezvous.port, rendezvous.members, is_master=False)
-            self._group = _process_group(store, member, rendezvous.members, device)
+            self._store = store or dist.TCPStore(rendezvous.host, rendezvous.port, rendezvous.members, is_master=False)
+            _wait_for_members(self._store, member, rendezvous.members)
+            self._group = _process_group(self._store, member, rendezvous.members, device)
         except RuntimeError as error:
             raise ConnectionError(f"not all members of a transfer group joined: {error}") from error
-        self._store = store
-        self._senders = rendezvous.senders
+        try:
+            self._meet(member, rendezvous, device)
+        except ConnectionError:
+            self.abort()
+            raise
+
+    def _meet(self, member: int, rendezvous: Rendezvous, device: str) -> None:
+        """One element from each sender to each engine rank: NCCL connects two members in their first message, where it
+        would otherwise wait in the middle of an update."""
+        element = torch.zeros(1, device=device)
+        if member < rendezvous.senders:
+            for engine_rank in range(rendezvous.receivers):
+                self.send(element, engine_rank)
+        else:
+            for sender in range(rendezvous.senders):
+                self.receive(element, sender)
         self.sent_bytes = 0
 
     def send(self, values: Tensor, engine_rank: int) -> None:
@@ -166,6 +217,14 @@ class TransferGroup:
         except RuntimeError as error:
             raise ConnectionError(f"member {sender} of the transfer group is gone: {error}") from error
 
+    def abort(self) -> None:
+        """Leaves the group, which fails what others still wait for from this member. The process goes on."""
+        if isinstance(self._group, dist.ProcessGroupGloo):
+            # gloo closes its connections with the group.
+            del self._group
+        else:
+            self._group.abort()
+
 
 def open_rendezvous(host: str, senders: int, receivers: int) -> tuple[Rendezvous, dist.TCPStore]:
     """A rendezvous at a free port of this machine; it exists as long as the returned store is kept."""
@@ -173,12 +232,40 @@ def open_rendezvous(host: str, senders: int, receivers: int) -> tuple[Rendezvous
     return Rendezvous(host, store.port, senders, receivers), store
 
 
+def _wait_for_members(store: dist.TCPStore, member: int, members: int) -> None:
+    """Returns when all members are here; NCCL itself would wait for a missing one without end. Raises RuntimeError
+    after TIMEOUT."""
+    store.set(f"here{member}", "")
+    store.wait([f"here{other}" for other in range(members)], TIMEOUT)
+
+
 def _process_group(store: dist.TCPStore, member: int, members: int, device: str) -> dist.ProcessGroup:
     if device == "cpu":
         return dist.ProcessGroupGloo(store, member, members, TIMEOUT)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = TIMEOUT
-    return dist.ProcessGroupNCCL(store, member, members, options)
+    with _variables(NCCL_RAISES):
+        return dist.ProcessGroupNCCL(store, member, members, options)
+
+
+NCCL_RAISES = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+"""Read by a `ProcessGroupNCCL` when it is made: waiting for a message then lasts until it has arrived and raises after
+the timeout. Otherwise torch ends the process when another member is gone."""
+
+
+@contextmanager
+def _variables(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables of this process, for as long as the block lasts."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _allocate(path: Path, size: int) -> None:
@@ -188,6 +275,21 @@ def _allocate(path: Path, size: int) -> None:
         os.posix_fallocate(descriptor, 0, max(size, 1))
     finally:
         os.close(descriptor)
+
+
+def _open_block(block: ExportedBlock) -> Tensor:
+    """The block in this process's address space.
+
+    This process's own GPU maps it where it can read the writer's memory: a context on the writer's GPU would take half
+    a GiB there for each reader.
+    """
+    own, arguments = torch.cuda.current_device(), list(block.arguments)
+    writer = _device_index(block.gpu)
+    direct = writer == own or torch.cuda.can_device_access_peer(own, writer)
+    arguments[_DEVICE_ARGUMENT] = own if direct else writer
+    # The writer has synchronized, and its event belongs to its own GPU.
+    arguments[_EVENT_ARGUMENT] = False
+    return rebuild_cuda_tensor(*arguments)
 
 
 def _uuid(index: int) -> str:

@@ -7,10 +7,13 @@ from math import prod
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import QWEN, ModelShape
-from meds_megatron.weights.resharding.plan import ReshardPlan, engine_slices, interleaved
+from meds_megatron.weights.resharding.plan import ReshardPlan, engine_slices
+from meds_megatron.weights.resharding.staging import Arena, begins_and_ends, interleaved, staging_elements
 from meds_megatron.weights.table import TensorSlice
 
 # (trainer TP, PP, VPP, engine TP): alike on both sides, more and fewer engine ranks than trainer ranks.
@@ -30,6 +33,7 @@ LAYOUTS = {
     "Qwen3-32B": [(8, 1, 1, 8), (8, 4, 2, 4), (4, 8, 1, 8)],
 }
 CASES = [(name, layout) for name in LAYOUTS for layout in LAYOUTS[name]]
+STAGED = [("Qwen2.5-7B", (4, 4, 7, 2)), ("Qwen2.5-72B", (8, 4, 1, 8)), ("Qwen3-1.7B", (2, 2, 7, 2))]
 
 
 def plan_of(name: str, layout: tuple[int, int, int, int]) -> ReshardPlan:
@@ -112,6 +116,42 @@ def test_each_bucket_is_there_once_and_stages_take_turns(name, layout):
     assert {plan.stage(bucket) for bucket in plan.buckets} == set(range(plan.layout.pipeline))
     first = order[: plan.layout.pipeline * plan.layout.virtual]
     assert {plan.stage(bucket) for bucket in first} == set(range(plan.layout.pipeline))
+
+
+@pytest.mark.parametrize(("name", "layout"), STAGED)
+def test_a_ranks_staging_block_is_no_larger_than_its_share_of_the_largest_bucket(name, layout):
+    plan = plan_of(name, layout)
+    for stage in range(plan.layout.pipeline):
+        for tensor in range(plan.layout.tensor):
+            assert staging_elements(plan, stage, tensor) <= 1.001 * plan.largest_bucket / plan.layout.tensor
+
+
+@pytest.mark.parametrize(("name", "layout"), STAGED)
+def test_buckets_under_way_together_are_no_larger_than_the_largest(name, layout):
+    plan = plan_of(name, layout)
+    under_way: list[int] = []
+    for bucket, is_begin in begins_and_ends(plan):
+        if is_begin:
+            under_way.append(bucket)
+            assert len(under_way) == 1 or sum(map(plan.elements, under_way)) <= plan.largest_bucket
+        else:
+            assert under_way.pop(0) == bucket
+    assert under_way == []
+
+
+@given(st.lists(st.one_of(st.integers(1, 1000), st.none()), max_size=60), st.randoms(use_true_random=False))
+def test_parts_of_an_arena_never_overlap(steps, random):
+    arena, parts = Arena(), {}
+    for elements in steps:
+        if elements is None and parts:
+            begin = random.choice(sorted(parts))
+            arena.give_back(begin)
+            del parts[begin]
+        elif elements is not None:
+            begin = arena.take(elements)
+            assert all(end <= begin or begin + elements <= other for other, end in parts.items())
+            parts[begin] = begin + elements
+    assert arena.end >= max(parts.values(), default=0)
 
 
 def test_where_both_sides_split_alike_an_engine_rank_receives_from_one_rank_only():

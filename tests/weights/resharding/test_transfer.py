@@ -3,9 +3,11 @@
 import os
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from meds_megatron.config.layout import ParallelLayout
@@ -162,6 +164,74 @@ def test_an_engine_that_does_not_join_is_logged(tmp_path, monkeypatch, caplog):
     assert sender.send(0, engine=3, checksums=True) == {}
     assert "engine 3 did not connect: not all members of a transfer group joined" in caplog.text
     assert "bucket 0 is not sent to engine 3: it is not connected" in caplog.text
+
+
+def test_an_engine_that_joins_and_falls_silent_fails_the_connection_in_time(ranks):
+    rendezvous, store = open_rendezvous("127.0.0.1", 1, 1)
+    assert ranks.run(2, connect_to_a_silent_engine, rendezvous) == ["member 0 of the transfer group is gone", "silent"]
+    del store
+
+
+def connect_to_a_silent_engine(rank: int, rendezvous: Rendezvous) -> str:
+    """Member 0 is silent; what the engine rank, member 1, raises, comes first in the results."""
+    transport.TIMEOUT = timedelta(seconds=3)
+    member = 1 - rank
+    if member == 0:
+        store = dist.TCPStore(rendezvous.host, rendezvous.port, rendezvous.members, is_master=False)
+        transport._wait_for_members(store, member, rendezvous.members)
+        SILENT.append(transport._process_group(store, member, rendezvous.members, "cpu"))
+        return "silent"
+    with pytest.raises(ConnectionError) as caught:
+        TransferGroup(rendezvous, member, "cpu")
+    return str(caught.value).split(":")[0]
+
+
+SILENT: list[dist.ProcessGroup] = []
+"""The process group of a silent member, open for as long as its process lives."""
+
+
+class BrokenGroup:
+    """NCCL's process group whose peer is gone."""
+
+    def __init__(self):
+        self.aborted = 0
+
+    def send(self, *_):
+        raise RuntimeError("NCCL communicator was aborted")
+
+    def abort(self):
+        self.aborted += 1
+
+
+def test_a_group_that_fails_is_aborted_and_no_other(tmp_path):
+    spec, broken, other = spec_of(CASES[0], tmp_path), BrokenGroup(), BrokenGroup()
+    sender = sender_of(spec, 0)
+    for engine, group in enumerate([broken, other]):
+        sender.groups[engine] = TransferGroup.__new__(TransferGroup)
+        sender.groups[engine]._group, sender.groups[engine]._senders = group, 1
+    assert sender.send(0, engine=0, checksums=True) == {}
+    assert (broken.aborted, other.aborted, list(sender.groups)) == (1, 0, [1])
+    sender.close()
+    assert (broken.aborted, other.aborted) == (1, 1)
+
+
+def test_nccl_groups_raise_where_torchs_own_would_end_the_process(monkeypatch):
+    class Group:
+        Options = SimpleNamespace
+
+        def __init__(self, store, member, members, options):
+            self.variables = {name: os.environ[name] for name in transport.NCCL_RAISES}
+            self.timeout = options._timeout
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Group, raising=False)
+    monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "0")
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
+    group = transport._process_group(None, 0, 2, "cuda")
+    assert group.variables == {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+    assert group.timeout == transport.TIMEOUT
+    # Those of torch's default group are as they were.
+    assert os.environ["TORCH_NCCL_BLOCKING_WAIT"] == "0"
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in os.environ
 
 
 def test_closing_removes_what_is_staged(tmp_path):
