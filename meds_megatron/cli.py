@@ -147,7 +147,7 @@ def train(config) -> None:
 @click.option(
     "--kv-cache-gib",
     type=click.FloatRange(min=0, min_open=True),
-    help="Of each GPU's engine.  [default: what is free; 1 without GPUs]",
+    help="KV cache of an engine's GPU.  [default: what vLLM finds free there; without GPUs 1]",
 )
 @click.option("--enforce-eager", is_flag=True, help="Skip vLLM's compilation: faster start, slower generation.")
 @click.option("--workers", type=click.IntRange(min=1), help="Grader processes.  [default: one a core]")
@@ -487,8 +487,9 @@ def step(models: Sequence[str], layers: int, responses: int, rounds: int) -> dic
 def fingerprint(responses: int, tokens: int, rounds: int) -> dict:
     """Time and memory that fingerprints add to a forward pass.
 
-    Shape of Qwen2.5-0.5B with random weights on two CPU pipeline stages: without fingerprints, with ours, and with the
-    published method, which keeps all hidden states and applies the full head to every layer.
+    Shape of Qwen2.5-0.5B with random weights on two pipeline stages (one GPU each, on a single GPU one stage, without
+    GPUs two CPU threads): without fingerprints, with ours, and with the published method, which keeps all hidden states
+    and applies the full head to every layer.
     """
     from meds_megatron.bench.fingerprint import run
 
