@@ -287,8 +287,9 @@ def step(config, steps: int) -> dict:
 def fingerprint(responses: int, tokens: int, rounds: int) -> dict:
     """Time and memory that fingerprints add to a forward pass.
 
-    Shape of Qwen2.5-0.5B with random weights on two CPU pipeline stages: without fingerprints, with ours, and with the
-    published method, which keeps all hidden states and applies the full head to every layer.
+    Shape of Qwen2.5-0.5B with random weights on two pipeline stages (one GPU each, on a single GPU one stage, without
+    GPUs two CPU threads): without fingerprints, with ours, and with the published method, which keeps all hidden states
+    and applies the full head to every layer.
     """
     from meds_megatron.bench.fingerprint import run
 

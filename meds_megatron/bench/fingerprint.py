@@ -20,32 +20,37 @@ from meds_megatron.actor.process_group import form_groups, join
 from meds_megatron.actor.train_batch import TrainBatch
 from meds_megatron.config import ModelConfig, ParallelConfig
 from meds_megatron.config.model_shape import QWEN, ModelShape
+from meds_megatron.launch.device import take_gpu
 from meds_megatron.model.gpt import PolicyModel, build_chunks, chunk_layers, transformer_config
 from meds_megatron.weights.store import open_store
 
 
 def run(
-    pipeline: int = 2,
+    pipeline: int | None = None,
     responses: int = 8,
     tokens: int = 64,
     rounds: int = 5,
     published_rounds: int = 1,
     shape: ModelShape = QWEN["Qwen2.5-0.5B"],
 ) -> dict:
-    """Measures forward passes of each kind alternately on `pipeline` CPU ranks of one thread, random float32 weights.
+    """Measures forward passes of each kind alternately on `pipeline` ranks, a GPU each (default: two, or one where there
+    is one GPU), or a CPU thread each where there are none (default: two). Weights are random, in bfloat16 on GPUs and
+    float32 without.
 
     `responses` sequences of `tokens` tokens, half of them prompt, each with a fingerprint, two in a micro-batch. Keys:
     `forward_s`, `ours_s`, `published_s` (medians), `overhead`, `published_overhead` (medians of the rounds' ratios to
-    the forward pass, minus 1); `extra_bytes` (peak memory with ours minus without, by torch's profiler, of the
-    rank where it is largest), `extra_bytes_bound` (2 N L H 4 + N H 4), `published_extra_bytes`; `sent_bytes`
+    the forward pass, minus 1); `extra_bytes` (peak memory with ours minus without, of the rank where it is largest),
+    `extra_bytes_bound` (2 N L H 4 + N H 4), `published_extra_bytes`; `sent_bytes`
     between stages and `sent_bytes_expected` (the head's rows to the other stages, each stage's layers of the result).
     """
+    gpus = torch.cuda.device_count()
+    pipeline = pipeline or min(2, gpus) or 2
     store = open_store("127.0.0.1", pipeline)
     context = multiprocessing.get_context("spawn")
     ranks, pipes = [], []
     for rank in range(pipeline):
         ours, theirs = context.Pipe()
-        settings = (pipeline, responses, tokens, rounds, published_rounds, shape)
+        settings = (gpus > 0, pipeline, responses, tokens, rounds, published_rounds, shape)
         ranks.append(context.Process(target=_rank, args=(theirs, store.port, rank, *settings), daemon=True))
         ranks[-1].start()
         theirs.close()
@@ -65,6 +70,7 @@ def run(
         "published_extra_bytes": extra["published"],
         "sent_bytes": sum(report["sent_bytes"] for report in reports),
         "sent_bytes_expected": 4 * responses * ((pipeline - 1) * hidden + pipeline * layers) if pipeline > 1 else 0,
+        "device": "cuda" if gpus else "cpu",
         "pipeline": pipeline,
         "responses": responses,
         "tokens": tokens,
@@ -76,6 +82,7 @@ def _rank(
     pipe: Connection,
     port: int,
     rank: int,
+    on_gpu: bool,
     pipeline: int,
     responses: int,
     tokens: int,
@@ -84,10 +91,13 @@ def _rank(
     shape: ModelShape,
 ) -> None:
     torch.set_num_threads(1)
+    if on_gpu:
+        take_gpu(rank)
     device = join("127.0.0.1", port, rank, pipeline)
     parallel = ParallelConfig(pipeline=pipeline)
     form_groups(parallel, seed=0)
-    (chunk,) = build_chunks(shape, transformer_config(shape, ModelConfig(dtype="float32"), parallel), tokens)
+    model = ModelConfig(dtype="bfloat16" if on_gpu else "float32")
+    (chunk,) = build_chunks(shape, transformer_config(shape, model, parallel), tokens)
     torch.manual_seed(0)
     for parameter in chunk.parameters():
         nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else nn.init.ones_(parameter)
@@ -161,11 +171,17 @@ def _random_data(shape: ModelShape, responses: int, tokens: int) -> TrainBatch:
 
 
 def _seconds(kind: Callable[[], None]) -> float:
-    dist.barrier()
+    _wait_for_all()
     began = time.perf_counter()
     kind()
-    dist.barrier()
+    _wait_for_all()
     return time.perf_counter() - began
+
+
+def _wait_for_all() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    dist.barrier()
 
 
 def _overhead(seconds: list[float], reference: list[float]) -> float:
@@ -173,7 +189,12 @@ def _overhead(seconds: list[float], reference: list[float]) -> float:
 
 
 def peak_bytes(kind: Callable[[], None]) -> int:
-    """Peak of the bytes allocated by torch during `kind`, from its profiler's record of allocations and releases."""
+    """Peak of the bytes that torch allocates during `kind`, on a CPU from its profiler's record of allocations."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        kind()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         kind()
     held = peak = 0
