@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,23 @@ from meds_megatron.errors import RunFailed, Stopped, UserError
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+
+class Integers(click.ParamType):
+    """Whole numbers from 1 on, separated by commas."""
+
+    name = "integers"
+
+    def convert(self, value, param, ctx) -> list[int]:
+        if isinstance(value, list):
+            return value
+        numbers = [int(part) if part.strip().isdecimal() else 0 for part in value.split(",")]
+        if min(numbers) < 1:
+            self.fail(f"{value!r}: expected whole numbers from 1 on, separated by commas", param, ctx)
+        return numbers
+
+
+INTEGERS = Integers()
 
 
 class Command(click.Command):
@@ -81,6 +99,92 @@ def train(config) -> None:
     from meds_megatron.trainer.main import train
 
     train(config)
+
+
+@cli.command("eval", cls=Command, example="meds eval runs/mine --data aime24.jsonl --n-sampling 32 --k 1,8,32")
+@click.argument("model", metavar="[MODEL_DIR]", required=False)
+@click.option("--data", multiple=True, metavar="FILE", help="jsonl or parquet file; may be given several times.")
+@click.option("--regrade", metavar="FILE", help="Grade the responses saved in FILE again, without generating.")
+@click.option("--n-sampling", "--n_sampling", type=click.IntRange(min=1), default=1, help="Responses to each problem.")
+@click.option("--k", type=INTEGERS, help="Of pass@k, with commas.  [default: powers of two]")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), help="0 is greedy.  [default: 0 for one response, 1 for several]"
+)
+@click.option("--top-p", "--top_p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0)
+@click.option("--top-k", "--top_k", type=click.IntRange(min=-1), default=-1, help="-1 is off.")
+@click.option(
+    "--max-tokens", "--max_tokens", type=click.IntRange(min=1), help="Of a response.  [default: 8192, if they fit]"
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0)
+@click.option("--start-idx", "--start_idx", type=click.IntRange(min=0), default=0, help="First problem.")
+@click.option(
+    "--end-idx", "--end_idx", type=click.IntRange(min=-1), default=-1, help="Problem to stop before; -1: all."
+)
+@click.option(
+    "--prompt-type",
+    "--prompt_type",
+    type=click.Choice(["auto", "qwen-instruct", "question"]),
+    default="auto",
+    help="auto: as the run was trained, qwen-instruct (LIMO's) for a model of no run.",
+)
+@click.option("--enable-thinking/--no-thinking", default=None, help="Qwen3's thinking mode.  [default: the template's]")
+@click.option(
+    "--grader",
+    "graders",
+    type=click.Choice(["math_verify", "strict", "limo"]),
+    multiple=True,
+    default=("math_verify",),
+    help="Rules of grading; several are reported side by side.",
+)
+@click.option("--fingerprints", is_flag=True, help="Report the top-1 eigenvalue ratio of the fingerprints.")
+@click.option("--output-dir", "--output_dir", default="outputs", help="Where outputs are written and resumed.")
+@click.option("--out", metavar="FILE", help="With --regrade: write the rows with the new verdicts to this jsonl file.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto")
+@click.option("--address", help="Ray cluster whose GPUs to use (auto).  [default: this machine]")
+@click.option("--engines", type=click.IntRange(min=1), help="vLLM engines.  [default: all GPUs; one without GPUs]")
+@click.option("--tensor", type=click.IntRange(min=1), default=1, help="GPUs of an engine.")
+@click.option("--max-num-seqs", type=click.IntRange(min=1), default=256, help="Responses of an engine at once.")
+@click.option(
+    "--kv-cache-gib",
+    type=click.FloatRange(min=0, min_open=True),
+    help="KV cache of an engine's GPU.  [default: what vLLM finds free there; without GPUs 1]",
+)
+@click.option("--enforce-eager", is_flag=True, help="Skip vLLM's compilation: faster start, slower generation.")
+@click.option("--workers", type=click.IntRange(min=1), help="Grader processes.  [default: one a core]")
+def evaluate(model, data, regrade, out, k, graders, workers, **options) -> None:
+    """Evaluate a model as LIMO does: MODEL_DIR is a run, one of its checkpoints, or a Hugging Face directory.
+
+    The responses of a data set go to OUTPUT_DIR/MODEL/DATA_SET/SETTINGS.jsonl in LIMO's fields, its metrics into a csv
+    file and a plot beside it. The same command again resumes an evaluation that was interrupted. Engines start with
+    seeds of their own for every response, so that neither batches nor interruptions change them.
+
+    --regrade needs rows with `generated_responses` and `gold_answer` only. The last line that is printed is a JSON
+    object with `n`, `accuracy` and `errors`.
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from meds_megatron.evaluation.report import table
+    from meds_megatron.evaluation.summary import last_line
+
+    graders = tuple(dict.fromkeys(graders))
+    workers = workers or len(os.sched_getaffinity(0))
+    if regrade:
+        from meds_megatron.evaluation.regrade import regrade as regrade_file
+
+        if model or data:
+            raise UserError("--regrade takes neither a model nor --data: leave them out")
+        summaries, files = regrade_file(Path(regrade), graders, k or (), workers, Path(out) if out else None), []
+    else:
+        from meds_megatron.evaluation.evaluate import evaluate as run
+        from meds_megatron.evaluation.settings import request_of
+
+        summaries, files = run(request_of(model, data, k, graders, workers, **options))
+    Console().print(table(summaries))
+    for path in files:
+        click.echo(path)
+    click.echo(last_line(summaries, **({"files": [str(path) for path in files]} if files else {})))
 
 
 @cli.command(cls=Command, example="meds plan configs/meds_qwen2.5_72b.yaml rollout.kv_cache_gib=40")
@@ -181,6 +285,62 @@ def report(run_dirs: Sequence[str], out: str | None, text_mib: float) -> None:
 
 
 @cli.group()
+def data() -> None:
+    """Build and inspect training sets."""
+
+
+@data.command(cls=Command, example="meds data unify --dapo dapo-math-17k.parquet --math math.jsonl --out train.parquet")
+@click.option("--dapo", multiple=True, metavar="FILE", help="DAPO-Math-17K; may be given several times.")
+@click.option("--math", multiple=True, metavar="FILE", help="Rows in the format of MATH; may be given several times.")
+@click.option("--out", required=True, metavar="FILE", help="The parquet file to write.")
+@click.option("--levels", type=INTEGERS, default="3,4,5", help="Levels of MATH that are kept.")
+@click.option("--evaluation", multiple=True, metavar="FILE", help="Evaluation set to look for in the training set.")
+@click.option("--remove-contaminated", is_flag=True, help="Leave out what is in an evaluation set.")
+@with_json
+def unify(dapo, math, out: str, levels, evaluation, remove_contaminated: bool) -> dict:
+    """Make one training set of DAPO-Math-17K and MATH, each problem once.
+
+    Problems are the same if their questions have the same words, or nearly the same words (Jaccard similarity 0.7 of
+    three-word shingles, by MinHash-LSH) with the same numbers and answer. Those of the evaluation sets are listed in a
+    jsonl file beside the output.
+    """
+    from pathlib import Path
+
+    from meds_megatron.data.inspect import Described, summary
+    from meds_megatron.data.unify import unify, write
+
+    if not dapo and not math:
+        raise UserError("expected --dapo FILE, --math FILE or both: name the data sets to unify")
+    if not out.endswith(".parquet"):
+        raise UserError(f"--out {out} does not end in .parquet: the training set is a parquet file")
+    result = unify(dapo, math, levels, evaluation, remove_contaminated)
+    described = [Described(p.source, str(p.level or ""), p.question, p.answer) for p in result.problems]
+    return {
+        "rows": dict(result.rows),
+        "left out": dict(result.dropped),
+        "problems": len(result.problems),
+        "in evaluation sets": len(result.contaminated),
+        "contaminated": [
+            {name: pair[name] for name in ("id", "how", "evaluation")} for pair in result.contaminated[:20]
+        ],
+        "summary": summary(described),
+        "files": [str(path) for path in write(result, Path(out))],
+    }
+
+
+@data.command(cls=Command, example="meds data inspect train.parquet")
+@click.argument("file")
+@with_json
+def inspect(file: str) -> dict:
+    """Count the problems in FILE by source, level and length, and name the rows that cannot be read."""
+    from pathlib import Path
+
+    from meds_megatron.data.inspect import inspect
+
+    return inspect(Path(file))
+
+
+@cli.group()
 def convert() -> None:
     """Convert models to megatron-core checkpoints and back, and compare models."""
     # megatron-core warns at every import about each optional package that is not installed.
@@ -260,23 +420,63 @@ def rollout(config, rounds: int) -> dict:
 
     Both generate the responses to one step's prompts, alternately, with the same model and sampling.
     """
-    from meds_megatron.bench.step import rollout
+    from meds_megatron.bench.run import rollout
 
     return rollout(config, rounds)
 
 
-@bench.command(cls=Command, example="meds bench step configs/quickstart.yaml --steps 5 --json")
+@bench.command("eval", cls=Command, example="meds bench eval --json")
+@click.option("--responses", type=click.IntRange(min=1), default=8, help="To each of 200 problems.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, help="Measured generations, after one warm-up.")
+@click.option("--answers", type=click.IntRange(min=1), default=2000, help="Answers that are graded.")
+@click.option("--workers", type=click.IntRange(min=1), default=2, help="Grader processes.")
+@with_json
+def bench_eval(responses: int, rounds: int, answers: int, workers: int) -> dict:
+    """Tokens per second of `meds eval` and of plain vLLM, and seconds of grading.
+
+    Both generate the same responses of the embedded arithmetic model, alternately.
+    """
+    from meds_megatron.bench.evaluation import run
+
+    return run(responses, rounds, answers, workers)
+
+
+@bench.command(cls=Command, example="meds bench phases configs/quickstart.yaml --steps 5 --json")
 @click.option("--steps", type=click.IntRange(min=1), default=5, help="Measured steps, after one warm-up step.")
 @with_json
 @with_config
-def step(config, steps: int) -> dict:
+def phases(config, steps: int) -> dict:
     """Seconds of each phase of a training step.
 
     Runs `meds train` in a temporary run directory without validation and export.
     """
-    from meds_megatron.bench.step import step
+    from meds_megatron.bench.run import phases
 
-    return step(config, steps)
+    return phases(config, steps)
+
+
+@bench.command(cls=Command, example="meds bench step --model Qwen2.5-1.5B --layers 2 --json")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=("Qwen2.5-1.5B", "Qwen2.5-7B"),
+    help="Published model whose shape is taken; may be given several times.",
+)
+@click.option("--layers", type=click.IntRange(min=1), default=1, help="Layers of it.")
+@click.option("--responses", type=click.IntRange(min=4), default=16, help="Synthetic responses of a step.")
+@click.option("--rounds", type=click.IntRange(min=1), default=1, help="Measured steps of each form, after a warm-up.")
+@with_json
+def step(models: Sequence[str], layers: int, responses: int, rounds: int) -> dict:
+    """Tokens per second of a policy's forward pass with fingerprints and update.
+
+    Packed micro-batches against padded rectangles of 4 responses and a plain loop of transformers and torch's AdamW, on
+    responses of long-tailed lengths (mean 300, longest 2000 tokens): on a GPU in bfloat16, else on one CPU core in
+    float32.
+    """
+    from meds_megatron.bench.step import run
+
+    return run(models, layers, responses, rounds)
 
 
 @bench.command(cls=Command, example="meds bench fingerprint --responses 8 --tokens 64 --json")

@@ -168,7 +168,7 @@ CONFIGS = {
     ),
     "too many virtual stages": setting("4 layers are fewer than the model chunks", parallel__virtual_pipeline=4),
     "ranks over a layout": setting("make the number of ranks a multiple of 2", cluster__ranks_per_node=3),
-    "a mini-batch too small": setting("is smaller than train.micro_batch_responses", train__micro_batch_responses=500),
+    "a micro-batch too small": setting("train.micro_batch_tokens = 50 has no room for", train__micro_batch_tokens=50),
 }
 
 DATA = {
@@ -184,7 +184,7 @@ DATA = {
     "an empty answer": rows("the answer in `answer` is empty", {"question": "?", "answer": ""}),
     "no question": rows("problems.jsonl, row 1: no question", {"answer": "3"}),
     "no answer": rows("problems.jsonl, row 1: no answer", {"question": "?"}),
-    "an answer of a wrong type": rows("must be a text or a number, found a list", {"question": "?", "answer": ["3"]}),
+    "an answer of a wrong type": rows("or a list of these, found a list", {"question": "?", "answer": [["3"]]}),
     "an answer that is no number": rows("found nan", '{"question": "?", "answer": NaN}'),
     "a question of a wrong type": rows("the question in `question` must be a text", {"question": 3, "answer": "3"}),
     "an id of a wrong type": rows("`id` must be a text or a whole number", ROW | {"id": [1]}),
@@ -338,8 +338,8 @@ RUNS = {
 COMMANDS = {
     "no such command": command("No such command 'trian'", "trian"),
     "no argument": command("Missing argument 'CONFIG'", "train"),
-    "no such option": command("No such option '--stpes'", "bench", "step", QUICKSTART, "--stpes", "3"),
-    "an option out of range": command("--steps", "bench", "step", QUICKSTART, "--steps", "0"),
+    "no such option": command("No such option '--stpes'", "bench", "phases", QUICKSTART, "--stpes", "3"),
+    "an option out of range": command("--steps", "bench", "phases", QUICKSTART, "--steps", "0"),
     "an option that is no number": command("--keys", "bench", "memory", "--keys", "many"),
     "a dtype that there is not": command("--dtype", "convert", "to-hf", "{}/model", "{}/out", "--dtype", "int8"),
     "a text that there is not": command("--text", "convert", "verify", "{}/model", "{}/model", "--text", "{}/no.txt"),

@@ -35,6 +35,7 @@ ALLOWED = {
     "rollout": {"config", "weights", "reward", "data", "launch"},
     "actor": {"config", "launch", "model", "weights", "algorithm"},
     "embedded": {"config", "data", "model"},
+    "evaluation": {"config", "data", "reward", "rollout", "launch", "embedded", "weights", "actor"},
     "trainer": PACKAGES - {"bench"},
     "bench": PACKAGES,
     **{module: set() for module in SHARED},

@@ -68,9 +68,9 @@ class FingerprintCollector:
 
     def _hook(self, layer: int, normed: bool):
         def keep(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
-            hidden_SBH = output[0] if isinstance(output, tuple) else output
-            position_N, mine_N = self._owned(hidden_SBH.shape[0])
-            hidden_NH = hidden_SBH[position_N, self._micro_batch.answer_sequence_N].float()
+            hidden_T1H = output[0] if isinstance(output, tuple) else output
+            place_N, mine_N = self._owned(len(hidden_T1H))
+            hidden_NH = hidden_T1H[place_N, 0].float()
             if normed:
                 hidden_NH = rms_norm(hidden_NH, self._final_norm_H, self._chunks[0].config.layernorm_epsilon)
             values_N = (hidden_NH * self._head_NH[self._places_N]).sum(-1)
@@ -79,16 +79,16 @@ class FingerprintCollector:
         return keep
 
     def _owned(self, local_length: int) -> tuple[Tensor, Tensor]:
-        """Position of each answer within this rank's part of the sequence, and whether this rank owns it.
+        """Place of each answer in this rank's part of the micro-batch, and whether this rank owns it.
 
-        With sequence parallelism a rank holds `local_length` consecutive positions; otherwise every tensor-parallel
+        With sequence parallelism a rank holds `local_length` consecutive tokens; otherwise every tensor-parallel
         rank holds them all and rank 0 is the owner. Context parallelism would add its owner rule here.
         """
-        position_N = self._micro_batch.answer_position_N
+        place_N = self._micro_batch.answers_N
         rank = parallel_state.get_tensor_model_parallel_rank()
         if not self._chunks[0].config.sequence_parallel:
-            return position_N, torch.full_like(position_N, rank == 0, dtype=torch.bool)
-        local_N = position_N - rank * local_length
+            return place_N, torch.full_like(place_N, rank == 0, dtype=torch.bool)
+        local_N = place_N - rank * local_length
         mine_N = (local_N >= 0) & (local_N < local_length)
         return torch.where(mine_N, local_N, 0), mine_N
 

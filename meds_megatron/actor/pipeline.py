@@ -6,11 +6,13 @@ from functools import partial
 import numpy as np
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from meds_megatron.actor.logprobs import logprobs_and_entropy
-from meds_megatron.actor.microbatch import MicroBatch, build_micro_batch
+from meds_megatron.actor.microbatch import MicroBatch, build_micro_batch, packed_tokens
 from meds_megatron.actor.train_batch import TrainBatch
+from meds_megatron.config import ParallelLayout
 from meds_megatron.weights.chunks import unwrapped
 
 OnLastStage = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, dict]]
@@ -39,11 +41,16 @@ def run_pipeline(
         micro_batch = next(stream)
         if before_chunk is not None:
             before_chunk(micro_batch)
-        output = model(micro_batch.tokens_BS, micro_batch.positions_BS, attention_mask=None)
+        output = model(
+            micro_batch.tokens_1T,
+            micro_batch.positions_1T,
+            attention_mask=None,
+            packed_seq_params=micro_batch.sequences,
+        )
         return output, partial(finish, micro_batch, model)
 
-    def finish(micro_batch, model, hidden_SBH):
-        hidden_RH = hidden_SBH.flatten(0, 1).index_select(0, micro_batch.predictors_R)
+    def finish(micro_batch, model, hidden_T1H):
+        hidden_RH = hidden_T1H.squeeze(1).index_select(0, micro_batch.predictors_R)
         logprobs_R, entropy_R = logprobs_and_entropy(
             hidden_RH,
             unwrapped(model).head_weight(),
@@ -54,16 +61,27 @@ def run_pipeline(
         loss, kept = on_last_stage(micro_batch, logprobs_R, entropy_R)
         return loss, torch.tensor(1, dtype=torch.int), kept
 
-    pad_to = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    # Generators: a micro-batch is padded only when it is used.
-    streams = [(build_micro_batch(batch, rows, pad_to, device) for rows in micro_batches) for _ in chunks]
+    tokens = _tokens(batch, micro_batches, config)
+    # Generators: a micro-batch is packed only when it is used.
+    streams = [
+        (build_micro_batch(batch, rows, size, device) for rows, size in zip(micro_batches, tokens, strict=True))
+        for _ in chunks
+    ]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=streams if len(chunks) > 1 else streams[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(micro_batches),
-        # With variable_seq_lengths stages exchange the real shapes; these two are required but not used.
-        seq_length=1,
+        # Shape of what stages send each other, before it is divided over the ranks of a stage.
+        seq_length=max(tokens),
         micro_batch_size=1,
         forward_only=forward_only,
     )
+
+
+def _tokens(batch: TrainBatch, micro_batches: list[np.ndarray], config: TransformerConfig) -> list[int]:
+    """Tokens of each micro-batch, padded; in a pipeline all have those of the largest, so that its stages know the
+    shape of what they receive."""
+    layout = ParallelLayout(tensor=config.tensor_model_parallel_size, pipeline=config.pipeline_model_parallel_size)
+    tokens = [layout.padded_tokens(packed_tokens(batch, rows)) for rows in micro_batches]
+    return tokens if layout.pipeline == 1 else [max(tokens)] * len(tokens)

@@ -51,12 +51,12 @@ class Policy:
         fingerprints_BL = fingerprints.gather(len(batch))
         if not is_replica_output_rank():
             return None
-        lengths_B = batch.response_lengths_B
-        return ForwardOutput(
-            logprobs_R=scatter_ragged([part["logprobs"] for part in kept], micro_batches, lengths_B),
-            entropy_R=scatter_ragged([part["entropy"] for part in kept], micro_batches, lengths_B),
-            fingerprints_BL=fingerprints_BL,
-        )
+
+        def in_order(name: str) -> np.ndarray:
+            values_R = torch.cat([part[name] for part in kept]).cpu().numpy()
+            return scatter_ragged([values_R], [np.concatenate(micro_batches)], batch.response_lengths_B)
+
+        return ForwardOutput(in_order("logprobs"), in_order("entropy"), fingerprints_BL)
 
     def update(self, batch: TrainBatch, minibatches: list[list[np.ndarray]], step: int) -> list[UpdateOutput]:
         """One optimizer step for each mini-batch of training step `step`; off the last stage there are no sums.
@@ -72,9 +72,9 @@ class Policy:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             kept = self._run(batch, micro_batches, loss, forward_only=False)
-            loss_share = sum(part["loss"] for part in kept)
+            sums = _add_up(kept)
+            loss_share = sums.pop("loss", 0.0)
             grad_norm, made = optimizer.step(self.optimizer, loss_share)
-            sums = _add_up([part["token_sums"] for part in kept])
             updates.append(UpdateOutput(loss_share, sums, grad_norm, rate, skipped=not made))
         return updates
 
@@ -118,9 +118,7 @@ class _MicroBatchLoss:
         )
         shaped = shape_token_advantages(inputs, self._config.advantage)
         output = policy_loss(replace(inputs, advantages_T=shaped.advantages_T), self._config.policy)
-        sums = output.token_sums | shaped.token_sums
-        token_sums = {name: float(value) for name, value in sums.items()}
-        return output.loss, {"loss": float(output.loss.detach()), "token_sums": token_sums}
+        return output.loss, {"loss": output.loss.detach()} | output.token_sums | shaped.token_sums
 
     def _of(self, micro_batch: MicroBatch, values_R: np.ndarray) -> Tensor:
         return self._to_device(take_ragged(values_R, self._offsets_B1, micro_batch.rows))
@@ -130,9 +128,12 @@ class _MicroBatchLoss:
 
 
 def _keep_logprobs(_micro_batch: MicroBatch, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict]:
-    return logprobs_R.sum(), {"logprobs": logprobs_R.cpu().numpy(), "entropy": entropy_R.cpu().numpy()}
+    return logprobs_R.sum(), {"logprobs": logprobs_R, "entropy": entropy_R}
 
 
-def _add_up(kept: list[dict[str, float]]) -> dict[str, float]:
-    """Sums by name over the micro-batches."""
-    return {name: sum(sums[name] for sums in kept) for name in (kept[0] if kept else {})}
+def _add_up(kept: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Sums by name over the micro-batches of a pass, which leave the device together; none off the last stage."""
+    if not kept:
+        return {}
+    values_MK = torch.stack([torch.stack(list(part.values())) for part in kept])
+    return dict(zip(kept[0], values_MK.double().sum(0).tolist(), strict=True))

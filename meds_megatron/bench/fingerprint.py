@@ -33,9 +33,8 @@ def run(
     published_rounds: int = 1,
     shape: ModelShape = QWEN["Qwen2.5-0.5B"],
 ) -> dict:
-    """Measures forward passes of each kind alternately on `pipeline` ranks, a GPU each (default: two, or one where there
-    is one GPU), or a CPU thread each where there are none (default: two). Weights are random, in bfloat16 on GPUs and
-    float32 without.
+    """Measures forward passes of each kind alternately on `pipeline` ranks: a GPU each (default: two, or the only one),
+    or without GPUs a CPU thread each (default: two). Weights are random, in bfloat16 on GPUs and float32 without.
 
     `responses` sequences of `tokens` tokens, half of them prompt, each with a fingerprint, two in a micro-batch. Keys:
     `forward_s`, `ours_s`, `published_s` (medians), `overhead`, `published_overhead` (medians of the rounds' ratios to
@@ -154,8 +153,8 @@ class _Kinds:
         self._forward()
         for hook in hooks:
             hook.remove()
-        for hidden_SBH in states:
-            hidden_SBH @ self._chunk.head_weight().T
+        for hidden_T1H in states:
+            hidden_T1H @ self._chunk.head_weight().T
 
 
 def _hidden(output: Tensor | tuple) -> Tensor:

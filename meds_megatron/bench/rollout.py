@@ -159,18 +159,25 @@ class PlainEngine:
     def ready(self) -> None:
         pass
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> tuple[int, float]:
-        """Number of tokens and seconds."""
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sampling | Sequence[Sampling], logprobs: int | None = 0
+    ) -> tuple[int, float]:
+        """Number of tokens and seconds; `sampling` is that of all prompts or of each."""
         from vllm import SamplingParams, TokensPrompt
 
-        parameters = SamplingParams(
-            n=sampling.responses,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            logprobs=0,
-        )
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+        parameters = [
+            SamplingParams(
+                n=own.responses,
+                max_tokens=own.max_tokens,
+                temperature=own.temperature,
+                top_p=own.top_p,
+                top_k=own.top_k,
+                seed=own.seed,
+                logprobs=logprobs,
+            )
+            for own in samplings
+        ]
         began = time.perf_counter()
         tokens = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
         outputs = self._llm.generate(tokens, parameters, use_tqdm=False)

@@ -4,12 +4,16 @@ Ranks are numbered in megatron-core's default order: tensor fastest, then data, 
 tensor-parallel group are consecutive and on one node.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.config.schema import Config, ParallelConfig
 from meds_megatron.errors import UserError
+
+TOKEN_MULTIPLE = 64
+"""Micro-batches are padded to a multiple of it, so that their shapes are few."""
 
 
 class RankCoordinates(NamedTuple):
@@ -74,6 +78,11 @@ class ParallelLayout:
 
     def rank(self, tensor: int, data: int, pipeline: int) -> int:
         return tensor + self.tensor * (data + self.data * pipeline)
+
+    def padded_tokens(self, tokens: int) -> int:
+        """Tokens of a micro-batch with its padding, at least one multiple; every rank of a stage gets an equal part."""
+        multiple = math.lcm(TOKEN_MULTIPLE, self.tensor)
+        return max(1, -(-tokens // multiple)) * multiple
 
     def stage_sizes(self, num_layers: int) -> list[int]:
         """Layers on each pipeline stage, first to last.

@@ -40,6 +40,17 @@ class ModelShape:
         """Whether the projections of q, k and v have a bias."""
         return self.architecture == "qwen2"
 
+    def token_operations(self, length: float) -> float:
+        """Floating-point operations of a forward pass for one token of sequences of `length` tokens.
+
+        Matrix products cost 2 a weight, attention 4 * heads * head_dim * context a layer, halved by the causal mask
+        (Megatron-LM, arXiv 2104.04473, section 5.1).
+        """
+        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        weights = self.num_layers * self.hidden_size * (2 * query + 2 * key + 3 * self.ffn_size)
+        weights += self.hidden_size * self.vocab_size
+        return 2 * weights + self.num_layers * 4 * query * length / 2
+
     @classmethod
     def from_hf(cls, directory: str | Path) -> "ModelShape":
         """The shape in `directory`/config.json.

@@ -193,6 +193,9 @@ class RewardConfig:
     memory_gib: float = setting(4.0, ge=0.25)
     """Address space of a grader process, of which 0.1 GiB are its own; an answer that needs more ends it, and its
     grading has failed."""
+    grader: Literal["math_verify", "strict", "limo"] = "math_verify"
+    """`math_verify` accepts any form of the same value, `strict` the same text or number only, `limo` what LIMO's
+    evaluation accepts, its known false accepts included (`reward.rules`)."""
     overlong: OverlongConfig = field(default_factory=OverlongConfig)
 
 
@@ -340,8 +343,11 @@ class TrainConfig:
     prompts_per_step: int = setting(512, gt=0)
     mini_batch_prompts: int = setting(16, gt=0)
     """Prompts of one optimizer update; a step makes prompts_per_step / mini_batch_prompts updates."""
-    micro_batch_responses: int = setting(1, gt=0)
-    """Responses in one forward/backward pass of one data-parallel rank."""
+    micro_batch_tokens: int = setting(8192, gt=0)
+    """Most tokens of one forward and backward pass of one data-parallel rank: responses and their prompts, packed
+    without padding between them."""
+    forward_tokens: int = setting(16384, gt=0)
+    """The same for passes that are forward only, which keep no activations."""
     offload_optimizer: bool | None = None
     """The optimizer's state is in the host's memory while engines on the same GPUs generate, and leaves room for their
     KV cache. Null: where the plan expects the step to be faster. Gradients are never there meanwhile."""
@@ -411,6 +417,10 @@ class WandbConfig:
     project: str = "meds_megatron"
     entity: str | None = None
     group: str | None = None
+    responses_every: int = setting(10, ge=0)
+    """Steps between tables of sample responses, the first after step 1; 0 is none."""
+    responses: int = setting(32, gt=0)
+    """Responses of such a table."""
 
 
 @dataclass

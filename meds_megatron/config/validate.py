@@ -163,21 +163,19 @@ def _check_batches(config: Config) -> None:
         f"train.prompts_per_step = {train.prompts_per_step} is not a multiple of "
         f"train.mini_batch_prompts = {train.mini_batch_prompts}; change one of them",
     )
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    for key in ("micro_batch_tokens", "forward_tokens"):
+        _require(
+            getattr(train, key) >= longest,
+            f"train.{key} = {getattr(train, key)} has no room for a sequence of rollout.max_prompt_tokens + "
+            f"rollout.max_response_tokens = {longest}; raise it to that or more",
+        )
     responses = train.mini_batch_prompts * config.rollout.responses_per_prompt
-    share = train.micro_batch_responses * layout.data
-    sizes = f"train.micro_batch_responses x data-parallel ranks = {train.micro_batch_responses} x {layout.data}"
-    batch = (
-        f"a mini-batch of train.mini_batch_prompts x rollout.responses_per_prompt = {train.mini_batch_prompts} x "
-        f"{config.rollout.responses_per_prompt} responses"
-    )
-    _require(responses >= share, f"{batch} is smaller than {sizes}; enlarge it or use smaller micro-batches")
-    _require(responses % share == 0, f"{batch} is not a multiple of {sizes}; change one of them")
-    micro_batches = responses // share
     _require(
-        layout.virtual == 1 or micro_batches % layout.pipeline == 0,
-        f"the interleaved schedule of parallel.virtual_pipeline = {layout.virtual} needs a multiple of "
-        f"parallel.pipeline = {layout.pipeline} micro-batches a rank, but {batch} makes {micro_batches}; "
-        "change train.mini_batch_prompts or train.micro_batch_responses",
+        responses >= layout.data,
+        f"a mini-batch of train.mini_batch_prompts x rollout.responses_per_prompt = {train.mini_batch_prompts} x "
+        f"{config.rollout.responses_per_prompt} responses is smaller than the {layout.data} data-parallel ranks; "
+        "enlarge it",
     )
 
 

@@ -2,7 +2,8 @@ r"""Rows of jsonl and parquet files, and the question, answer and id in each.
 
 Known layouts: GSM8K (`question`, `answer` ending in `#### 18`), MATH500, AIME and AMC (`problem`, `answer`), verl and
 DAPO-Math-17K (`prompt` as chat messages, `reward_model.ground_truth`, `extra_info.index`), and rows with one of
-`problem`, `question`, `prompt` and one of `answer`, `solution`, where a solution has its answer in a `\boxed{}`.
+`question`, `problem`, `Question`, `prompt`, `input` and one of `answer`, `solution`, where a solution has its answer in
+a `\boxed{}`. An answer may be a text, a number (27.0 is 27) or a list of these, all of which are asked for.
 
 Chat messages may be [user], [system, user], or either followed by an empty assistant message, as in the published MEDS
 parquet files. Only the user's message is kept. The system message of a prompt is `data.system_prompt`, also where a row
@@ -18,7 +19,7 @@ from pathlib import Path
 from meds_megatron.errors import UserError
 from meds_megatron.latex import last_boxed
 
-QUESTION_FIELDS = ("problem", "question", "prompt")
+QUESTION_FIELDS = ("question", "problem", "Question", "prompt", "input")
 ID_FIELDS = ("id", "unique_id")
 PARQUET_BATCH = 1024
 
@@ -137,18 +138,22 @@ def _answer(row: dict) -> str:
         field, value = "solution", row["solution"]
     else:
         raise RowError(f"no answer; expected one of the fields answer, solution, reward_model, found {', '.join(row)}")
-    answer = _answer_text(field, value)
+    answer = answer_text(field, value)
     if not answer:
         raise RowError(f"the answer in `{field}` is empty: fill it in or remove the row")
     return answer
 
 
-def _answer_text(field: str, value: object) -> str:
+def answer_text(field: str, value: object) -> str:
+    """The answer in the value of a field, without its solution; RowError for what is no answer."""
+    if isinstance(value, list) and value and not any(isinstance(part, list) for part in value):
+        return ", ".join(answer_text(field, part) for part in value)
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(int(value)) if value == int(value) else str(value)
     if not isinstance(value, str):
         raise RowError(
-            f"the answer in `{field}` must be a text or a number, found {_kind(value)}: correct or remove the row"
+            f"the answer in `{field}` must be a text, a number or a list of these, found {_kind(value)}: correct or "
+            "remove the row"
         )
     boxed = last_boxed(value)
     if boxed is not None:

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
-    HAVE_TE,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 
 from meds_megatron.config import ModelConfig, ParallelConfig, ParallelLayout
 from meds_megatron.config.model_shape import ModelShape
-from meds_megatron.model.layers import CausalAttention, RMSNorm
+from meds_megatron.model.attention import PackedAttention, use_transformer_engine
+from meds_megatron.model.layers import RMSNorm
 from meds_megatron.weights.chunks import local_parameters, local_table
 from meds_megatron.weights.table import padded_vocab
 
@@ -47,11 +47,6 @@ class PolicyModel(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
-
-
-def use_transformer_engine() -> bool:
-    """Whether layers are Transformer Engine's (it is installed and there is a GPU) or those of the local spec."""
-    return HAVE_TE and torch.cuda.is_available()
 
 
 def transformer_config(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
@@ -82,8 +77,6 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         sequence_parallel=parallel.sequence,
         pipeline_model_parallel_layout=pipeline_layout(ParallelLayout.of(parallel), shape.num_layers),
-        variable_seq_lengths=parallel.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # required by variable_seq_lengths, though no layer has experts
         # With the interleaved schedule two stages send to each other: only unbatched sends and receives keep the order.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
@@ -94,7 +87,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=use_transformer_engine(),
         recompute_granularity=None if model.recompute == "none" else model.recompute,
         recompute_method="uniform" if model.recompute == "full" else None,
         recompute_num_layers=1 if model.recompute == "full" else None,
@@ -128,7 +121,7 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = CausalAttention
+    attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm

@@ -6,46 +6,47 @@ so no masks; sequence parallelism, which divides the norms' activations by the t
 `layer_bytes` are the tensors that autograd keeps for megatron-core 0.16.1's layer as `model.gpt` configures it.
 """
 
+import math
+
 from meds_megatron.config import Config, ModelShape, ParallelLayout
 from meds_megatron.config.model_shape import LOGITS_BLOCK_TOKENS
 from meds_megatron.plan.sizes import ITEM_BYTES, rank_sizes
 from meds_megatron.weights.table import padded_vocab
 
 
-def micro_batch_tokens(config: Config) -> tuple[int, int]:
-    """Tokens of a micro-batch at its longest, and of one of its sequences: all have the longest prompt and response."""
-    length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    if config.parallel.sequence:
-        length = -(-length // config.parallel.tensor) * config.parallel.tensor
-    return config.train.micro_batch_responses * length, length
+def micro_batches(config: Config, layout: ParallelLayout, length: float) -> int:
+    """Micro-batches of one optimizer update on one rank whose sequences have `length` tokens."""
+    responses = -(-config.train.mini_batch_prompts * config.rollout.responses_per_prompt // layout.data)
+    multiple = layout.pipeline if layout.virtual > 1 else 1
+    packs = math.ceil(responses * length / config.train.micro_batch_tokens)
+    return -(-packs // multiple) * multiple
 
 
-def micro_batches(config: Config, layout: ParallelLayout) -> int:
-    """Micro-batches of one optimizer update on one rank."""
-    responses = config.train.mini_batch_prompts * config.rollout.responses_per_prompt
-    return max(1, responses // (config.train.micro_batch_responses * layout.data))
+def longest(config: Config) -> int:
+    """Tokens of the longest prompt and response."""
+    return config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
 
 
-def layer_bytes(config: Config, shape: ModelShape, fused_norms: bool) -> int:
-    """Bytes that one layer keeps for the backward pass of one micro-batch without recomputation.
+def layer_bytes(config: Config, shape: ModelShape, tokens: int, on_gpu: bool) -> int:
+    """Bytes that one layer keeps for the backward pass of a micro-batch of `tokens` tokens without recomputation.
 
-    `fused_norms`: RMSNorm is one kernel, on CUDA; without, it keeps its normalised input in float32 too.
+    On a GPU RMSNorm is one kernel; on a CPU it keeps its normalised input in float32 too. There attention is computed
+    sequence by sequence, and the results of all are a tensor of their own.
     """
     tensor, item = config.parallel.tensor, ITEM_BYTES[config.model.dtype]
-    tokens, length = micro_batch_tokens(config)
     slice_tokens = tokens // tensor if config.parallel.sequence else tokens
     heads, kv_heads = shape.num_heads // tensor, shape.num_kv_heads // tensor
     query, key = heads * shape.head_dim, kv_heads * shape.head_dim
 
-    norm_input = item * shape.hidden_size if fused_norms else 8 * shape.hidden_size
+    norm_input = item * shape.hidden_size if on_gpu else 8 * shape.hidden_size
     # Two norms: input, 1 / rms, and the output as the input of the next linear layer.
     norms = 2 * slice_tokens * (norm_input + 4 + item * shape.hidden_size)
     # q, k and v as one tensor; q and k after the rotation; the kernel's output and its log-sum-exp.
     attention = tokens * (item * (3 * query + 3 * key) + 4 * heads)
-    # Sine and cosine of each position, for q and k.
-    attention += 4 * length * shape.head_dim * item
+    # Sine and cosine of each token's position, for q and k; on a CPU the sequences' results side by side.
+    attention += tokens * item * (4 * shape.head_dim + (0 if on_gpu else query))
     if shape.qk_norm:
-        attention += tokens * (_query_key_norms(query, key, kv_heads, item, fused_norms) + 4 * (heads + kv_heads))
+        attention += tokens * (_query_key_norms(query, key, kv_heads, item, on_gpu) + 4 * (heads + kv_heads))
     # Both halves before the activation, and activation, second half and product as tensors of their own.
     mlp = tokens * item * 5 * shape.ffn_size // tensor
     return norms + attention + mlp
@@ -64,19 +65,19 @@ def _query_key_norms(query: int, key: int, kv_heads: int, item: int, fused: bool
     return 8 * (query + key)
 
 
-def stage_bytes(config: Config, shape: ModelShape, layout: ParallelLayout, stage: int, fused_norms: bool) -> int:
+def stage_bytes(config: Config, shape: ModelShape, layout: ParallelLayout, stage: int, on_gpu: bool) -> int:
     """Bytes that the ranks of a stage keep at the peak of an update, all micro-batches under way together.
 
     Recomputation: `full` keeps the input of each layer and, in the backward pass, the activations of one; `selective`
     recomputes the attention kernel only, which saves nothing where the kernel is fused.
     """
     item = ITEM_BYTES[config.model.dtype]
-    tokens, _ = micro_batch_tokens(config)
+    tokens = layout.padded_tokens(config.train.micro_batch_tokens)
     hidden = item * shape.hidden_size * (tokens // layout.tensor if config.parallel.sequence else tokens)
-    whole = layer_bytes(config, shape, fused_norms)
+    whole = layer_bytes(config, shape, tokens, on_gpu)
     kept = hidden if config.model.recompute == "full" else whole
     sizes = [chunks[stage] for chunks in layout.chunk_sizes(shape.num_layers)]
-    under_way = chunks_under_way(layout, stage, micro_batches(config, layout))
+    under_way = chunks_under_way(layout, stage, micro_batches(config, layout, longest(config)))
     # The earlier chunks, which run first, are those of which the most micro-batches are under way.
     layers = sum(count * size for count, size in zip(under_way, sizes, strict=True))
     kept = layers * kept + (whole if config.model.recompute == "full" else 0)
@@ -85,7 +86,7 @@ def stage_bytes(config: Config, shape: ModelShape, layout: ParallelLayout, stage
         kept += sum(under_way) * hidden
     if stage == layout.pipeline - 1:
         # The final norm, and the hidden states of all positions gathered from the slices and then picked for the head.
-        kept += hidden * (1 if fused_norms else 4) + 2 * item * shape.hidden_size * tokens
+        kept += hidden * (1 if on_gpu else 4) + 2 * item * shape.hidden_size * tokens
     return kept
 
 
@@ -105,13 +106,13 @@ def chunks_under_way(layout: ParallelLayout, stage: int, count: int) -> list[int
     return under_way
 
 
-def head_bytes(config: Config, shape: ModelShape, backward: bool) -> int:
-    """Bytes of the log-probs of one block of tokens on the last stage (`actor.logprobs`).
+def head_bytes(config: Config, shape: ModelShape, tokens: int, backward: bool) -> int:
+    """Bytes of the log-probs of one block of a micro-batch's `tokens` on the last stage (`actor.logprobs`).
 
     Forward: the logits, their exponentials and the product of both, in float32. Backward as much, with the gradient of
     the hidden states in the model's data type; that of the head's weight goes straight into the gradient buffer.
     """
-    item, tokens = ITEM_BYTES[config.model.dtype], micro_batch_tokens(config)[0]
+    item = ITEM_BYTES[config.model.dtype]
     rows = padded_vocab(shape.vocab_size, config.parallel.tensor) // config.parallel.tensor
     block = min(LOGITS_BLOCK_TOKENS, tokens) * rows * 12
     if not backward:
@@ -122,9 +123,9 @@ def head_bytes(config: Config, shape: ModelShape, backward: bool) -> int:
 def backward_bytes(config: Config, shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
     """Bytes of temporary tensors of a backward pass: a parameter's gradient in the model's data type before it is added
     to the buffer, and the gradients of a layer's widest activations."""
-    item, tokens = ITEM_BYTES[config.model.dtype], micro_batch_tokens(config)[0]
+    item, tokens = ITEM_BYTES[config.model.dtype], layout.padded_tokens(config.train.micro_batch_tokens)
     widest = tokens * item * 3 * shape.ffn_size // layout.tensor
     bytes_of_layer = rank_sizes(shape, layout, stage).largest * item + widest
     if stage == layout.pipeline - 1:
-        return max(bytes_of_layer, head_bytes(config, shape, backward=True))
+        return max(bytes_of_layer, head_bytes(config, shape, tokens, backward=True))
     return bytes_of_layer

@@ -1,7 +1,6 @@
 """Time of a step by phase, from stated assumptions (`plan.hardware`): an estimate to compare layouts by.
 
-Matrix products cost 2 operations a weight and token forward and 4 backward, attention 4 * heads * head_dim * context
-operations a layer and token forward, halved by the causal mask (Megatron-LM, arXiv 2104.04473, section 5.1; its fourth
+The backward pass costs twice the operations of the forward pass (Megatron-LM, arXiv 2104.04473, section 5.1; its fourth
 pass, the recomputation, only where that is on). A pipeline of p stages and v chunks idles (p - 1) / (v m) of the
 time of m micro-batches (same paper, section 2.2). Decoding reads all weights and the KV cache of its sequences once a
 step ("Efficiently Scaling Transformer Inference", arXiv 2211.05102, section 2). Nothing is assumed to overlap.
@@ -61,9 +60,10 @@ def step_seconds(
     traffic: StepTraffic,
 ) -> dict[str, float]:
     """Seconds of each of TIMED in a step, without calibration."""
-    compute = tokens.trained_tokens * token_operations(shape, tokens.prompt + tokens.response)
+    length = tokens.prompt + tokens.response
+    compute = tokens.trained_tokens * shape.token_operations(length)
     compute /= layout.ranks * hardware.tflops * 1e12 * hardware.efficiency
-    bubble = 1 + (layout.pipeline - 1) / (layout.virtual * micro_batches(config, layout))
+    bubble = 1 + (layout.pipeline - 1) / (layout.virtual * micro_batches(config, layout, length))
     local = 1e9 * hardware.local_gbyte
     # A node's devices share its network.
     across = hardware.network_gbit / 8 * 1e9 / config.cluster.ranks_per_node
@@ -83,14 +83,6 @@ def step_seconds(
     }
 
 
-def token_operations(shape: ModelShape, length: float) -> float:
-    """Floating-point operations of a forward pass for one token of sequences of `length` tokens."""
-    query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    weights = shape.num_layers * shape.hidden_size * (2 * query + 2 * key + 3 * shape.ffn_size)
-    weights += shape.hidden_size * shape.vocab_size
-    return 2 * weights + shape.num_layers * 4 * query * length / 2
-
-
 def rollout_seconds(config: Config, shape: ModelShape, hardware: Hardware, tokens: StepTokens, memory: Memory) -> float:
     """Time of the engines: each prompt is read once, and its responses are decoded as many at a time as
     `rollout.max_num_seqs` and the KV cache allow; at the end the longest response is decoded almost alone."""
@@ -99,12 +91,12 @@ def rollout_seconds(config: Config, shape: ModelShape, hardware: Hardware, token
     context = tokens.prompt + tokens.response / 2
     cached = max(engine.kv_cache, 0) / (engine.kv_bytes_per_token * (tokens.prompt + tokens.response))
     together = max(1.0, min(rollout.max_num_seqs, mine, cached))
-    prefill = mine / rollout.responses_per_prompt * tokens.prompt * token_operations(shape, tokens.prompt)
+    prefill = mine / rollout.responses_per_prompt * tokens.prompt * shape.token_operations(tokens.prompt)
     prefill /= rollout.tensor * hardware.tflops * 1e12 * hardware.efficiency
 
     def step(sequences: float) -> float:
         read = engine.weights + sequences * context * engine.kv_bytes_per_token
-        products = sequences * token_operations(shape, context) / rollout.tensor
+        products = sequences * shape.token_operations(context) / rollout.tensor
         collectives = 2 * shape.num_layers * hardware.collective_us * 1e-6 if rollout.tensor > 1 else 0
         return (
             max(

@@ -8,6 +8,7 @@ from typing import Any
 
 from meds_megatron.config import Config, ModelShape, ParallelLayout, validate, validate_model
 from meds_megatron.errors import UserError
+from meds_megatron.plan.activations import longest
 from meds_megatron.plan.hardware import GIB, Hardware
 from meds_megatron.plan.memory import Demand, Memory, plan_memory
 
@@ -111,8 +112,11 @@ def _options(config: Config) -> dict[str, list]:
     parallel, train, rollout = config.parallel, config.train, config.rollout
     gpus = config.cluster.nodes * config.cluster.ranks_per_node
     powers = [2**power for power in range(11)]
+    # Micro-batches that have no room for the longest sequence are refused.
+    budgets = [2**power for power in range(20, 9, -1)]
     return {
-        "train.micro_batch_responses": [p for p in reversed(powers) if p < train.micro_batch_responses],
+        "train.micro_batch_tokens": [b for b in budgets if longest(config) <= b < train.micro_batch_tokens],
+        "train.forward_tokens": [b for b in budgets if longest(config) <= b < train.forward_tokens],
         "parallel.sequence": [True] if parallel.tensor > 1 and not parallel.sequence else [],
         "model.recompute": ["full"] if config.model.recompute != "full" else [],
         "parallel.pipeline": [p for p in powers if p <= gpus and p != parallel.pipeline],

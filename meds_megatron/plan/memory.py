@@ -196,12 +196,13 @@ def _phase_parts(
     slack = 1 + hardware.allocator_slack
     last = kind.stage == layout.pipeline - 1
     if phase == "forward":
-        parts = {"activations": layer_bytes(config, shape, fused_norms=on_gpu)}
+        tokens = layout.padded_tokens(config.train.forward_tokens)
+        parts = {"activations": layer_bytes(config, shape, tokens, on_gpu)}
         if last:
-            parts["logits"] = head_bytes(config, shape, backward=False)
+            parts["logits"] = head_bytes(config, shape, tokens, backward=False)
         parts["fingerprints"] = _fingerprint_bytes(config, shape, layout)
         return {name: int(slack * size) for name, size in parts.items()}
-    kept = int(slack * stage_bytes(config, shape, layout, kind.stage, fused_norms=on_gpu))
+    kept = int(slack * stage_bytes(config, shape, layout, kind.stage, on_gpu))
     temporary = int(slack * backward_bytes(config, shape, layout, kind.stage))
     # AdamW of torch, where Transformer Engine's is missing: one float32 tensor more of the state's size on CUDA, when
     # the activations are gone.

@@ -58,7 +58,8 @@ class Plan:
 
     @property
     def micro_batches(self) -> int:
-        return micro_batches(self.config, self.layout)
+        """Of one optimizer update on one rank, of sequences of mean length."""
+        return micro_batches(self.config, self.layout, self.tokens.prompt + self.tokens.response)
 
     def to_dict(self) -> dict:
         """All of it as plain values for JSON: bytes, seconds, counts."""

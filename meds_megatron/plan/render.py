@@ -59,7 +59,7 @@ def divisions(plan: Plan) -> list[str]:
         f"{shape.num_layers} layers as {stages}; on a tensor rank {shape.num_heads // layout.tensor} heads, "
         f"{shape.num_kv_heads // layout.tensor} key/value heads and {shape.ffn_size // layout.tensor} feed-forward "
         f"columns; an update's {train.mini_batch_prompts * plan.config.rollout.responses_per_prompt} responses as "
-        f"{_count(plan.micro_batches, 'micro-batch')} of {train.micro_batch_responses} on each of "
+        f"{_count(plan.micro_batches, 'micro-batch')} of {train.micro_batch_tokens:,} tokens on each of "
         f"{_count(layout.data, 'replica')}."
     ]
 

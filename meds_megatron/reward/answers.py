@@ -1,6 +1,11 @@
 r"""Plain comparison of answers, as normalised texts and as numbers, before math-verify is needed."""
 
+import re
+
 from meds_megatron.reward.notation import normalised, number, quantity
+
+_NUMERAL = re.compile(r"([0-9A-Z]+)_\{?([0-9]+)\}?")
+r"""A number in a base that is not ten, `52_8` or `4210_{5}`."""
 
 
 def compare_plainly(answer: str, truth: str) -> bool | None:
@@ -12,6 +17,7 @@ def compare_plainly(answer: str, truth: str) -> bool | None:
     tolerance: math-verify's rounding to six decimals would make all small ones equal. A unit that only one of the two
     has is ignored; two that are spelled differently are left to math-verify, which ignores those in `\text{}`. The
     comparison takes microseconds.
+    Numerals with a base (`52_8`) are equal only in digits and base.
     """
     plain_answer, plain_truth = normalised(answer), normalised(truth)
     if plain_answer == plain_truth:
@@ -21,6 +27,9 @@ def compare_plainly(answer: str, truth: str) -> bool | None:
         if answer_number == truth_number:
             return True
         return False if answer_number.denominator == truth_number.denominator == 1 else None
+    numerals = _NUMERAL.fullmatch(plain_answer), _NUMERAL.fullmatch(plain_truth)
+    if all(numerals):
+        return numerals[0].groups() == numerals[1].groups()
     return _compare_quantities(answer, truth)
 
 

@@ -1,8 +1,9 @@
-r"""Grading: whether the answer in a response's last `\boxed{}` equals the ground truth.
+r"""Grading: whether the answer in a response equals the ground truth, by one of `reward.rules.RULES`.
 
-Most answers are decided by `reward.answers`. The others are compared by math-verify in grader processes
-(`reward.worker`), which are killed when an answer takes too long; `reward.differences` then rejects what math-verify
-accepts by mistake. A comparison that fails is counted as a failure, not as a wrong answer.
+By the default rules the answer is in the response's last `\boxed{}`, and most answers are decided by `reward.answers`.
+The others are compared by math-verify in grader processes (`reward.worker`), which are killed when an answer takes too
+long; `reward.differences` then rejects what math-verify accepts by mistake. A comparison that fails is counted as a
+failure, not as a wrong answer.
 
 The processes are not a pebble ProcessPool (5.2.3) because a worker killed while it is idle, or while it holds the lock
 of the pipe that all workers share, stops the whole pool, the workers import the driver's main module again, and those
@@ -23,11 +24,9 @@ from multiprocessing import Pipe
 from typing import Literal
 
 from meds_megatron.config.schema import RewardConfig
-from meds_megatron.latex import last_boxed
 from meds_megatron.reward import worker
-from meds_megatron.reward.answers import compare_plainly
-from meds_megatron.reward.differences import surely_different
-from meds_megatron.reward.notation import for_math_verify, normalised
+from meds_megatron.reward.notation import normalised
+from meds_megatron.reward.rules import RULES, Rules
 
 MAX_ANSWER_CHARACTERS = 2000
 """A longer answer or ground truth is not the answer to a problem; parsing it would only use up the time limit."""
@@ -62,11 +61,18 @@ class GraderPool(AbstractContextManager):
     answer that takes its process over `memory_gib` of address space, or whose process ends for another reason, is an
     "error".
 
-    Any thread may call the methods. Each process has a thread that waits for its verdicts; callbacks of a future run in
-    that thread. Use the pool as a context manager: an interpreter with an open pool exits after the last verdict only.
+    `grader` names the rules. Any thread may call the methods. Each process has a thread that waits for its verdicts;
+    callbacks of a future run in that thread. Use the pool as a context manager: an interpreter with an open pool exits
+    after the last verdict only.
     """
 
-    def __init__(self, workers: int, timeout_seconds: float, memory_gib: float = RewardConfig.memory_gib) -> None:
+    def __init__(
+        self,
+        workers: int,
+        timeout_seconds: float,
+        memory_gib: float = RewardConfig.memory_gib,
+        grader: str = RewardConfig.grader,
+    ) -> None:
         if workers < 1 or timeout_seconds <= 0:
             raise ValueError(
                 f"GraderPool needs workers >= 1 and timeout_seconds > 0, not {workers} and {timeout_seconds}"
@@ -74,6 +80,8 @@ class GraderPool(AbstractContextManager):
         self.workers = workers
         self.timeout_seconds = timeout_seconds
         self.memory_gib = memory_gib
+        self.grader = grader
+        self.rules = RULES[grader]
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="grader")
         self._processes: dict[int, GraderProcess] = {}
         self._closed = False
@@ -94,8 +102,8 @@ class GraderPool(AbstractContextManager):
         Equal pairs of boxed answer and ground truth are judged once and share their future, unless that failed. The
         future raises RuntimeError when grader processes do not start, CancelledError when the pool is closed first.
         """
-        pair = (last_boxed(response_text), answer)
-        plain = _plain_verdict(*pair)
+        pair = (self.rules.extract(response_text), answer)
+        plain = _plain_verdict(*pair, self.rules)
         if plain is not None:
             future: Future[Grade] = Future()
             future.set_result(plain)
@@ -129,22 +137,24 @@ class GraderPool(AbstractContextManager):
             process.end()  # Also those that started meanwhile.
 
     def _judge(self, answer: str, truth: str) -> Grade:
-        """math-verify's verdict, from the process of the calling thread, and ours where the two surely differ."""
+        """The verdict of the calling thread's process, and ours where the two surely differ."""
         process = self._processes.get(threading.get_ident())
         if process is None or process.poll() is not None:
             process = self._start()
-        pair = for_math_verify(answer), for_math_verify(truth)
+        pair = self.rules.spell(answer), self.rules.spell(truth)
         grade = process.grade(*pair, self.timeout_seconds)
         if self._closed:
             raise CancelledError("The grader pool was closed")
-        if grade.correct and surely_different(*pair):
+        if grade.outcome == "timeout" and self.rules.slow_is_wrong:
+            return Grade(False, "graded", grade.detail)
+        if grade.correct and self.rules.rejects(*pair):
             return Grade(False, "graded", "math-verify accepts the answer, but its value or structure is different")
         return grade
 
     def _start(self) -> "GraderProcess":
         """New process for the calling thread, which has graded one answer to have its imports and set-up done."""
         for _ in range(MAX_FAILED_STARTS):
-            process = self._processes[threading.get_ident()] = GraderProcess(self.memory_gib)
+            process = self._processes[threading.get_ident()] = GraderProcess(self.memory_gib, self.grader)
             if self._closed:
                 raise CancelledError("The grader pool was closed")
             grade = process.grade("x + 1", "1 + x", START_SECONDS)
@@ -163,12 +173,12 @@ class GraderProcess(subprocess.Popen):
     Its session is its own, so that Ctrl-C in the terminal does not reach it.
     """
 
-    def __init__(self, memory_gib: float) -> None:
+    def __init__(self, memory_gib: float, grader: str = RewardConfig.grader) -> None:
         self._memory_gib = memory_gib
         self._pipe, theirs = Pipe()
         with theirs:
             descriptor = theirs.fileno()
-            arguments = map(str, (descriptor, os.getpid(), int(memory_gib * 2**30)))
+            arguments = map(str, (descriptor, os.getpid(), int(memory_gib * 2**30), grader))
             super().__init__(
                 [sys.executable, "-P", worker.__file__, *arguments],
                 pass_fds=[descriptor],
@@ -206,7 +216,7 @@ def _failed(future: "Future[Grade]") -> bool:
     return future.done() and (future.cancelled() or future.exception() is not None or future.result().failed)
 
 
-def _plain_verdict(answer: str | None, truth: str) -> Grade | None:
+def _plain_verdict(answer: str | None, truth: str, rules: Rules) -> Grade | None:
     """Verdict where it takes no mathematics, else None."""
     if not answer:
         return Grade(False, "no_answer", "no closed \\boxed{} with something in it")
@@ -216,5 +226,5 @@ def _plain_verdict(answer: str | None, truth: str) -> Grade | None:
         return Grade(False, "graded", f"an answer of {len(answer)} characters counts as wrong")
     if len(truth) > MAX_ANSWER_CHARACTERS:
         return Grade(False, "error", f"a ground truth of {len(truth)} characters is too long to compare with")
-    same = compare_plainly(answer, truth)
+    same = rules.compare(answer, truth)
     return None if same is None else Grade(same, "graded")

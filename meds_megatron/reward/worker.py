@@ -1,16 +1,18 @@
-"""Program of a grader process: compares answers with math-verify, one at a time, within limits set in the kernel.
+"""Program of a grader process: compares answers, one at a time, within limits set in the kernel.
 
 `reward.grading` starts this file with the arguments of `main`. It imports nothing of the package, so that a grader
 starts fast and is the same program whatever the driver's main module is.
 """
 
 import ctypes
+import importlib.util
 import json
 import logging
 import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
@@ -39,7 +41,17 @@ def judge(answer: str, truth: str) -> tuple[bool, str]:
     return bool(verify(expected, parsed(answer), timeout_seconds=None, raise_on_error=True)), ""
 
 
-def main(descriptor: int, parent: int, memory_bytes: int) -> None:
+def judge_of(grader: str) -> Callable[[str, str], tuple[bool, str]]:
+    """Function that compares (answer, truth) by the rules of that name: `judge`, or that of the file `limo.py`."""
+    if grader != "limo":
+        return judge
+    spec = importlib.util.spec_from_file_location("limo", os.path.join(os.path.dirname(__file__), "limo.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.judge
+
+
+def main(descriptor: int, parent: int, memory_bytes: int, grader: str = "math_verify") -> None:
     """Answers each [answer, truth, seconds] with a verdict [correct, outcome, detail] until the pipe closes.
 
     `descriptor` is this end of a multiprocessing pipe that carries JSON; `parent` is the process id of the other end's
@@ -55,13 +67,14 @@ def main(descriptor: int, parent: int, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
+    compare = judge_of(grader)
     connection = Connection(descriptor)
     with suppress(EOFError, ConnectionError):  # The pool closed the pipe.
         while True:
             answer, truth, seconds = json.loads(connection.recv_bytes())
             signal.setitimer(signal.ITIMER_PROF, seconds)
             try:
-                correct, detail = judge(answer, truth)
+                correct, detail = compare(answer, truth)
                 verdict = (correct, "graded", detail)
             except MemoryError:
                 os._exit(OUT_OF_MEMORY)  # The memory may still be held: the next answer needs a new process.
@@ -72,4 +85,4 @@ def main(descriptor: int, parent: int, memory_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:4]), *sys.argv[4:])

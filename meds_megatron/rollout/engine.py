@@ -40,10 +40,12 @@ from meds_megatron.weights.resharding.shared_directory import (
 )
 
 if TYPE_CHECKING:
-    from vllm import CompletionOutput, SamplingParams
+    from vllm import LLM, CompletionOutput, SamplingParams
 
     from meds_megatron.weights.resharding.types import Checksums, Rendezvous, StagedBucket, SyncSpec
 
+STEP_TOKENS = 4096
+"""Prompt tokens of a step in evaluations without CUDA: vLLM's own default there."""
 FREE_SHARE = 0.01
 """Of the GPU, which has to be free when vLLM starts. Where the size of the KV cache is given it has no other use, and
 vLLM's default would refuse a GPU on which a trainer rank is."""
@@ -89,13 +91,20 @@ class RolloutEngine:
     """
 
     def __init__(
-        self, config: Config, model_dir: str, use_gpu: bool, index: int = 0, disk_version: int | None = None
+        self,
+        config: Config,
+        model_dir: str,
+        use_gpu: bool,
+        index: int = 0,
+        disk_version: int | None = None,
+        evaluation: bool = False,
     ) -> None:
         """`disk_version` is the version of the weights in `model_dir`. Without it they are not read, and the engine
-        refuses requests until the end of a weight update. `index` is the engine's number in its pool."""
+        refuses requests until the end of a weight update. `index` is the engine's number in its pool. With `evaluation`
+        completions have no log-probabilities, and seeds of requests may be used on any device."""
         ignore_stop_signals()
         self._config, self._model_dir, self._use_gpu, self._index = config, model_dir, use_gpu, index
-        self._disk_version = disk_version
+        self._disk_version, self._evaluation = disk_version, evaluation
         self._version: int | None = None
         self._next_version: int | None = None
         self._update_failed = False
@@ -226,7 +235,8 @@ class RolloutEngine:
         self._stop_token_ids = stop_token_ids(self._model_dir, self._tokenizer.eos_token_id)
         self._shared = SHARED_MEMORY / f"{PREFIX}engine-{secrets.token_hex(8)}"
         self._claim = claim(self._shared)
-        self.llm = make_llm(self._config, self._model_dir, self._use_gpu, self._disk_version is not None)
+        read_weights = self._disk_version is not None
+        self.llm = make_llm(self._config, self._model_dir, self._use_gpu, read_weights, self._evaluation)
         # vLLM logs through the process's handlers instead of its own.
         vllm_logger = logging.getLogger("vllm")
         vllm_logger.handlers.clear()
@@ -282,8 +292,8 @@ class RolloutEngine:
             ignore_eos=not sampling.stop,
             stop_token_ids=self._stop_token_ids if sampling.stop else None,
             # 0: of the sampled token only.
-            logprobs=0,
-            flat_logprobs=True,
+            logprobs=None if self._evaluation else 0,
+            flat_logprobs=not self._evaluation,
             detokenize=False,
         )
 
@@ -295,7 +305,7 @@ class RolloutEngine:
             completions.append(
                 Completion(
                     np.array(token_ids, dtype=np.int64),
-                    np.array(output.logprobs.logprobs, dtype=np.float32),
+                    np.array(output.logprobs.logprobs if output.logprobs else [], dtype=np.float32),
                     text,
                     output.finish_reason,
                     finished.policy_version,
@@ -358,10 +368,14 @@ def _weight_checksums(worker) -> "Checksums":
     return worker.weight_transfer_engine.checksums
 
 
-def make_llm(config: Config, model_dir: str, use_gpu: bool, read_weights: bool = True):
+def make_llm(
+    config: Config, model_dir: str, use_gpu: bool, read_weights: bool = True, evaluation: bool = False
+) -> "LLM":
     """A `vllm.LLM` with this package's weight transfer and the log-probabilities that samples were drawn with.
 
-    Without `read_weights` its weights are random until the first update.
+    Without `read_weights` its weights are random until the first update. With `evaluation` it has no log-probabilities
+    and does not sleep, and without CUDA it never divides a prompt over two steps, where vLLM fails with seeds of
+    requests.
     """
     from vllm import LLM
     from vllm.config import WeightTransferConfig
@@ -369,26 +383,33 @@ def make_llm(config: Config, model_dir: str, use_gpu: bool, read_weights: bool =
     from meds_megatron.weights.resharding.vllm_backend import BACKEND
 
     rollout = config.rollout
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    purpose = (
+        {"logprobs_mode": "raw_logprobs"}
+        | ({} if use_gpu else {"enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, STEP_TOKENS)})
+        if evaluation
+        else {"logprobs_mode": "processed_logprobs"}
+    )
     return LLM(
         model=model_dir,
         trust_remote_code=False,
         load_format="auto" if read_weights else "dummy",
         dtype=engine_dtype(config),
         seed=config.train.seed,
-        max_model_len=rollout.max_prompt_tokens + rollout.max_response_tokens,
+        max_model_len=longest,
         max_num_seqs=rollout.max_num_seqs,
         tensor_parallel_size=rollout.tensor,
         # An engine's ranks are processes of its own machine; on CPU vLLM has no other way.
         distributed_executor_backend="uni" if rollout.tensor == 1 else "mp",
         enforce_eager=rollout.enforce_eager,
         enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",
         # Prompts are token ids, and finished responses are decoded whole, which costs less than token by token.
         skip_tokenizer_init=True,
         disable_log_stats=True,
         use_tqdm_on_load=False,
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-        enable_sleep_mode=use_gpu and rollout.nodes is None,
+        enable_sleep_mode=use_gpu and rollout.nodes is None and not evaluation,
+        **purpose,
         **kv_cache_arguments(rollout, use_gpu),
     )
 

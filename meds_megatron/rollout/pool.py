@@ -81,18 +81,20 @@ class EnginePool:
         placement: Placement,
         disk_version: int | None = None,
         alarm: Future | None = None,
+        evaluation: bool = False,
     ) -> None:
-        """Every wait for the engines ends when `alarm` fails, and raises what it fails with."""
+        """Every wait for the engines ends when `alarm` fails, and raises what it fails with. `evaluation` as in
+        `RolloutEngine`."""
         self.restarts = self.regenerated_prompts = 0
         """Since the last `metrics`."""
         self.finished_requests = 0
         self._run_dir, self._alarm = config.run_dir, alarm or Future()
-        self._disk_version = disk_version
+        self._disk_version, self._evaluation = disk_version, evaluation
         self._actor_class = ray.remote(concurrency_groups={WAITING: 1})(RolloutEngine)
         self._arguments = (config, model_dir, use_gpu)
         self._most_in_flight = IN_FLIGHT * config.rollout.max_num_seqs
         # vLLM can sleep on GPUs only; there is no need where engines have nodes of their own.
-        self._sleeps = use_gpu and config.rollout.nodes is None
+        self._sleeps = use_gpu and config.rollout.nodes is None and not evaluation
         self.asleep = False
         """Whether the engines have left their GPUs' memory to the trainer."""
         self._queue: deque[Request] = deque()
@@ -354,7 +356,7 @@ class EnginePool:
 
     def _make(self, engine: Engine) -> None:
         actor_class = self._actor_class.options(**engine.options)
-        engine.actor = actor_class.remote(*self._arguments, engine.number, self._disk_version)
+        engine.actor = actor_class.remote(*self._arguments, engine.number, self._disk_version, self._evaluation)
 
     def _start(self, engine: Engine) -> None:
         engine.starting = engine.actor.start.remote(engine.health.restarts).future()

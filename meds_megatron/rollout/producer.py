@@ -61,8 +61,10 @@ class GroupProducer:
         """Whether submitted prompts have not been returned yet."""
         return bool(self._generating or self._grading)
 
-    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int | None = None) -> None:
-        """Queues prompts in the pool, `seed` as in `EnginePool.submit`."""
+    def submit(
+        self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling], seed: int | None = None
+    ) -> None:
+        """Queues prompts in the pool, `sampling` and `seed` as in `EnginePool.submit`."""
         numbers = self._pool.submit([prompt.token_ids for prompt in prompts], sampling, seed)
         for number, prompt in zip(numbers, prompts, strict=True):
             self._generating[number] = (next(self._indices), prompt)

@@ -16,7 +16,8 @@ class Completion:
     token_ids_R: np.ndarray
     """int64"""
     logprobs_R: np.ndarray
-    """float32 log-probability of each token as it was sampled: temperature, top-p and top-k applied."""
+    """float32 log-probability of each token as it was sampled: temperature, top-p and top-k applied. Empty from engines
+    of an evaluation."""
     text: str
     """The tokens as text, special tokens left out."""
     finish_reason: Literal["stop", "length"]

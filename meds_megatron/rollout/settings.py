@@ -21,8 +21,9 @@ class Sampling:
     stop: bool = True
     """False ignores end-of-sequence tokens: every response has `max_tokens` (benchmarks)."""
     seed: int | None = None
-    """Seed of the prompt's own generator; None draws from the engine's. Costs speed (`meds bench rollout`), and without
-    CUDA vLLM fails when a step's token budget cuts a seeded prompt."""
+    """Seed of the prompt's own generator, response i has `seed` + i; None draws from the engine's. Costs speed
+    (`meds bench rollout`), and without CUDA vLLM fails when a step's token budget cuts a seeded prompt, which engines
+    of an evaluation avoid."""
 
     @classmethod
     def training(cls, config: RolloutConfig) -> "Sampling":

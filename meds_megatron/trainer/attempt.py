@@ -19,6 +19,7 @@ from meds_megatron.rollout.producer import GroupProducer
 from meds_megatron.trainer import loop
 from meds_megatron.trainer.checkpoint_files import Checkpoint
 from meds_megatron.trainer.checkpointer import Checkpointer, restore_engines
+from meds_megatron.trainer.code_version import code_version
 from meds_megatron.trainer.console import Console, ConsoleHandler
 from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.interruption import Interruption
@@ -49,6 +50,7 @@ def _attempt(
     """Starts the parts of a run side by side, trains, and ends them in reverse order."""
     console = stack.enter_context(Console(config))
     stack.enter_context(process_logging(run.path, "driver", ConsoleHandler(console)))
+    logger.info("code: %s", ", ".join(f"{name} {value}" for name, value in code_version().items()))
     if prompts.skipped:
         logger.warning("%d prompts are longer than rollout.max_prompt_tokens and were left out", prompts.skipped)
     checkpoint = run.newest_checkpoint()
@@ -76,7 +78,7 @@ def _attempt(
     memory = ErrorMemory(config, placement, supervisor)
     stack.callback(memory.close)
     reward = config.reward
-    graders = stack.enter_context(GraderPool(reward.workers, reward.timeout_seconds, reward.memory_gib))
+    graders = stack.enter_context(GraderPool(reward.workers, reward.timeout_seconds, reward.memory_gib, reward.grader))
     state = TrainerState(PromptSampler(len(prompts.train), config.train.seed, config.data.shuffle))
     if checkpoint:
         state.load_state_dict(checkpoint.state)

@@ -130,7 +130,7 @@ def _layers(device: str) -> tuple[str, bool]:
     """The layers that `model.gpt` takes, and why."""
     if device == "cpu":
         return "local: Transformer Engine needs a GPU", True
-    from meds_megatron.model.gpt import use_transformer_engine
+    from meds_megatron.model.attention import use_transformer_engine
 
     return ("Transformer Engine" if use_transformer_engine() else "local: Transformer Engine is not installed"), True
 

@@ -17,6 +17,8 @@ from meds_megatron.config import Config
 
 TABLE_ROWS = 10
 BAR_WIDTH = 60
+SHORTEST_SECONDS = 0.05
+"""A line of a log leaves shorter phases out."""
 SPARKS = "▁▂▃▄▅▆▇█"
 PHASE_COLOURS = {
     "rollout": "cyan",
@@ -149,10 +151,12 @@ class Console:
         """A step as one line for logs."""
         parts = [f"step {step}/{self._steps}"]
         parts += [f"{heading} {_cell(metrics, *column)}" for heading, column in COLUMNS.items() if column[0] in metrics]
-        if phases := _phases(metrics):
-            parts.append("(" + ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items()) + ")")
+        phases = [f"{name} {seconds:.1f}" for name, seconds in _phases(metrics).items() if seconds >= SHORTEST_SECONDS]
+        if phases:
+            parts.append(f"({', '.join(phases)})")
         if "validation/accuracy" in metrics:
             parts.append(f"validation {metrics['validation/accuracy']:.3f}")
+        parts.append(f"after {self._clock()}")
         return "  ".join(parts)
 
 

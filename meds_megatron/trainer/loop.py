@@ -113,8 +113,10 @@ def train(
         if skipped := sum(update.skipped for update in updates):
             logger.warning("step %d: loss or gradient not finite: %d updates skipped", state.step, skipped)
         log.log(state.step, metrics | throughput_metrics(metrics))
+        columns = rollout_columns(rollouts, batch.advantages_B)
+        log.log_responses(state.step, columns)
         if config.train.save_rollouts:
-            run.save_rollouts(state.step, rollout_columns(rollouts, batch.advantages_B))
+            run.save_rollouts(state.step, columns)
         state.bad_updates = check_updates(state.step, state.bad_updates, updates, config, run)
         check_mismatch(state.step, metrics, config)
         # Last: a step that a checkpoint holds has its metrics and rollouts.

@@ -9,7 +9,7 @@ import ray
 from meds_megatron.actor.schedule import Schedule, schedule
 from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput, scatter_ragged
 from meds_megatron.actor.worker import PolicyWorker, rank_env_vars, rank_log
-from meds_megatron.config import Config
+from meds_megatron.config import Config, ModelShape
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.launch.placement import Placement, rank_places
 from meds_megatron.supervised import CONCURRENCY_GROUPS
@@ -32,6 +32,7 @@ class PolicyGroup:
     def __init__(self, config: Config, model_dir: str, placement: Placement, supervisor: Supervisor):
         self.layout = ParallelLayout.from_config(config)
         self._config, self._model_dir, self._supervisor = config, model_dir, supervisor
+        self._shape = ModelShape.from_hf(model_dir)
         worker, env_vars = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(PolicyWorker), rank_env_vars(config)
         self._workers = [
             worker.options(**placement.options(place, env_vars)).remote(config, rank)
@@ -51,9 +52,10 @@ class PolicyGroup:
     def forward(self, batch: TrainBatch, minibatches_B: np.ndarray) -> ForwardOutput:
         """Results for all rows of `batch`; those of rows without a mini-batch are 0.
 
-        The micro-batches are those of an update with the same mini-batches, so that its first log-probs are these.
+        A response's micro-batch has responses of its own mini-batch alone: what it is computed with does not depend on
+        others.
         """
-        work = self._schedule(batch, minibatches_B)
+        work = self._schedule(batch, minibatches_B, self._config.train.forward_tokens)
         flat = [[rows for micro_batches in minibatches for rows in micro_batches] for minibatches in work.micro_batches]
         replicas = self._on_shards("forward", batch, work, flat)
         outputs = [next(output for output in replica if output is not None) for replica in replicas]
@@ -61,7 +63,7 @@ class PolicyGroup:
 
     def update(self, batch: TrainBatch, minibatches_B: np.ndarray, step: int) -> list[UpdateOutput]:
         """The optimizer steps of training step `step`, one a mini-batch."""
-        work = self._schedule(batch, minibatches_B)
+        work = self._schedule(batch, minibatches_B, self._config.train.micro_batch_tokens)
         replicas = self._on_shards("update", batch, work, work.micro_batches, step)
         # Of each replica only ranks of the last stage have sums, and all of them the same.
         outputs = [max(replica, key=lambda updates: len(updates[0].token_sums)) for replica in replicas]
@@ -115,10 +117,10 @@ class PolicyGroup:
         for worker in self._workers:
             ray.kill(worker)
 
-    def _schedule(self, batch: TrainBatch, minibatches_B: np.ndarray) -> Schedule:
+    def _schedule(self, batch: TrainBatch, minibatches_B: np.ndarray, tokens: int) -> Schedule:
         multiple = self.layout.pipeline if self.layout.virtual > 1 else 1
-        size = self._config.train.micro_batch_responses
-        return schedule(batch.lengths_B, minibatches_B, self.layout.data, size, multiple)
+        costs_B = batch.lengths_B * self._shape.token_operations(batch.lengths_B)
+        return schedule(batch.lengths_B, costs_B, minibatches_B, self.layout.data, tokens, multiple)
 
     def _on_all(self, method: str, *args) -> list:
         return self.results([getattr(worker, method).remote(*args) for worker in self._workers])

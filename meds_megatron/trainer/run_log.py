@@ -4,20 +4,16 @@ import errno
 import json
 import logging
 import math
-import netrc
 import os
-import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
-from urllib.parse import urlparse
 
 from meds_megatron.config import Config
 from meds_megatron.errors import UserError
 from meds_megatron.trainer.console import Console
 from meds_megatron.trainer.run_dir import RunDirectory
+from meds_megatron.trainer.wandb_run import WandbRun
 
-WANDB_TIMEOUT_SECONDS = 30
 logger = logging.getLogger(__name__)
 
 
@@ -29,7 +25,8 @@ class RunLog:
         self._console = console
         self._path = run.metrics
         self._file = open(run.metrics, "ab", buffering=0)
-        self._wandb = _start_wandb(run, config, wandb_id) if config.wandb.enabled else None
+        self._wandb = WandbRun(run, config, wandb_id) if config.wandb.enabled else None
+        self._responses_every = config.wandb.responses_every
 
     @property
     def wandb_id(self) -> str | None:
@@ -46,8 +43,14 @@ class RunLog:
             logger.warning("step %d: not finite: %s", step, ", ".join(missing))
         self._append(json.dumps({"step": step, **values}) + "\n")
         if self._wandb:
-            self._wandb.log(values, step=step)
+            self._wandb.log(step, values)
         self._console.step(step, metrics)
+
+    def log_responses(self, step: int, columns: Mapping[str, Sequence]) -> None:
+        """Records samples of a step's responses, columns as of its rollout file, every `wandb.responses_every` steps
+        and after the first."""
+        if self._wandb and self._responses_every and (step == 1 or step % self._responses_every == 0):
+            self._wandb.log_responses(step, columns)
 
     def _append(self, line: str) -> None:
         data, end = line.encode(), os.fstat(self._file.fileno()).st_size
@@ -65,7 +68,7 @@ class RunLog:
     def close(self, failed: bool = False) -> None:
         self._file.close()
         if self._wandb:
-            self._wandb.finish(exit_code=int(failed))
+            self._wandb.finish(failed)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -78,43 +81,3 @@ def _plain_number(value: float) -> float | int | None:
     """NumPy's and torch's scalars as Python's; None for NaN and infinity, which JSON does not have."""
     value = value.item() if hasattr(value, "item") else value
     return value if math.isfinite(value) else None
-
-
-def _start_wandb(run: RunDirectory, config: Config, wandb_id: str | None):
-    """The wandb run; offline without an API key or a connection."""
-    mode = os.environ.get("WANDB_MODE") or ("online" if _has_api_key() else "offline")
-    if mode != "online":
-        os.environ["WANDB_ERROR_REPORTING"] = "false"  # wandb's own crash reports would use the network
-    import wandb
-
-    def start(mode: str, run_id: str):
-        return wandb.init(
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            group=config.wandb.group,
-            name=config.name,
-            id=run_id,
-            resume="allow" if mode == "online" else None,
-            dir=run.path,
-            mode=mode,
-            config=asdict(config),
-            settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_TIMEOUT_SECONDS),
-        )
-
-    try:
-        return start(mode, wandb_id or secrets.token_hex(4))
-    except wandb.Error as error:
-        reason = str(error).strip().splitlines()[0]
-        logger.warning("wandb cannot go online (%s); recording offline in %s", reason, run.path / "wandb")
-        return start("offline", secrets.token_hex(4))  # wandb keeps the id of an attempt that failed
-
-
-def _has_api_key() -> bool:
-    """Whether wandb finds a key without a prompt: in its environment variable or in the user's netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -12,7 +12,6 @@ and `response_length_mean` in tokens. A problem with fewer than k graded respons
 """
 
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from meds_megatron.config import Config
 from meds_megatron.data.prompts import Prompt
+from meds_megatron.evaluation.statistics import accuracy_metrics
 from meds_megatron.rollout.producer import GroupProducer, failed_gradings
 from meds_megatron.rollout.samples import PromptGroup
 from meds_megatron.rollout.settings import Sampling
@@ -70,26 +70,3 @@ def validate(
         for name, value in accuracy_metrics(accuracies, responses).items():
             metrics[f"validation/{prefix}/{name}" if prefix else f"validation/{name}"] = value
     return metrics
-
-
-def accuracy_metrics(accuracies: Sequence[Sequence[float]], responses: int) -> dict[str, float]:
-    """`accuracy`, `mean@<n>` and `pass@<k>` of problems whose graded responses are right (1) or wrong (0), at most
-    `responses` of each; a metric that no problem counts in is missing."""
-    graded = [accuracy for accuracy in accuracies if len(accuracy)]
-    if not graded:
-        return {}
-    metrics = {"accuracy": float(np.mean([np.mean(accuracy) for accuracy in graded]))}
-    if responses == 1:
-        return metrics
-    metrics[f"mean@{responses}"] = metrics["accuracy"]
-    for k in sorted({2**power for power in range(responses.bit_length()) if 2**power <= responses} | {responses}):
-        estimates = [pass_at_k(len(accuracy), int(sum(accuracy)), k) for accuracy in graded if len(accuracy) >= k]
-        if estimates:
-            metrics[f"pass@{k}"] = float(np.mean(estimates))
-    return metrics
-
-
-def pass_at_k(responses: int, right: int, k: int) -> float:
-    """Probability that at least one of `k` responses is right, without bias from `right` of `responses` >= k right
-    ones: 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, section 2.1)."""
-    return 1.0 - math.comb(responses - right, k) / math.comb(responses, k)

@@ -57,7 +57,7 @@ def good_bad_good(
     batch.advantages_B = np.random.default_rng(1).standard_normal(cases.RESPONSES).astype(np.float32)
     batch.loss_weights_B = cases.loss_weights(batch, "token_mean")
     batch.logprobs_R = np.full_like(batch.rollout_logprobs_R, -5.0)
-    work = cases.scheduled(batch, np.zeros(cases.RESPONSES, dtype=np.int64), parallel, 4)
+    work = cases.scheduled(batch, np.zeros(cases.RESPONSES, dtype=np.int64), parallel, cases.PACKS)
     data = rank if parallel.get("data") else 0
     mine, minibatches = batch.select(work.rows[data]), work.micro_batches[data]
     skipped, states = [], []

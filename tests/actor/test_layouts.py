@@ -6,18 +6,19 @@ import pytest
 from tests.model import qwen_cases as cases
 
 LAYOUTS = {
-    "micro-batch 4": (dict(), 4),
-    "TP2": (dict(tensor=2), 1),
-    "TP2+SP": (dict(tensor=2, sequence=True), 2),
-    "PP2": (dict(pipeline=2), 1),
-    "PP2 micro-batch 4": (dict(pipeline=2), 4),
-    "PP2xVPP2": (dict(pipeline=2, virtual_pipeline=2), 1),
-    "PP3, layers do not divide": (dict(pipeline=3), 1),
-    "DP2": (dict(data=2), 1),
-    "DP2 micro-batch 4": (dict(data=2), 4),
-    "DP2xPP2": (dict(data=2, pipeline=2), 2),
-    "TP2xPP2+SP": (dict(tensor=2, pipeline=2, sequence=True), 2),
-    "TP2xDP2": (dict(tensor=2, data=2), 1),
+    "packs": (dict(), cases.PACKS),
+    "pairs": (dict(), cases.PAIRS),
+    "TP2": (dict(tensor=2), cases.ONE_BY_ONE),
+    "TP2+SP": (dict(tensor=2, sequence=True), cases.PAIRS),
+    "PP2": (dict(pipeline=2), cases.ONE_BY_ONE),
+    "PP2 packs": (dict(pipeline=2), cases.PACKS),
+    "PP2xVPP2": (dict(pipeline=2, virtual_pipeline=2), cases.ONE_BY_ONE),
+    "PP3, layers do not divide": (dict(pipeline=3), cases.ONE_BY_ONE),
+    "DP2": (dict(data=2), cases.ONE_BY_ONE),
+    "DP2 packs": (dict(data=2), cases.PACKS),
+    "DP2xPP2": (dict(data=2, pipeline=2), cases.PAIRS),
+    "TP2xPP2+SP": (dict(tensor=2, pipeline=2, sequence=True), cases.PAIRS),
+    "TP2xDP2": (dict(tensor=2, data=2), cases.ONE_BY_ONE),
 }
 AGGREGATIONS = ["token_mean", "sequence_mean", "sequence_sum"]
 
@@ -26,7 +27,7 @@ AGGREGATIONS = ["token_mean", "sequence_mean", "sequence_sum"]
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_loss_and_gradient_norm_as_on_one_rank(ranks, tmp_path_factory, model, layout):
     directory = cases.cached_model(tmp_path_factory, model)
-    expected = update(ranks, directory, dict(), micro_batch=1)
+    expected = update(ranks, directory, dict(), cases.ONE_BY_ONE)
     found = update(ranks, directory, *LAYOUTS[layout])
     for ours, theirs in zip(found, expected, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
@@ -41,8 +42,8 @@ def test_same_loss_and_gradient_norm_as_on_one_rank(ranks, tmp_path_factory, mod
 )
 def test_every_aggregation_and_loss_is_global(ranks, tmp_path_factory, aggregation, loss):
     directory = cases.cached_model(tmp_path_factory, "qwen3 tied")
-    expected = update(ranks, directory, dict(), 1, aggregation, loss)
-    found = update(ranks, directory, dict(data=2, pipeline=2), 2, aggregation, loss)
+    expected = update(ranks, directory, dict(), cases.ONE_BY_ONE, aggregation, loss)
+    found = update(ranks, directory, dict(data=2, pipeline=2), cases.PACKS, aggregation, loss)
     assert found[1]["loss"] == pytest.approx(expected[1]["loss"], abs=1e-5)
     assert found[1]["grad_norm"] == pytest.approx(expected[1]["grad_norm"], rel=1e-5)
 
@@ -51,13 +52,12 @@ _known: dict[tuple, list[dict]] = {}
 
 
 def update(
-    ranks, directory, parallel: dict, micro_batch: int, aggregation: str = "token_mean", loss: str = "ppo"
+    ranks, directory, parallel: dict, tokens: int, aggregation: str = "token_mean", loss: str = "ppo"
 ) -> list[dict]:
     """Loss, gradient norm and KL of both updates of the training step, added up over the data-parallel ranks."""
-    key = (str(directory), tuple(parallel.items()), micro_batch, aggregation, loss)
+    key = (str(directory), tuple(parallel.items()), tokens, aggregation, loss)
     if key not in _known:
-        sizes = [parallel.get(axis, 1) for axis in ("tensor", "pipeline", "data")]
-        arguments = (str(directory), parallel, micro_batch, aggregation, loss)
-        results = ranks.run(int(np.prod(sizes)), cases.forward_and_update, *arguments)
+        arguments = (str(directory), parallel, tokens, aggregation, loss)
+        results = ranks.run(cases.world_size(parallel), cases.forward_and_update, *arguments)
         _known[key] = cases.add_up(results)
     return _known[key]

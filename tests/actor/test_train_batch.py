@@ -72,21 +72,28 @@ def test_results_of_ranks_come_back_in_order(lengths, ranks, random):
     assert scatter_ragged(parts, shares, data.response_lengths_B).tolist() == data.rollout_logprobs_R.tolist()
 
 
-@given(LENGTHS, st.integers(1, 4))
-def test_predicting_positions_come_one_before_their_targets(lengths, pad_to):
+@given(LENGTHS, st.integers(0, 4), st.randoms(use_true_random=False))
+def test_a_pack_holds_its_sequences_one_after_the_other(lengths, padding, random):
     data = build(lengths)
-    batch = build_micro_batch(data, np.arange(len(lengths)), pad_to, "cpu")
-    count, width = batch.tokens_BS.shape
-    assert width % pad_to == 0
-    positions, sequences = batch.predictors_R // count, batch.predictors_R % count
-    assert batch.tokens_BS[sequences, positions + 1].tolist() == batch.targets_R.tolist()
-    answers = batch.tokens_BS[batch.answer_sequence_N, batch.answer_position_N + 1]
-    assert answers.tolist() == [100 * row + sum(lengths[row]) - 1 for row in batch.answer_rows]
+    rows = np.array(random.sample(range(len(lengths)), len(lengths) // 2 + 1))
+    used = sum(sum(lengths[row]) for row in rows)
+    pack = build_micro_batch(data, rows, used + padding, "cpu")
+    tokens_T = pack.tokens_1T[0]
+    expected = [100 * row + position for row in rows for position in range(sum(lengths[row]))]
+    assert tokens_T.tolist() == [*expected, *[0] * padding]
+    assert pack.positions_1T[0, :used].tolist() == [token % 100 for token in expected]
+    bounds = pack.sequences.cu_seqlens_q.tolist()
+    assert bounds[: len(rows) + 1] == [0, *np.cumsum([sum(lengths[row]) for row in rows])]
+    assert bounds[-1] == used + padding
+    assert tokens_T[pack.predictors_R + 1].tolist() == pack.targets_R.tolist()
+    assert pack.targets_R.tolist() == [t for row in rows for t in 100 * row + np.arange(*np.cumsum(lengths[row]))]
+    assert pack.answer_rows.tolist() == [row for row in rows if lengths[row][1] > 1]
+    assert tokens_T[pack.answers_N + 1].tolist() == [100 * row + sum(lengths[row]) - 1 for row in pack.answer_rows]
 
 
-def test_an_empty_micro_batch_still_has_a_sequence():
+def test_an_empty_micro_batch_is_padding():
     batch = build_micro_batch(build([(2, 3)]), np.zeros(0, dtype=np.int64), 4, "cpu")
-    assert batch.tokens_BS.shape == (1, 4)
+    assert batch.tokens_1T.tolist() == [[0] * 4] and batch.sequences.cu_seqlens_q.tolist() == [0, 4]
     assert len(batch.targets_R) == len(batch.answer_rows) == 0
 
 

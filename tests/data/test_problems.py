@@ -94,11 +94,22 @@ def test_verl_rows_keep_their_prompt_and_index(tmp_path):
         ({"problem": "q", "answer": "it is $\\boxed{12}$"}, ("file:1", "q", "12")),
         ({"question": "q", "answer": "2+2=4\n#### 1,400 "}, ("file:1", "q", "1,400")),
         ({"question": "q", "answer": 100.0}, ("file:1", "q", "100")),
+        ({"Question": "q", "answer": 27.0}, ("file:1", "q", "27")),
+        ({"input": "q", "answer": ["$2$", 3.0, "4.5"]}, ("file:1", "q", "$2$, 3, 4.5")),
+        ({"question": "q", "problem": "p", "answer": ["\\boxed{7}"]}, ("file:1", "q", "7")),
     ],
 )
 def test_generic_rows(tmp_path, row, expected):
     problem = load_problems([write_jsonl(tmp_path / "file.jsonl", row)])[0]
     assert (problem.id, problem.question, problem.answer) == expected
+
+
+def test_a_line_ends_at_a_line_feed_alone(tmp_path):
+    """Python's own idea of lines would also end them at the separators that JSON texts may hold."""
+    question = "a\u2028b\u2029c\x85d\x0be"
+    path = tmp_path / "file.jsonl"
+    path.write_text(json.dumps({"question": question, "answer": "1"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [problem.question for problem in load_problems([str(path)])] == [question]
 
 
 def test_blank_lines_are_counted_but_are_no_problems(tmp_path):
@@ -112,15 +123,15 @@ def test_blank_lines_are_counted_but_are_no_problems(tmp_path):
         (b"{not json", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
         ([1, 2], "expected a JSON object with a question and an answer, found a list"),
-        ({"answer": "1"}, "no question; expected one of the fields problem, question, prompt, found answer"),
+        ({"answer": "1"}, "no question; expected one of the fields question, problem, Question, prompt, input, found"),
         ({"question": "  ", "answer": "1"}, "the question in `question` is empty"),
         ({"question": 4, "answer": "1"}, "must be a text, found 4"),
         ({"question": "q", "text": "1"}, "no answer; expected one of the fields answer, solution"),
         ({"question": "q", "answer": ""}, "the answer in `answer` is empty"),
         ({"question": "q", "answer": "sum\n####"}, "the answer in `answer` is empty"),
-        ({"question": "q", "answer": True}, "must be a text or a number, found True"),
-        ({"question": "q", "answer": float("nan")}, "must be a text or a number, found nan"),
-        ({"question": "q", "answer": ["1"]}, "must be a text or a number, found a list"),
+        ({"question": "q", "answer": True}, "must be a text, a number or a list of these, found True"),
+        ({"question": "q", "answer": float("nan")}, "must be a text, a number or a list of these, found nan"),
+        ({"question": "q", "answer": []}, "must be a text, a number or a list of these, found a list"),
         ({"question": "q", "solution": "it is 4"}, "the solution has no"),
         ({"id": 1.5, "question": "q", "answer": "1"}, "`id` must be a text or a whole number"),
         ({"id": "", "question": "q", "answer": "1"}, "`id` must be a text or a whole number"),

@@ -85,7 +85,7 @@ class Run:
             f"train.steps={steps}",
             f"train.prompts_per_step={PROMPTS}",
             f"train.mini_batch_prompts={PROMPTS}",
-            "train.micro_batch_responses=6",
+            "train.micro_batch_tokens=384",
             "train.validate_every=0",
             "train.export_hf=false",
             "checkpoint.every=1",

@@ -61,29 +61,36 @@ def train_batch() -> TrainBatch:
     )
 
 
-def scheduled(batch: TrainBatch, minibatches_B: np.ndarray, parallel: dict, micro_batch: int) -> Schedule:
+ONE_BY_ONE, PAIRS, PACKS = 1, 30, 60
+"""Tokens of a micro-batch with room for one sequence, for about two and for about four."""
+
+
+def scheduled(batch: TrainBatch, minibatches_B: np.ndarray, parallel: dict, tokens: int) -> Schedule:
     multiple = parallel["pipeline"] if parallel.get("virtual_pipeline", 1) > 1 else 1
-    return schedule(batch.lengths_B, minibatches_B, parallel.get("data", 1), micro_batch, multiple)
+    lengths_B = batch.lengths_B
+    return schedule(lengths_B, lengths_B, minibatches_B, parallel.get("data", 1), tokens, multiple)
 
 
-def run_forward(policy, batch: TrainBatch, parallel: dict, micro_batch: int) -> ForwardOutput | None:
-    work = scheduled(batch, MINIBATCHES_B, parallel, micro_batch)
+def world_size(parallel: dict) -> int:
+    return int(np.prod([parallel.get(axis, 1) for axis in ("tensor", "context", "data", "pipeline")]))
+
+
+def run_forward(policy, batch: TrainBatch, parallel: dict, tokens: int) -> ForwardOutput | None:
+    work = scheduled(batch, MINIBATCHES_B, parallel, tokens)
     return policy.forward(batch, [rows for minibatch in work.micro_batches[0] for rows in minibatch])
 
 
 def forward(
-    rank: int, directory: str, parallel: dict, micro_batch: int = 2, norm: str = "last", dtype: str = "float32"
+    rank: int, directory: str, parallel: dict, tokens: int = PAIRS, norm: str = "last", dtype: str = "float32"
 ) -> ForwardOutput | None:
     """Our policy's results for `train_batch`, on one rank of a layout."""
-    policy = make_policy(directory, parallel, micro_batch, norm=norm, dtype=dtype)
-    return run_forward(policy, train_batch(), parallel, micro_batch)
+    policy = make_policy(directory, parallel, norm=norm, dtype=dtype)
+    return run_forward(policy, train_batch(), parallel, tokens)
 
 
-def forward_in_order(rank: int, directory: str, parallel: dict, micro_batch: int, order) -> ForwardOutput | None:
+def forward_in_order(rank: int, directory: str, parallel: dict, tokens: int, order) -> ForwardOutput | None:
     """The same for the responses in another order."""
-    return run_forward(
-        make_policy(directory, parallel, micro_batch), train_batch().select(order), parallel, micro_batch
-    )
+    return run_forward(make_policy(directory, parallel), train_batch().select(order), parallel, tokens)
 
 
 def bytes_sent(rank: int, directory: str, parallel: dict) -> int:
@@ -106,20 +113,28 @@ def on_one_rank(ranks, directory: Path) -> ForwardOutput:
 
 
 def forward_and_update(
-    rank: int, directory: str, parallel: dict, micro_batch: int, aggregation: str, loss: str
+    rank: int, directory: str, parallel: dict, tokens: int, aggregation: str, loss: str
 ) -> list[dict]:
     """One training step with made-up advantages on one rank: a dict of sums and the gradient norm for each update."""
     layout = {name: size for name, size in parallel.items() if name != "data"}
-    policy = make_policy(directory, layout, micro_batch, aggregation, loss=loss)
-    return train_step(policy, parallel, micro_batch, aggregation)
+    policy = make_policy(directory, layout, aggregation, loss=loss)
+    return train_step(policy, parallel, tokens, aggregation)
 
 
-def train_step(policy, parallel: dict, micro_batch: int = 2, aggregation: str = "token_mean") -> list[dict]:
-    """The training step of `forward_and_update` on a policy that exists."""
+def train_step(policy, parallel: dict, tokens: int = PAIRS, aggregation: str = "token_mean") -> list[dict]:
+    """The updates of `whole_step`."""
+    return whole_step(policy, parallel, tokens, aggregation)[-1]
+
+
+def whole_step(
+    policy, parallel: dict, tokens: int, aggregation: str = "token_mean"
+) -> tuple[np.ndarray, ForwardOutput, list[dict]]:
+    """One training step with made-up advantages on one rank: the rows of its data-parallel rank, their forward pass,
+    and a dict of sums and the gradient norm for each update."""
     whole = train_batch()
     whole.advantages_B = np.random.default_rng(1).standard_normal(RESPONSES).astype(np.float32)
     whole.loss_weights_B = loss_weights(whole, aggregation)
-    work = scheduled(whole, MINIBATCHES_B, parallel, micro_batch)
+    work = scheduled(whole, MINIBATCHES_B, parallel, tokens)
     from megatron.core import parallel_state
 
     data = parallel_state.get_data_parallel_rank()
@@ -129,10 +144,11 @@ def train_step(policy, parallel: dict, micro_batch: int = 2, aggregation: str = 
     torch.distributed.all_gather_object(everyone, (data, output))
     (found,) = [result for rank, result in everyone if result is not None and rank == data]
     mine.logprobs_R, mine.entropy_R = found.logprobs_R, found.entropy_R
-    return [
+    updates = [
         {**update.token_sums, **({"loss": update.loss} if update.token_sums else {}), "grad_norm": update.grad_norm}
         for update in policy.update(mine, minibatches, step=0)
     ]
+    return work.rows[data], found, updates
 
 
 def loss_weights(batch: TrainBatch, aggregation: str) -> np.ndarray:
@@ -167,12 +183,14 @@ def add_up(results: list[list[dict]]) -> list[dict]:
 def make_policy(
     directory: str,
     parallel: dict,
-    micro_batch: int = 2,
     aggregation: str = "token_mean",
     norm: str = "last",
     dtype: str = "float32",
     loss: str = "ppo",
 ):
+    """The policy of a rank, whose groups are made with the first."""
+    from megatron.core import parallel_state
+
     from meds_megatron.actor.policy import Policy
     from meds_megatron.actor.process_group import form_groups
     from meds_megatron.config import Config, ParallelConfig
@@ -180,11 +198,11 @@ def make_policy(
     config = Config(parallel=ParallelConfig(**parallel))
     config.model.dtype, config.memory.norm = dtype, norm
     config.rollout.max_prompt_tokens = config.rollout.max_response_tokens = 16
-    config.train.micro_batch_responses = micro_batch
     config.policy.aggregation, config.policy.loss = aggregation, loss
     # Large enough that the second update of a step depends on what the first one did.
     config.optimizer.lr, config.optimizer.warmup_steps = 1e-3, 1
-    form_groups(config.parallel, seed=0)
+    if not parallel_state.model_parallel_is_initialized():
+        form_groups(config.parallel, seed=0)
     return Policy(config, directory, "cpu")
 
 

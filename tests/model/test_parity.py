@@ -24,9 +24,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("model", cases.MODELS)
 def test_logprobs_entropy_and_fingerprints_match_transformers(ranks, model_dirs, model, layout):
     parallel = LAYOUTS[layout]
-    world_size = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
     expected = cases.transformers_answers(model_dirs[model])
-    results = ranks.run(world_size, cases.forward, str(model_dirs[model]), parallel)
+    results = ranks.run(cases.world_size(parallel), cases.forward, str(model_dirs[model]), parallel)
     (found,) = [result for result in results if result is not None]
     assert np.abs(found.logprobs_R - expected.logprobs_R).max() < 1e-4
     assert np.abs(found.entropy_R - expected.entropy_R).max() < 1e-4
@@ -47,9 +46,8 @@ def test_logprobs_entropy_and_fingerprints_match_transformers(ranks, model_dirs,
     ids=str,
 )
 def test_layers_that_do_not_divide_over_the_stages_match_transformers(ranks, seven_layers, parallel):
-    world_size = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
     expected = cases.transformers_answers(seven_layers)
-    results = ranks.run(world_size, cases.forward, str(seven_layers), parallel)
+    results = ranks.run(cases.world_size(parallel), cases.forward, str(seven_layers), parallel)
     (found,) = [result for result in results if result is not None]
     assert np.abs(found.logprobs_R - expected.logprobs_R).max() < 1e-4
     assert np.abs(found.entropy_R - expected.entropy_R).max() < 1e-4
@@ -60,21 +58,19 @@ def test_layers_that_do_not_divide_over_the_stages_match_transformers(ranks, sev
 @pytest.mark.parametrize("norm", ["all", "none"])
 def test_layers_that_pass_the_final_norm_are_configurable(ranks, model_dirs, norm, layout):
     directory, parallel = model_dirs["qwen3 untied"], LAYOUTS[layout]
-    world_size = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
     expected = cases.transformers_answers(directory, norm)
-    results = ranks.run(world_size, cases.forward, str(directory), parallel, 2, norm)
+    results = ranks.run(cases.world_size(parallel), cases.forward, str(directory), parallel, cases.PAIRS, norm)
     (found,) = [result for result in results if result is not None]
     assert np.abs(found.fingerprints_BL - expected.fingerprints_BL).max() < 1e-4
     assert np.abs(expected.fingerprints_BL - cases.transformers_answers(directory).fingerprints_BL).max() > 0.1
 
 
 @pytest.mark.parametrize("layout", ["TP1", "PP2xVPP2", "TP2xPP2+SP"])
-@pytest.mark.parametrize("micro_batch", [1, 3, 7])
-def test_values_belong_to_their_responses_in_any_order(ranks, model_dirs, micro_batch, layout):
+@pytest.mark.parametrize("tokens", [cases.ONE_BY_ONE, cases.PAIRS, 2 * cases.PACKS])
+def test_values_belong_to_their_responses_in_any_order(ranks, model_dirs, tokens, layout):
     directory, parallel = model_dirs["qwen2 tied"], LAYOUTS[layout]
-    world_size = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
-    order = np.random.default_rng(micro_batch).permutation(cases.RESPONSES)
-    results = ranks.run(world_size, cases.forward_in_order, str(directory), parallel, micro_batch, order)
+    order = np.random.default_rng(tokens).permutation(cases.RESPONSES)
+    results = ranks.run(cases.world_size(parallel), cases.forward_in_order, str(directory), parallel, tokens, order)
     (found,) = [result for result in results if result is not None]
     expected = cases.on_one_rank(ranks, directory)
     assert np.abs(found.fingerprints_BL - expected.fingerprints_BL[order]).max() < 1e-5
@@ -87,8 +83,9 @@ def test_values_belong_to_their_responses_in_any_order(ranks, model_dirs, micro_
 def test_bfloat16_weights_give_float32_values(ranks, tmp_path, layout):
     directory = cases.make_model(tmp_path / "model", "qwen3 untied", spread=0.0)
     parallel = LAYOUTS[layout]
-    world_size = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
-    results = ranks.run(world_size, cases.forward, str(directory), parallel, 2, "last", "bfloat16")
+    results = ranks.run(
+        cases.world_size(parallel), cases.forward, str(directory), parallel, cases.PAIRS, "last", "bfloat16"
+    )
     (found,) = [result for result in results if result is not None]
     expected = cases.transformers_answers(directory).fingerprints_BL
     assert np.abs(found.fingerprints_BL - expected).max() < 2e-2

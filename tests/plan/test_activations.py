@@ -7,18 +7,20 @@ import torch
 import torch.distributed as dist
 
 from meds_megatron.config import QWEN, Config, ParallelConfig, ParallelLayout
-from meds_megatron.plan.activations import chunks_under_way, layer_bytes, micro_batch_tokens
+from meds_megatron.plan.activations import chunks_under_way, layer_bytes
 from tests.plan import meta_rank
 
 SIZES = dict(hidden_size=256, num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64, ffn_size=768, vocab_size=512)
 MODELS = {"qwen2": replace(QWEN["Qwen2.5-7B"], **SIZES), "qwen3": replace(QWEN["Qwen3-8B"], **SIZES)}
 
 
+LENGTHS = [100, 28, 128]
+"""Of the packed sequences of a micro-batch."""
+
+
 def config_of(parallel: dict, dtype: str) -> Config:
     config = Config(parallel=ParallelConfig(**parallel))
     config.model.dtype = dtype
-    config.rollout.max_prompt_tokens, config.rollout.max_response_tokens = 32, 96
-    config.train.micro_batch_responses = 2
     return config
 
 
@@ -28,28 +30,30 @@ def config_of(parallel: dict, dtype: str) -> Config:
 def test_a_layer_keeps_the_predicted_bytes_for_the_backward_pass(ranks, model, parallel, dtype):
     config = config_of(parallel, dtype)
     (found,) = ranks.run(1, kept_bytes, MODELS[model], config)
-    assert layer_bytes(config, MODELS[model], fused_norms=False) == found
+    assert layer_bytes(config, MODELS[model], sum(LENGTHS), on_gpu=False) == found
 
 
 def test_fused_norms_keep_less_and_sequence_parallelism_divides_the_norms():
     shape, plain = MODELS["qwen2"], config_of(dict(tensor=2), "bfloat16")
     split = config_of(dict(tensor=2, sequence=True), "bfloat16")
-    tokens, _ = micro_batch_tokens(plain)
-    whole = layer_bytes(plain, shape, fused_norms=True)
-    assert layer_bytes(plain, shape, fused_norms=False) - whole == 2 * tokens * 6 * shape.hidden_size
-    assert whole - layer_bytes(split, shape, fused_norms=True) == 2 * tokens // 2 * (4 * shape.hidden_size + 4)
+    tokens = sum(LENGTHS)
+    whole = layer_bytes(plain, shape, tokens, on_gpu=True)
+    results = 2 * shape.num_heads * shape.head_dim // 2
+    assert layer_bytes(plain, shape, tokens, on_gpu=False) - whole == tokens * (2 * 6 * shape.hidden_size + results)
+    assert whole - layer_bytes(split, shape, tokens, on_gpu=True) == 2 * tokens // 2 * (4 * shape.hidden_size + 4)
 
 
 def kept_bytes(_rank: int, shape, config: Config) -> int:
     """Bytes of all tensors that autograd saves for one layer, each storage once, without the parameters."""
+    from meds_megatron.model.attention import packed_sequences
     from meds_megatron.model.gpt import build_chunks, transformer_config
 
     meta_rank.install("cpu")
     dist.destroy_process_group()
     parallel = config.parallel
-    tokens, length = micro_batch_tokens(config)
+    tokens, sequences = sum(LENGTHS), packed_sequences(LENGTHS, "cpu")
     with meta_rank.rank_of(parallel, parallel.tensor, 0):
-        (chunk,) = build_chunks(shape, transformer_config(shape, config.model, parallel), length)
+        (chunk,) = build_chunks(shape, transformer_config(shape, config.model, parallel), tokens)
         ours = {parameter.untyped_storage()._cdata for parameter in chunk.parameters()}
         kept: dict[int, torch.Tensor] = {}
 
@@ -57,12 +61,12 @@ def kept_bytes(_rank: int, shape, config: Config) -> int:
             kept[tensor.untyped_storage()._cdata] = tensor
             return tensor
 
-        rows = length // parallel.tensor if parallel.sequence else length
+        rows = tokens // parallel.tensor if parallel.sequence else tokens
         dtype = getattr(torch, config.model.dtype)
-        hidden = torch.randn(rows, tokens // length, shape.hidden_size, dtype=dtype, requires_grad=True)
-        rope = chunk.rotary_pos_emb(length)
+        hidden = torch.randn(rows, 1, shape.hidden_size, dtype=dtype, requires_grad=True)
+        rope = chunk.rotary_pos_emb(max(LENGTHS), packed_seq=True)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            chunk.decoder.layers[0](hidden, attention_mask=None, rotary_pos_emb=rope)
+            chunk.decoder.layers[0](hidden, attention_mask=None, rotary_pos_emb=rope, packed_seq_params=sequences)
     return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in ours)
 
 

@@ -27,7 +27,7 @@ ON_FOUR_NODES = ["cluster.nodes=4", "rollout.engines=4", "rollout.kv_cache_gib=4
 TOO_LARGE = {
     "72B on four nodes": (QWEN_72B, ON_FOUR_NODES),
     "72B on one node": (QWEN_72B, ["cluster.nodes=1", "rollout.engines=1", "parallel.pipeline=1"]),
-    "activations": (CONFIGS / "meds_qwen3_8b.yaml", ["train.micro_batch_responses=8", "parallel.sequence=false"]),
+    "activations": (CONFIGS / "meds_qwen3_8b.yaml", ["train.micro_batch_tokens=65536", "parallel.sequence=false"]),
     "KV cache": (CONFIGS / "meds_qwen2.5_32b.yaml", ["rollout.tensor=1"]),
     "KV cache of the config": (QWEN_72B, ["rollout.kv_cache_gib=0.1"]),
 }
@@ -137,7 +137,8 @@ def test_engines_on_nodes_of_their_own_share_no_gpu_with_the_trainer():
 @pytest.mark.parametrize(
     ("changes", "phase", "grows"),
     [
-        (["train.micro_batch_responses=2"], "update", True),
+        (["train.micro_batch_tokens=16384"], "update", True),
+        (["train.forward_tokens=65536"], "forward", True),
         (["model.recompute=full"], "update", False),
         (["parallel.virtual_pipeline=2"], "update", True),
         (["rollout.kv_cache_gib=30"], "generate", False),

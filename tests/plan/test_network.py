@@ -48,6 +48,7 @@ def test_tensor_parallel_layers_send_what_is_predicted(ranks, sequence, recomput
 
 def sent_by_layers(_rank: int, config: Config) -> tuple[int, int]:
     """Bytes that a rank of two sends in ring collectives by the layers' forward pass alone, and by an update's."""
+    from meds_megatron.model.attention import packed_sequences
     from meds_megatron.model.gpt import build_chunks, transformer_config
 
     meta_rank.install("cpu")
@@ -57,16 +58,21 @@ def sent_by_layers(_rank: int, config: Config) -> tuple[int, int]:
         for parameter in chunk.parameters():
             # Its gradient is made by the layers that compute it, without a wrapper.
             parameter.grad = None
-        rows = SEQUENCE // 2 if config.parallel.sequence else SEQUENCE
-        hidden = torch.randn(rows, ROWS, SHAPE.hidden_size, requires_grad=True)
-        rope = chunk.rotary_pos_emb(SEQUENCE)
+        tokens = ROWS * SEQUENCE // 2 if config.parallel.sequence else ROWS * SEQUENCE
+        hidden = torch.randn(tokens, 1, SHAPE.hidden_size, requires_grad=True)
+        sequences = packed_sequences([SEQUENCE] * ROWS, "cpu")
+        settings = dict(
+            attention_mask=None,
+            rotary_pos_emb=chunk.rotary_pos_emb(SEQUENCE, packed_seq=True),
+            packed_seq_params=sequences,
+        )
         # The final norm would be on another stage of a longer pipeline: layers alone are counted.
         chunk.decoder.final_layernorm = None
         chunk.decoder.post_layer_norm = False
         with torch.no_grad(), SentBytes() as forward:
-            chunk.decoder(hidden, attention_mask=None, rotary_pos_emb=rope)
+            chunk.decoder(hidden, **settings)
         with SentBytes() as update:
-            chunk.decoder(hidden, attention_mask=None, rotary_pos_emb=rope).sum().backward()
+            chunk.decoder(hidden, **settings).sum().backward()
     return forward.total, update.total
 
 

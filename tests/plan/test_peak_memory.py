@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from meds_megatron.config import Config, load_config
-from meds_megatron.plan.activations import micro_batch_tokens
+from meds_megatron.config import Config, ParallelLayout, load_config
 from meds_megatron.plan.plan import make_plan
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
@@ -34,6 +33,7 @@ def peak_bytes(rank: int, config: Config, directory: str) -> int:
 
     from meds_megatron.actor.policy import Policy
     from meds_megatron.actor.process_group import form_groups
+    from meds_megatron.actor.schedule import schedule
     from meds_megatron.actor.train_batch import TrainBatch
 
     form_groups(config.parallel, seed=0)
@@ -47,13 +47,16 @@ def peak_bytes(rank: int, config: Config, directory: str) -> int:
         answer_positions=[3] * rows,
         groups=[row // config.rollout.responses_per_prompt for row in range(rows)],
     )
-    size = config.train.micro_batch_responses
-    assert micro_batch_tokens(config) == (size * (prompt + response), prompt + response)
-    micro_batches = [np.arange(start, start + size) for start in range(0, rows, size)]
-    policy.forward(batch, micro_batches)
+    layout, one_minibatch = ParallelLayout.from_config(config), np.zeros(rows, dtype=np.int64)
+
+    def micro_batches(tokens: int) -> list[np.ndarray]:
+        work = schedule(batch.lengths_B, batch.lengths_B, one_minibatch, layout.data, tokens)
+        return work.micro_batches[0][0]
+
+    policy.forward(batch, micro_batches(config.train.forward_tokens))
     batch.advantages_B = np.ones(rows, dtype=np.float32)
     batch.loss_weights_B = np.ones(rows, dtype=np.float32)
     batch.logprobs_R = batch.entropy_R = np.zeros(rows * response, dtype=np.float32)
-    policy.update(batch, [micro_batches], step=0)
+    policy.update(batch, [micro_batches(config.train.micro_batch_tokens)], step=0)
     status = Path(f"/proc/{os.getpid()}/status").read_text()
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))

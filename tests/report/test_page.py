@@ -113,6 +113,17 @@ def test_several_runs_are_overlaid_and_their_settings_compared(browser, planted,
     browser.wait_for("document.querySelector('.note')?.textContent.startsWith('960 wrong responses of 1,280')")
 
 
+def test_runs_of_one_name_are_told_apart(browser, tmp_path):
+    runs = [write_planted_run(tmp_path / path, steps=1) for path in ("a/seed0", "a/seed1", "b/seed0")]
+    labels = "[...document.querySelectorAll('#runs > span')].map((label) => label.textContent)"
+    write_report(runs[:2], tmp_path / "report.html")
+    browser.open(tmp_path / "report.html")
+    assert browser.evaluate(labels) == ["seed0", "seed1"]
+    write_report(runs, tmp_path / "report.html")
+    browser.open(tmp_path / "report.html")
+    assert browser.evaluate(labels) == [str(run) for run in runs]
+
+
 def test_search_finds_a_mistake_and_a_click_opens_its_responses(browser, report):
     browser.open(report, "#/mistakes")
     # 6 problems with two habits and wrong responses without an answer, and what noise HDBSCAN finds.
@@ -150,8 +161,6 @@ def test_sizes_over_the_steps_add_up_to_the_responses(browser, report):
 
 def test_the_keyboard_alone_reaches_a_response(browser, report):
     browser.open(report)
-    browser.press("/")
-    browser.wait_for("document.querySelector('#search')")
     browser.press("/")
     browser.wait_for("document.activeElement.id === 'search'")
     browser.press("ArrowDown")

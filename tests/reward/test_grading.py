@@ -281,7 +281,7 @@ def verify(gold, answer, **settings):
         {source}
     return real(gold, answer, **settings)
 math_verify.verify = verify
-worker.main(*map(int, sys.argv[1:]))
+worker.main(*map(int, sys.argv[1:4]), *sys.argv[4:])
 """)
         monkeypatch.setattr(worker, "__file__", str(program))
 

@@ -25,7 +25,7 @@ settings:
   train.steps: 2
   train.prompts_per_step: 4
   train.mini_batch_prompts: 4
-  train.micro_batch_responses: 16
+  train.micro_batch_tokens: 512
   train.validate_every: 0
   train.export_hf: false
   wandb.enabled: false

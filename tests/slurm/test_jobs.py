@@ -28,7 +28,7 @@ def submit(slurm: Cluster, model: Path, name: str, *options: str, **settings) ->
         "train.steps": STEPS,
         "train.prompts_per_step": 4,
         "train.mini_batch_prompts": 4,
-        "train.micro_batch_responses": 16,
+        "train.micro_batch_tokens": 512,
         "train.validate_every": 0,
         "train.export_hf": "false",
         "checkpoint.every": 1,

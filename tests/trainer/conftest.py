@@ -54,7 +54,7 @@ def finished_run(config: str, model: Path, directory: Path, settings: dict) -> P
         "cluster.device": "cpu",
         "rollout.responses_per_prompt": 8,
         "train.steps": 3,
-        "train.micro_batch_responses": 4,
+        "train.micro_batch_tokens": 256,
     }
     command = [sys.executable, "-m", "meds_megatron.cli", "train", f"configs/{config}.yaml"]
     command += [f"{key}={value}" for key, value in (common | settings).items()]

@@ -13,6 +13,7 @@ METRICS = {
     "throughput/tokens_per_second": 4321.0,
     "time/rollout": 2.0,
     "time/update": 1.0,
+    "time/checkpoint": 0.001,
     "time/step": 3.5,
 }
 
@@ -31,11 +32,11 @@ def test_where_there_is_no_terminal_a_step_is_one_line():
         console.note("only 3 of 4 groups")
         console.step(1, METRICS)
     lines = out.getvalue().splitlines()
-    assert lines[0] == "step 0/80  validation 0.125"
+    assert lines[0] == "step 0/80  validation 0.125  after 0:00"
     assert lines[1] == "note: only 3 of 4 groups"
     assert lines[2] == (
         "step 1/80  accuracy 0.250  reward 0.200  penalty 0.0312  tokens/s 4,321  seconds 3.5"
-        "  (rollout 2.0, update 1.0)"
+        "  (rollout 2.0, update 1.0)  after 0:00, 4:36 left"
     )
     assert len(lines) == 3
 

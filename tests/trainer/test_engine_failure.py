@@ -34,7 +34,7 @@ def run(request, small_model, tmp_path_factory, cpu_engines):
         f"train.steps={STEPS}",
         f"train.prompts_per_step={PROMPTS}",
         f"train.mini_batch_prompts={PROMPTS}",
-        "train.micro_batch_responses=24",
+        "train.micro_batch_tokens=1024",
         "train.validate_every=0",
         "train.export_hf=false",
         "optimizer.lr=1e-4",

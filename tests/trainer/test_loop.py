@@ -173,7 +173,7 @@ def train(memories, request):
                 memories(config),
                 SimpleNamespace(step_finished=lambda state: None),
                 SimpleNamespace(started=False, save_rollouts=lambda step, columns: rollouts.append(columns)),
-                SimpleNamespace(log=lambda step, values: metrics.append(values)),
+                SimpleNamespace(log=lambda step, values: metrics.append(values), log_responses=lambda *_: None),
                 PhaseTimer(),
                 Interruption(),
             )

@@ -20,7 +20,7 @@ from meds_megatron.trainer.policy_group import LOCAL_LAYERS, PolicyGroup, add_up
 def test_outputs_return_to_their_rows(rows, ranks):
     lengths_B = np.array([length for length, _ in rows])
     minibatches_B = np.array([minibatch for _, minibatch in rows])
-    work = schedule(lengths_B, minibatches_B, ranks, micro_batch_responses=2)
+    work = schedule(lengths_B, lengths_B, minibatches_B, ranks, micro_batch_tokens=12)
     outputs = []
     for rank_rows in work.rows:
         tokens_R = np.repeat(rank_rows + 1, lengths_B[rank_rows]).astype(np.float32)

@@ -26,7 +26,7 @@ SMALL = {
     "filter.metric": "none",
     "train.prompts_per_step": 4,
     "train.mini_batch_prompts": 2,
-    "train.micro_batch_responses": 4,
+    "train.micro_batch_tokens": 256,
     "train.validate_every": 2,
     "train.export_hf": "false",
 }

@@ -13,7 +13,15 @@ from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.trainer.state import TrainerState
 
 SOURCE = Path(__file__).resolve().parents[2] / "meds_megatron"
-NOT_IN_A_RUN = ("bench", "embedded", "evaluation", "report", "weights/conversion", "trainer/check.py")
+NOT_IN_A_RUN = (
+    "bench",
+    "data/duplicates.py",
+    "embedded",
+    "evaluation",
+    "report",
+    "weights/conversion",
+    "trainer/check.py",
+)
 """Packages whose code no training step executes."""
 
 CHECKPOINT = "in the checkpoint"
@@ -30,7 +38,7 @@ RANDOMNESS = {
     "reward/differences.py": "a function of the answers",
     "rollout/engine.py": CHECKPOINT,
     "trainer/attempt.py": NO_EFFECT,  # name of a directory in shared memory
-    "trainer/run_log.py": NO_EFFECT,  # id of the wandb run
+    "trainer/wandb_run.py": NO_EFFECT,  # id of the wandb run
 }
 RANDOM = re.compile(
     r"(?:\w+\.)*(?:(?:random|secrets|uuid)\.\w+|torch\.rand\w*|manual_seed|set_random_seed|default_rng|SeedSequence|"

@@ -1,6 +1,5 @@
 """Metrics of a validation: by data set, unbiased in k, and without what could not be graded."""
 
-from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +12,7 @@ from meds_megatron.reward.grading import Grade
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.timer import PhaseTimer
-from meds_megatron.trainer.validation import pass_at_k, validate
+from meds_megatron.trainer.validation import validate
 
 OUTCOMES = {"R": Grade(True, "graded"), "w": Grade(False, "graded"), "t": Grade(False, "timeout")}
 
@@ -43,14 +42,6 @@ def validated(*spelled: tuple[str, str]) -> dict[str, float]:
     weight_sync = SimpleNamespace(refill=lambda: None)
     metrics = validate(prompts, config, ScriptedProducer(), weight_sync, PhaseTimer(), Interruption())
     return {name.removeprefix("validation/"): value for name, value in metrics.items()}
-
-
-@pytest.mark.parametrize("responses", [1, 2, 5, 7])
-def test_pass_at_k_is_the_share_of_k_responses_of_which_one_is_right(responses):
-    for right in range(responses + 1):
-        for k in range(1, responses + 1):
-            draws = list(combinations([True] * right + [False] * (responses - right), k))
-            assert pass_at_k(responses, right, k) == pytest.approx(np.mean([any(draw) for draw in draws]))
 
 
 def test_several_responses_give_mean_at_n_and_pass_at_powers_of_two_and_n():

@@ -5,6 +5,7 @@ const systemDark = matchMedia("(prefers-color-scheme: dark)");
 const listState = { query: "", order: Object.keys(ORDERS)[0] };
 let theme = "system";
 let pagesAsked = 0;
+let searchWanted = false;
 
 function applyTheme() {
   const dark = theme === "dark" || (theme === "system" && systemDark.matches);
@@ -18,11 +19,12 @@ function nextTheme() {
   applyTheme();
 }
 
-// Runs of one name are told apart by the names of their directories.
+// Runs of one name are told apart by their directories' names, and where these are the same by their paths.
 function labelled(runs) {
-  const names = runs.map((run) => run.name);
-  const directory = (run) => run.path.split("/").at(-1);
-  return runs.map((run) => ({ ...run, label: names.filter((name) => name === run.name).length > 1 ? directory(run) : run.name }));
+  const names = [(run) => run.name, (run) => run.path.split("/").at(-1), (run) => run.path];
+  const isUnique = (name) => new Set(runs.map(name)).size === runs.length;
+  const name = names.find(isUnique) ?? names.at(-1);
+  return runs.map((run) => ({ ...run, label: name(run) }));
 }
 
 async function showPage(runs) {
@@ -48,6 +50,8 @@ async function showPage(runs) {
   }
   window.scrollTo(0, 0);
   if (page === "problem") document.querySelector(".choose[aria-pressed=true]")?.focus({ preventScroll: true });
+  if (page === "mistakes" && searchWanted) document.getElementById("search").focus();
+  searchWanted = false;
   document.documentElement.dataset.shown = page;
 }
 
@@ -62,7 +66,10 @@ function keys(event) {
   if (event.key === "/") {
     event.preventDefault();
     if (document.getElementById("search")) document.getElementById("search").focus();
-    else location.hash = "#/mistakes";
+    else {
+      searchWanted = true;
+      location.hash = "#/mistakes";
+    }
   } else if (event.key === "t") nextTheme();
   else if ("123".includes(event.key)) location.hash = ["#/curves", "#/mistakes", "#/settings"][Number(event.key) - 1];
 }

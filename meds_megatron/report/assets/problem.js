@@ -11,7 +11,7 @@ async function problemPage(runs, runNumber, problemNumber, chosen) {
   const problem = rowsOf(problems)[problemNumber];
   const details = (await data(`part-${runNumber}-${problem.part}`))[problem.place];
   const groups = mistakeGroups(details);
-  const view = { run: runs[runNumber], groups, details, responses: el("section", { id: "responses", "aria-live": "polite" }) };
+  const view = { run: runs[runNumber], groups, details, responses: el("section", { id: "responses" }) };
   const table = mistakesTable(view, (mistake) => select(mistake));
   const map = mistakesMap(view, (mistake, response) => select(mistake, response));
 
@@ -112,7 +112,9 @@ function highlight(circles, group, response) {
 }
 
 function mapScale(xs, ys) {
-  const [left, right, bottom, top] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+  // Not Math.min(...xs): a problem may have more responses than a call has arguments.
+  const range = (values) => values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
+  const [[left, right], [bottom, top]] = [range(xs), range(ys)];
   const scale = Math.min((MAP_WIDTH - 60) / (right - left || 1e-9), (MAP_HEIGHT - 70) / (top - bottom || 1e-9), 1e9);
   return (x, y) => [
     MAP_WIDTH / 2 + (x - (left + right) / 2) * scale,

