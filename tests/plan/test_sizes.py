@@ -44,7 +44,7 @@ def test_a_ranks_bytes_are_those_of_megatron_on_the_meta_device(ranks, model):
         parallel, layout = parts(settings)
         for stage in range(layout.pipeline):
             for data in {0, layout.data - 1}:
-                rank = layout.rank(layout.tensor - 1, data, stage)
+                rank = layout.rank(layout.tensor - 1, 0, data, stage)
                 for dtype in ("bfloat16", "float32"):
                     cases.append((shape, parallel, layout.ranks, rank, dtype))
                     sizes = rank_sizes(shape, layout, stage, data)
