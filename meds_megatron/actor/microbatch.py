@@ -45,7 +45,12 @@ def sequence_tokens(batch: TrainBatch, rows: np.ndarray, layout: ParallelLayout)
 
 
 def build_micro_batch(
-    batch: TrainBatch, rows: np.ndarray, spans_B: np.ndarray, tokens: int, device: str, context: tuple[int, int] = (0, 1)
+    batch: TrainBatch,
+    rows: np.ndarray,
+    spans_B: np.ndarray,
+    tokens: int,
+    device: str,
+    context: tuple[int, int] = (0, 1),
 ) -> MicroBatch:
     """The sequences `rows`, of which each takes `spans_B` tokens, its own length or more, as a micro-batch of `tokens`
     tokens; no rows give padding alone.

@@ -73,6 +73,11 @@ class ParallelLayout:
     def ranks(self) -> int:
         return self.tensor * self.context * self.data * self.pipeline
 
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same parameters, over which the optimizer's state is shared out."""
+        return self.data * self.context
+
     def coordinates(self, rank: int) -> RankCoordinates:
         rest, tensor = divmod(rank, self.tensor)
         rest, context = divmod(rest, self.context)
@@ -89,9 +94,14 @@ class ParallelLayout:
         return 1 if self.context == 1 else 2 * self.context
 
     def padded_tokens(self, tokens: int) -> int:
-        """Tokens of a micro-batch with its padding, at least one multiple; every rank of a stage gets an equal part."""
+        """Tokens of a micro-batch with its padding, at least one multiple, of which each context-parallel rank, and of
+        its tokens each tensor-parallel rank, gets an equal part."""
         multiple = math.lcm(TOKEN_MULTIPLE, 2 * self.context * self.tensor)
         return max(1, -(-tokens // multiple)) * multiple
+
+    def rank_tokens(self, tokens: int) -> int:
+        """Tokens of a padded micro-batch of up to `tokens` tokens on each context-parallel rank."""
+        return self.padded_tokens(tokens) // self.context
 
     def stage_sizes(self, num_layers: int) -> list[int]:
         """Layers on each pipeline stage, first to last.
