@@ -35,8 +35,8 @@ def join(
 
 
 def form_groups(parallel: ParallelConfig, seed: int) -> None:
-    """Makes megatron-core's tensor-, context-, pipeline- and data-parallel groups and seeds all random generators; every rank
-    calls it together."""
+    """Makes megatron-core's tensor-, context-, pipeline- and data-parallel groups and seeds all random generators; all
+    ranks call it together."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

@@ -1,7 +1,7 @@
 """Parallel layout of the policy: the coordinates of each rank and the layers of each model chunk.
 
-Ranks are numbered in megatron-core's default order: tensor fastest, then context, data and pipeline, so that the ranks of a
-tensor-parallel group are consecutive and on one node.
+Ranks are numbered in megatron-core's default order: tensor fastest, then context, data and pipeline, so that the ranks
+of a tensor-parallel group are consecutive and on one node.
 """
 
 import math

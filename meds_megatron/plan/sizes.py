@@ -2,9 +2,9 @@
 
 The shapes are the conversion table's. The buffers are those of megatron-core 0.16.1's `_ParamAndGradBuffer`: one for
 each model chunk, parameters in reverse order, each beginning at a multiple of 64 elements, each bucket's end padded to
-a multiple of lcm(data- and context-parallel ranks, 128). A bucket is a whole chunk, except that a tied embedding on either end of a
-pipeline has one of its own. The distributed optimizer (ZeRO stage 1, arXiv 1910.02054) gives each data- and
-context-parallel rank an equal slice of every bucket, of which padding has no state.
+a multiple of lcm(data- and context-parallel ranks, 128). A bucket is a whole chunk, except that a tied embedding on
+either end of a pipeline has one of its own. The distributed optimizer (ZeRO stage 1, arXiv 1910.02054) gives each data-
+and context-parallel rank an equal slice of every bucket, of which padding has no state.
 """
 
 from dataclasses import dataclass

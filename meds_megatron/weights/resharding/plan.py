@@ -170,10 +170,10 @@ def find_routes(
 ) -> list[Route]:
     """A route for every engine, pipeline stage and tensor-parallel rank.
 
-    Every data- and context-parallel replica of the trainer holds all weights. An engine is served by the replica's rank on its own
-    node where there is one, and otherwise by one over the network; engines take turns among the replicas, so that no
-    rank serves them all. `rank_nodes` and `engine_nodes` are the node of each trainer rank and of each engine. Without
-    `allow_local` all routes use the network.
+    Every data- and context-parallel replica of the trainer holds all weights. An engine is served by the replica's rank
+    on its own node where there is one, and otherwise by one over the network; engines take turns among the replicas, so
+    that no rank serves them all. `rank_nodes` and `engine_nodes` are the node of each trainer rank and of each engine.
+    Without `allow_local` all routes use the network.
     """
     routes = []
     turns: dict[int, int] = defaultdict(int)
