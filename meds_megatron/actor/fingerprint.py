@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from meds_megatron.actor.microbatch import MicroBatch
 from meds_megatron.actor.train_batch import TrainBatch
-from meds_megatron.errors import UserError
 from meds_megatron.model.gpt import PolicyModel, chunk_layers
 
 
@@ -28,9 +27,7 @@ class FingerprintCollector:
     """
 
     def __init__(self, chunks: list[PolicyModel], batch: TrainBatch, norm: str, device: str):
-        """Gathers the head's rows of all target tokens. Raises UserError under context parallelism."""
-        if parallel_state.get_context_parallel_world_size() > 1:
-            raise UserError("Fingerprints need whole sequences on a rank: context parallelism is not supported yet")
+        """Gathers the head's rows of all target tokens."""
         self._chunks = chunks
         self._norm = norm
         self._num_layers = chunks[0].config.num_layers
@@ -81,16 +78,17 @@ class FingerprintCollector:
     def _owned(self, local_length: int) -> tuple[Tensor, Tensor]:
         """Place of each answer in this rank's part of the micro-batch, and whether this rank owns it.
 
-        With sequence parallelism a rank holds `local_length` consecutive tokens; otherwise every tensor-parallel
-        rank holds them all and rank 0 is the owner. Context parallelism would add its owner rule here.
+        Its token is on one context-parallel rank. With sequence parallelism a rank holds `local_length` consecutive
+        tokens of these; otherwise every tensor-parallel rank holds them all and rank 0 is the owner.
         """
         place_N = self._micro_batch.answers_N
         rank = parallel_state.get_tensor_model_parallel_rank()
-        if not self._chunks[0].config.sequence_parallel:
-            return place_N, torch.full_like(place_N, rank == 0, dtype=torch.bool)
-        local_N = place_N - rank * local_length
-        mine_N = (local_N >= 0) & (local_N < local_length)
-        return torch.where(mine_N, local_N, 0), mine_N
+        if self._chunks[0].config.sequence_parallel:
+            place_N = place_N - rank * local_length
+            mine_N = (place_N >= 0) & (place_N < local_length)
+        else:
+            mine_N = (place_N >= 0) & (rank == 0)
+        return torch.where(mine_N, place_N, 0), mine_N
 
     def gather(self, count: int) -> np.ndarray:
         """The fingerprints of all `count` responses, float32 [B, L], zero where there is none; the same on every rank.
@@ -98,6 +96,7 @@ class FingerprintCollector:
         Each value has one owner and is zero elsewhere, so sums over the ranks are exact.
         """
         dist.all_reduce(self._values_NL, group=parallel_state.get_tensor_model_parallel_group())
+        dist.all_reduce(self._values_NL, group=parallel_state.get_context_parallel_group())
         stages = parallel_state.get_pipeline_model_parallel_group()
         if stages.size() > 1:
             dist.all_reduce(self._values_NL, group=stages)

@@ -8,14 +8,15 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from meds_megatron.actor.train_batch import TrainBatch, offsets, take_ragged
-from meds_megatron.model.attention import packed_sequences
+from meds_megatron.config import ParallelLayout
+from meds_megatron.model.attention import context_slice, packed_sequences
 
 
 @dataclass
 class MicroBatch:
-    """Responses `rows` of a rank's TrainBatch, packed into T tokens; what is left of T is padding.
+    """Responses `rows` of a rank's TrainBatch, packed. Of the packed tokens T are on this context-parallel rank.
 
-    The padding is a sequence of its own behind the others.
+    What is left at the end is a sequence of padding.
     """
 
     rows: np.ndarray
@@ -23,46 +24,66 @@ class MicroBatch:
     positions_1T: Tensor
     """Position of each token in its sequence."""
     sequences: PackedSeqParams
-    """Where each sequence begins and ends."""
-    predictors_R: Tensor
-    """For each response token, the place among the T of the token whose hidden state predicts it."""
-    targets_R: Tensor
-    """The response tokens themselves."""
+    """Where each sequence begins and ends, all context-parallel ranks together."""
+    response_tokens: int
+    """R, those of all context-parallel ranks."""
+    predictors_Q: Tensor
+    """Places among the T of the tokens whose hidden states predict a response token."""
+    targets_Q: Tensor
+    """The response tokens that they predict."""
+    responses_Q: Tensor
+    """Which of the R these are."""
     answer_rows: np.ndarray
     """Those of `rows` that have an answer."""
     answers_N: Tensor
-    """Place among the T of the token at the answer position of each of `answer_rows`."""
+    """Place among the T of the token at the answer position of each of `answer_rows`; -1 on another rank."""
 
 
-def packed_tokens(batch: TrainBatch, rows: np.ndarray) -> int:
-    """Tokens that the sequences `rows` take in a micro-batch."""
-    return int(batch.lengths_B[rows].sum())
+def sequence_tokens(batch: TrainBatch, rows: np.ndarray, layout: ParallelLayout) -> np.ndarray:
+    """Tokens that each of the sequences `rows` takes in a micro-batch."""
+    return -(-batch.lengths_B[rows] // layout.sequence_multiple) * layout.sequence_multiple
 
 
-def build_micro_batch(batch: TrainBatch, rows: np.ndarray, tokens: int, device: str) -> MicroBatch:
-    """The sequences `rows` packed into `tokens` tokens, which must have room for them; no rows give padding alone."""
+def build_micro_batch(
+    batch: TrainBatch,
+    rows: np.ndarray,
+    spans_B: np.ndarray,
+    tokens: int,
+    device: str,
+    context: tuple[int, int] = (0, 1),
+) -> MicroBatch:
+    """The sequences `rows`, of which each takes `spans_B` tokens, its own length or more, as a micro-batch of `tokens`
+    tokens; no rows give padding alone.
+
+    `context` is the rank and size of the context-parallel group.
+    """
+    begins_B1 = offsets(spans_B)
+    rest = tokens - int(begins_B1[-1])
+    spans = [*spans_B.tolist(), *([rest] if rest else [])]
     lengths_B = batch.lengths_B[rows]
-    begins_B1 = offsets(lengths_B)
-    padding = tokens - int(begins_B1[-1])
-    lengths = [*lengths_B.tolist(), *([padding] if padding else [])]
-    tokens_T = np.concatenate([take_ragged(batch.tokens_T, batch.offsets_B1, rows), np.zeros(padding, np.int64)])
-    positions_T = np.arange(tokens) - np.repeat(offsets(np.array(lengths))[:-1], lengths)
-    prompts_B, places = batch.prompt_lengths_B[rows], np.arange(tokens)
-    is_response_T = positions_T >= np.repeat([*prompts_B.tolist(), *([padding] if padding else [])], lengths)
-    responses_R = places[is_response_T]
+    position_S = np.concatenate([np.zeros(0, np.int64), *map(np.arange, lengths_B)])
+    place_S = np.repeat(begins_B1[:-1], lengths_B) + position_S
+    packed = np.zeros(tokens, dtype=np.int64)
+    packed[place_S] = take_ragged(batch.tokens_T, batch.offsets_B1, rows)
+    responses_R = place_S[position_S >= np.repeat(batch.prompt_lengths_B[rows], lengths_B)]
+    held_T = context_slice(spans, *context)
+    local = np.full(tokens, -1, dtype=np.int64)
+    local[held_T] = np.arange(len(held_T))
+    here_Q = np.flatnonzero(local[responses_R - 1] >= 0)
     answers_B = batch.answer_positions_B[rows]
-    has_answer_B = answers_B >= 0
 
     def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(device)
 
     return MicroBatch(
         rows=rows,
-        tokens_1T=tensor(tokens_T)[None],
-        positions_1T=tensor(positions_T)[None],
-        sequences=packed_sequences(lengths, device),
-        predictors_R=tensor(responses_R - 1),
-        targets_R=tensor(tokens_T[responses_R]),
-        answer_rows=rows[has_answer_B],
-        answers_N=tensor((begins_B1[:-1] + answers_B)[has_answer_B]),
+        tokens_1T=tensor(packed[held_T])[None],
+        positions_1T=tensor((np.arange(tokens) - np.repeat(offsets(np.array(spans))[:-1], spans))[held_T])[None],
+        sequences=packed_sequences(spans, device),
+        response_tokens=len(responses_R),
+        predictors_Q=tensor(local[responses_R[here_Q] - 1]),
+        targets_Q=tensor(packed[responses_R[here_Q]]),
+        responses_Q=tensor(here_Q),
+        answer_rows=rows[answers_B >= 0],
+        answers_N=tensor(local[(begins_B1[:-1] + answers_B)[answers_B >= 0]]),
     )

@@ -5,12 +5,13 @@ from functools import partial
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from meds_megatron.actor.logprobs import logprobs_and_entropy
-from meds_megatron.actor.microbatch import MicroBatch, build_micro_batch, packed_tokens
+from meds_megatron.actor.microbatch import MicroBatch, build_micro_batch, sequence_tokens
 from meds_megatron.actor.train_batch import TrainBatch
 from meds_megatron.config import ParallelLayout
 from meds_megatron.weights.chunks import unwrapped
@@ -50,21 +51,32 @@ def run_pipeline(
         return output, partial(finish, micro_batch, model)
 
     def finish(micro_batch, model, hidden_T1H):
-        hidden_RH = hidden_T1H.squeeze(1).index_select(0, micro_batch.predictors_R)
-        logprobs_R, entropy_R = logprobs_and_entropy(
-            hidden_RH,
+        hidden_QH = hidden_T1H.squeeze(1).index_select(0, micro_batch.predictors_Q)
+        values = logprobs_and_entropy(
+            hidden_QH,
             unwrapped(model).head_weight(),
-            micro_batch.targets_R,
+            micro_batch.targets_Q,
             temperature=temperature,
             vocab_size=vocab_size,
         )
+        logprobs_R, entropy_R = (_of_all_ranks(values_Q, micro_batch) for values_Q in values)
         loss, kept = on_last_stage(micro_batch, logprobs_R, entropy_R)
         return loss, torch.tensor(1, dtype=torch.int), kept
 
-    tokens = _tokens(batch, micro_batches, config)
+    layout = ParallelLayout(
+        tensor=config.tensor_model_parallel_size,
+        context=config.context_parallel_size,
+        pipeline=config.pipeline_model_parallel_size,
+    )
+    spans = [sequence_tokens(batch, rows, layout) for rows in micro_batches]
+    tokens = [layout.padded_tokens(int(spans_B.sum())) for spans_B in spans]
+    if layout.pipeline > 1:
+        # Its stages know the shape of what they receive.
+        tokens = [max(tokens)] * len(tokens)
+    context = parallel_state.get_context_parallel_rank(), layout.context
     # Generators: a micro-batch is packed only when it is used.
     streams = [
-        (build_micro_batch(batch, rows, size, device) for rows, size in zip(micro_batches, tokens, strict=True))
+        (build_micro_batch(batch, *part, device, context) for part in zip(micro_batches, spans, tokens, strict=True))
         for _ in chunks
     ]
     return get_forward_backward_func()(
@@ -79,9 +91,13 @@ def run_pipeline(
     )
 
 
-def _tokens(batch: TrainBatch, micro_batches: list[np.ndarray], config: TransformerConfig) -> list[int]:
-    """Tokens of each micro-batch, padded; in a pipeline all have those of the largest, so that its stages know the
-    shape of what they receive."""
-    layout = ParallelLayout(tensor=config.tensor_model_parallel_size, pipeline=config.pipeline_model_parallel_size)
-    tokens = [layout.padded_tokens(packed_tokens(batch, rows)) for rows in micro_batches]
-    return tokens if layout.pipeline == 1 else [max(tokens)] * len(tokens)
+def _of_all_ranks(values_Q: Tensor, micro_batch: MicroBatch) -> Tensor:
+    """The values of all response tokens, in order, from those of this context-parallel rank.
+
+    Every rank computes the same loss from them; its gradient is that of this rank's values.
+    """
+    group = parallel_state.get_context_parallel_group()
+    if group.size() == 1:
+        return values_Q
+    zeros_R = values_Q.new_zeros(micro_batch.response_tokens)
+    return reduce_from_tensor_model_parallel_region(zeros_R.index_copy(0, micro_batch.responses_Q, values_Q), group)

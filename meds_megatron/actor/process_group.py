@@ -35,12 +35,13 @@ def join(
 
 
 def form_groups(parallel: ParallelConfig, seed: int, timeout_minutes: int = 30) -> None:
-    """Makes megatron-core's tensor-, pipeline- and data-parallel groups and seeds all random generators; every rank
-    calls it together. `timeout_minutes` is that of a collective of these groups; torch has another for each group."""
+    """Makes megatron-core's tensor-, context-, pipeline- and data-parallel groups and seeds all random generators; all
+    ranks call it together. `timeout_minutes` is that of a collective of these groups: torch keeps one for each group."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
         distributed_timeout_minutes=timeout_minutes,
         # Megatron's own checkpoints of the optimizer use them; ours do not (`actor.optimizer_state`).
         create_gloo_process_groups=False,
@@ -52,7 +53,10 @@ def form_groups(parallel: ParallelConfig, seed: int, timeout_minutes: int = 30) 
 
 
 def is_replica_output_rank() -> bool:
-    """Whether this rank returns its replica's results to the driver: last pipeline stage, tensor-parallel rank 0."""
-    return parallel_state.is_pipeline_last_stage(ignore_virtual=True) and (
-        parallel_state.get_tensor_model_parallel_rank() == 0
+    """Whether this rank returns its replica's results to the driver: last pipeline stage, first tensor- and
+    context-parallel rank."""
+    return (
+        parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
     )

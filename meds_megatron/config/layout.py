@@ -1,7 +1,7 @@
 """Parallel layout of the policy: the coordinates of each rank and the layers of each model chunk.
 
-Ranks are numbered in megatron-core's default order: tensor fastest, then data, then pipeline, so that the ranks of a
-tensor-parallel group are consecutive and on one node.
+Ranks are numbered in megatron-core's default order: tensor fastest, then context, data and pipeline, so that the ranks
+of a tensor-parallel group are consecutive and on one node.
 """
 
 import math
@@ -20,6 +20,7 @@ class RankCoordinates(NamedTuple):
     """A rank's index along each axis of the layout."""
 
     tensor: int
+    context: int
     data: int
     pipeline: int
 
@@ -33,23 +34,25 @@ class ParallelLayout:
     virtual: int = 1
     """Model chunks on each pipeline stage."""
     data: int = 1
+    context: int = 1
+    """Ranks of a data-parallel rank that share out the tokens of each sequence."""
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
 
     @classmethod
     def from_config(cls, config: Config) -> "ParallelLayout":
-        """The layout of `config`; the data-parallel size is ranks / (tensor * pipeline).
+        """The layout of `config`; the data-parallel size is ranks / (tensor * context * pipeline).
 
-        Raises UserError when tensor * pipeline does not divide the number of ranks.
+        Raises UserError when tensor * context * pipeline does not divide the number of ranks.
         """
         parallel, cluster = config.parallel, config.cluster
         ranks = cluster.nodes * cluster.ranks_per_node
-        model_ranks = parallel.tensor * parallel.pipeline
+        model_ranks = parallel.tensor * parallel.context * parallel.pipeline
         if ranks % model_ranks:
             raise UserError(
                 f"cluster.nodes x cluster.ranks_per_node = {cluster.nodes} x {cluster.ranks_per_node} ranks cannot be "
-                f"divided by parallel.tensor x parallel.pipeline = {parallel.tensor} x {parallel.pipeline}; "
-                f"make the number of ranks a multiple of {model_ranks}."
+                f"divided by parallel.tensor x parallel.context x parallel.pipeline = {parallel.tensor} x "
+                f"{parallel.context} x {parallel.pipeline}; make the number of ranks a multiple of {model_ranks}."
             )
         return cls.of(parallel, ranks // model_ranks)
 
@@ -61,28 +64,44 @@ class ParallelLayout:
             pipeline=parallel.pipeline,
             virtual=parallel.virtual_pipeline,
             data=data,
+            context=parallel.context,
             first_stage_layers=parallel.first_stage_layers,
             last_stage_layers=parallel.last_stage_layers,
         )
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.data * self.pipeline
+        return self.tensor * self.context * self.data * self.pipeline
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same parameters, over which the optimizer's state is shared out."""
+        return self.data * self.context
 
     def coordinates(self, rank: int) -> RankCoordinates:
-        return RankCoordinates(
-            tensor=rank % self.tensor,
-            data=rank // self.tensor % self.data,
-            pipeline=rank // (self.tensor * self.data),
-        )
+        rest, tensor = divmod(rank, self.tensor)
+        rest, context = divmod(rest, self.context)
+        pipeline, data = divmod(rest, self.data)
+        return RankCoordinates(tensor, context, data, pipeline)
 
-    def rank(self, tensor: int, data: int, pipeline: int) -> int:
-        return tensor + self.tensor * (data + self.data * pipeline)
+    def rank(self, tensor: int, context: int, data: int, pipeline: int) -> int:
+        return tensor + self.tensor * (context + self.context * (data + self.data * pipeline))
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the tokens of a sequence are padded to a multiple of: two equal chunks for each context-parallel
+        rank."""
+        return 1 if self.context == 1 else 2 * self.context
 
     def padded_tokens(self, tokens: int) -> int:
-        """Tokens of a micro-batch with its padding, at least one multiple; every rank of a stage gets an equal part."""
-        multiple = math.lcm(TOKEN_MULTIPLE, self.tensor)
+        """Tokens of a micro-batch with its padding, at least one multiple, of which each context-parallel rank, and of
+        its tokens each tensor-parallel rank, gets an equal part."""
+        multiple = math.lcm(TOKEN_MULTIPLE, 2 * self.context * self.tensor)
         return max(1, -(-tokens // multiple)) * multiple
+
+    def rank_tokens(self, tokens: int) -> int:
+        """Tokens of a padded micro-batch of up to `tokens` tokens on each context-parallel rank."""
+        return self.padded_tokens(tokens) // self.context
 
     def stage_sizes(self, num_layers: int) -> list[int]:
         """Layers on each pipeline stage, first to last.

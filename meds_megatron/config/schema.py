@@ -88,9 +88,12 @@ class ClusterConfig:
 
 @dataclass
 class ParallelConfig:
-    """Layout of the policy over the ranks; the data-parallel size is nodes * ranks_per_node / (tensor * pipeline)."""
+    """Layout of the policy over the ranks; the data-parallel size is nodes * ranks_per_node / (tensor * context *
+    pipeline)."""
 
     tensor: int = setting(1, gt=0)
+    context: int = setting(1, gt=0)
+    """Context parallelism: the tokens of each sequence are shared out over so many ranks, for long responses."""
     pipeline: int = setting(1, gt=0)
     virtual_pipeline: int = setting(1, gt=0)
     """Model chunks on each pipeline stage (interleaved schedule); 1 means no interleaving."""
@@ -344,8 +347,8 @@ class TrainConfig:
     mini_batch_prompts: int = setting(16, gt=0)
     """Prompts of one optimizer update; a step makes prompts_per_step / mini_batch_prompts updates."""
     micro_batch_tokens: int = setting(8192, gt=0)
-    """Most tokens of one forward and backward pass of one data-parallel rank: responses and their prompts, packed
-    without padding between them."""
+    """Most tokens of one forward and backward pass of one data-parallel rank, its context-parallel ranks together:
+    responses and their prompts, packed without padding between them."""
     forward_tokens: int = setting(16384, gt=0)
     """The same for passes that are forward only, which keep no activations."""
     offload_optimizer: bool | None = None

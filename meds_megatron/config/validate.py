@@ -164,6 +164,7 @@ def _check_batches(config: Config) -> None:
         f"train.mini_batch_prompts = {train.mini_batch_prompts}; change one of them",
     )
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = -(-longest // layout.sequence_multiple) * layout.sequence_multiple
     for key in ("micro_batch_tokens", "forward_tokens"):
         _require(
             getattr(train, key) >= longest,

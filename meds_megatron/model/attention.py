@@ -1,12 +1,16 @@
 """Causal attention of packed sequences, and which implementation of the layers computes it."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -56,9 +60,8 @@ class PackedAttention(nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ):
         super().__init__()
-        if config.context_parallel_size != 1:
-            raise NotImplementedError("PackedAttention holds whole sequences: context_parallel_size must be 1")
         self.softmax_scale = softmax_scale
+        self.context_group = (pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp"])).cp
 
     def forward(
         self,
@@ -71,7 +74,7 @@ class PackedAttention(nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         sequences, gqa = packed_seq_params, query_TND.shape[1] != key_TGD.shape[1]
-        if query_TND.is_cuda:
+        if query_TND.is_cuda and self.context_group.size() == 1:
             return varlen_attn(
                 query_TND,
                 key_TGD,
@@ -85,12 +88,63 @@ class PackedAttention(nn.Module):
                 enable_gqa=gqa,
             )
         lengths = [end - begin for begin, end in pairwise(sequences.cu_seqlens_q_padded.tolist())]
-        parts = zip(*(packed.split(lengths) for packed in (query_TND, key_TGD, value_TGD)), strict=True)
-        return torch.cat([_attend(*part, self.softmax_scale, gqa) for part in parts])
+        group = self.context_group
+        if group.size() > 1:
+            key_TGD, value_TGD = (_gathered(part, lengths, group) for part in (key_TGD, value_TGD))
+        queries = query_TND.split([length // group.size() for length in lengths])
+        sequences = zip(queries, key_TGD.split(lengths), value_TGD.split(lengths), strict=True)
+        chunks = (chunk for sequence in sequences for chunk in _chunks(*sequence, group))
+        return torch.cat([_attend(*chunk, self.softmax_scale, gqa) for chunk in chunks])
 
 
-def _attend(query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, scale: float | None, gqa: bool) -> Tensor:
-    """Causal attention of one sequence, [S, heads, head_dim]."""
-    query, key, value = (t.transpose(0, 1)[None] for t in (query_SND, key_SGD, value_SGD))
-    context_1NSD = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
+def context_slice(lengths: list[int], rank: int, size: int) -> np.ndarray:
+    """Places, among the packed tokens of sequences of `lengths`, of those that context-parallel rank `rank` of `size`
+    holds, in its order.
+
+    Each sequence is cut into 2 * size equal chunks, of which a rank holds the one as far from the head as the other is
+    from the tail: causal attention then takes all ranks the same time.
+    """
+    if size == 1:
+        return np.arange(sum(lengths))
+    held = []
+    for begin, length in zip(np.cumsum([0, *lengths]), lengths, strict=False):
+        chunk = length // (2 * size)
+        held += [begin + number * chunk + np.arange(chunk) for number in _chunk_numbers(rank, size)]
+    return np.concatenate(held)
+
+
+def _chunk_numbers(rank: int, size: int) -> tuple[int, int]:
+    return rank, 2 * size - 1 - rank
+
+
+def _gathered(local_TGD: Tensor, lengths: list[int], group: dist.ProcessGroup) -> Tensor:
+    """All ranks' tokens in the order of the sequences; the backward pass adds up the ranks' gradients."""
+    all_TGD = gather_from_sequence_parallel_region(local_TGD, group=group)
+    order = np.argsort(np.concatenate([context_slice(lengths, rank, group.size()) for rank in range(group.size())]))
+    return all_TGD.index_select(0, torch.from_numpy(order).to(all_TGD.device))
+
+
+def _chunks(
+    query_SND: Tensor, key_KGD: Tensor, value_KGD: Tensor, group: dist.ProcessGroup
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This rank's queries of one sequence with the keys and values up to their ends."""
+    if group.size() == 1:
+        yield query_SND, key_KGD, value_KGD
+        return
+    size = len(query_SND) // 2
+    for number, query_CND in zip(_chunk_numbers(group.rank(), group.size()), query_SND.split(size), strict=True):
+        end = (number + 1) * size
+        yield query_CND, key_KGD[:end], value_KGD[:end]
+
+
+def _attend(query_SND: Tensor, key_KGD: Tensor, value_KGD: Tensor, scale: float | None, gqa: bool) -> Tensor:
+    """Causal attention of the last S of K tokens of one sequence, [S, heads, head_dim]."""
+    query, key, value = (t.transpose(0, 1)[None] for t in (query_SND, key_KGD, value_KGD))
+    queries, keys = len(query_SND), len(key_KGD)
+    mask_SK = None
+    if queries < keys:
+        mask_SK = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    context_1NSD = F.scaled_dot_product_attention(
+        query, key, value, mask_SK, is_causal=mask_SK is None, scale=scale, enable_gqa=gqa
+    )
     return context_1NSD[0].transpose(0, 1)

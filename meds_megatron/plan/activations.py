@@ -28,7 +28,8 @@ def longest(config: Config) -> int:
 
 
 def layer_bytes(config: Config, shape: ModelShape, tokens: int, on_gpu: bool) -> int:
-    """Bytes that one layer keeps for the backward pass of a micro-batch of `tokens` tokens without recomputation.
+    """Bytes that one layer keeps on a rank for the backward pass of `tokens` tokens of a micro-batch without
+    recomputation. Of context parallelism it leaves out buffers for the keys and values of other ranks.
 
     On a GPU RMSNorm is one kernel; on a CPU it keeps its normalised input in float32 too. There attention is computed
     sequence by sequence, and the results of all are a tensor of their own.
@@ -72,7 +73,7 @@ def stage_bytes(config: Config, shape: ModelShape, layout: ParallelLayout, stage
     recomputes the attention kernel only, which saves nothing where the kernel is fused.
     """
     item = ITEM_BYTES[config.model.dtype]
-    tokens = layout.padded_tokens(config.train.micro_batch_tokens)
+    tokens = layout.rank_tokens(config.train.micro_batch_tokens)
     hidden = item * shape.hidden_size * (tokens // layout.tensor if config.parallel.sequence else tokens)
     whole = layer_bytes(config, shape, tokens, on_gpu)
     kept = hidden if config.model.recompute == "full" else whole
@@ -123,7 +124,7 @@ def head_bytes(config: Config, shape: ModelShape, tokens: int, backward: bool) -
 def backward_bytes(config: Config, shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
     """Bytes of temporary tensors of a backward pass: a parameter's gradient in the model's data type before it is added
     to the buffer, and the gradients of a layer's widest activations."""
-    item, tokens = ITEM_BYTES[config.model.dtype], layout.padded_tokens(config.train.micro_batch_tokens)
+    item, tokens = ITEM_BYTES[config.model.dtype], layout.rank_tokens(config.train.micro_batch_tokens)
     widest = tokens * item * 3 * shape.ffn_size // layout.tensor
     bytes_of_layer = rank_sizes(shape, layout, stage).largest * item + widest
     if stage == layout.pipeline - 1:

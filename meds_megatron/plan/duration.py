@@ -69,13 +69,15 @@ def step_seconds(
     across = hardware.network_gbit / 8 * 1e9 / config.cluster.ranks_per_node
     pipeline = across if traffic.pipeline_crosses else local
     data = across if traffic.data_crosses else local
+    context = across if traffic.context_crosses else local
     passes = 4 if config.model.recompute == "full" else 3
     updates = -(-config.train.prompts_per_step // config.train.mini_batch_prompts)
     optimizer = updates * _state_bytes(memory) / (hardware.memory_gbyte * 1e9 * hardware.memory_efficiency)
     return {
         "rollout": rollout_seconds(config, shape, hardware, tokens, memory),
-        "forward": bubble * (compute + traffic.tensor_forward / local) + traffic.pipeline_forward / pipeline,
-        "update": bubble * (passes * compute + traffic.tensor_update / local)
+        "forward": bubble * (compute + traffic.tensor_forward / local + traffic.context_forward / context)
+        + traffic.pipeline_forward / pipeline,
+        "update": bubble * (passes * compute + traffic.tensor_update / local + traffic.context_update / context)
         + traffic.pipeline_update / pipeline
         + (traffic.data + traffic.tied) / data
         + optimizer,

@@ -196,7 +196,7 @@ def _phase_parts(
     slack = 1 + hardware.allocator_slack
     last = kind.stage == layout.pipeline - 1
     if phase == "forward":
-        tokens = layout.padded_tokens(config.train.forward_tokens)
+        tokens = layout.rank_tokens(config.train.forward_tokens)
         parts = {"activations": layer_bytes(config, shape, tokens, on_gpu)}
         if last:
             parts["logits"] = head_bytes(config, shape, tokens, backward=False)

@@ -41,12 +41,16 @@ class StepTraffic:
     tensor_forward: int
     """Tensor-parallel collectives of the forward pass that scores the step."""
     tensor_update: int
+    context_forward: int
+    """Keys and values of the other context-parallel ranks."""
+    context_update: int
     pipeline_forward: int
     pipeline_update: int
     data: int
     """Gradients to their owners and weights back, once an optimizer update."""
     tied: int
     """Gradients of a tied embedding, exchanged between the first and the last stage."""
+    context_crosses: bool
     pipeline_crosses: bool
     data_crosses: bool
     weights: Traffic
@@ -64,38 +68,45 @@ def step_traffic(
     """Traffic of a step that trains on `tokens` tokens, prompts included, all ranks together."""
     item, tensor = ITEM_BYTES[config.model.dtype], layout.tensor
     updates = -(-config.train.prompts_per_step // config.train.mini_batch_prompts)
-    # Hidden states of the tokens of one replica.
-    hidden = tokens / layout.data * shape.hidden_size * item
+    # Hidden states of the tokens of one rank.
+    hidden = tokens / layout.copies * shape.hidden_size * item
     layers = max(layout.stage_sizes(shape.num_layers))
     # In halves of an all-reduce. A layer has two all-reduces in each direction; with sequence parallelism each is a
     # reduce-scatter and an all-gather, and the backward pass gathers the inputs of two linear layers once more.
     forward, backward = 4, 6 if config.parallel.sequence else 4
     again = forward if config.model.recompute == "full" else 0
     half = hidden * layers * (tensor - 1) / tensor
+    # Keys and values go once around the ranks of a group, in the backward pass again with their gradients (Transformer
+    # Engine's ring; ours, without it, keeps what it has gathered).
+    keys = 2 * tokens / layout.data * shape.num_kv_heads // tensor * shape.head_dim * item * layers
+    around = keys * (layout.context - 1) / layout.context
     boundaries = 0 if layout.pipeline == 1 else layout.virtual
     across = hidden / (tensor if config.parallel.sequence else 1) * boundaries
     sizes = rank_sizes(shape, layout, 0)
-    share = (layout.data - 1) / layout.data
+    share = (layout.copies - 1) / layout.copies
     embedding = padded_vocab(shape.vocab_size, tensor) // tensor * shape.hidden_size * GRADIENT_BYTES
     tied = shape.tie_embeddings and layout.pipeline > 1
     return StepTraffic(
         tensor_forward=int(forward * half),
         tensor_update=int((forward + backward + again) * half),
+        context_forward=int(around),
+        context_update=int((4 if config.model.recompute == "full" else 3) * around),
         pipeline_forward=int(across),
         pipeline_update=int(2 * across),
         data=int(updates * share * (sizes.gradient_bytes + sizes.weight_bytes(config.model.dtype))),
         tied=updates * embedding if tied else 0,
+        context_crosses=_crosses(config, layout, "context"),
         pipeline_crosses=_crosses(config, layout, "pipeline"),
-        data_crosses=_crosses(config, layout, "data"),
+        data_crosses=_crosses(config, layout, "data", "context"),
         weights=weight_update(config, shape, layout, local_bytes_per_second, network_bytes_per_second),
     )
 
 
-def _crosses(config: Config, layout: ParallelLayout, axis: Literal["data", "pipeline"]) -> bool:
-    """Whether the ranks of some group along an axis are on several nodes."""
+def _crosses(config: Config, layout: ParallelLayout, *axes: Literal["data", "context", "pipeline"]) -> bool:
+    """Whether the ranks of some group along the axes are on several nodes."""
     nodes: dict[RankCoordinates, set[int]] = defaultdict(set)
     for rank, place in enumerate(rank_places(config.cluster)):
-        nodes[layout.coordinates(rank)._replace(**{axis: 0})].add(place.node)
+        nodes[layout.coordinates(rank)._replace(**dict.fromkeys(axes, 0))].add(place.node)
     return any(len(found) > 1 for found in nodes.values())
 
 

@@ -18,6 +18,8 @@ class PlacementRow:
     """Data-parallel rank."""
     tensor: str
     """Tensor-parallel ranks."""
+    context: int | None
+    """Context-parallel rank."""
     layers: str
     """Layers of each model chunk, counted from 0, with `E` the embedding and `H` the final norm and head."""
     engines: str
@@ -30,12 +32,14 @@ def placement_rows(config: Config, shape: ModelShape, layout: ParallelLayout) ->
     engines = {}
     for engine, place in enumerate(engine_places(config.cluster, config.rollout)):
         engines |= {(place.node, gpu): engine for gpu in place.gpus}
-    groups: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
+    groups: dict[tuple[int, int, int, int], list[tuple[int, int, int]]] = {}
     for rank, place in enumerate(rank_places(config.cluster)):
         where = layout.coordinates(rank)
-        groups.setdefault((place.node, where.pipeline, where.data), []).append((rank, place.gpus[0], where.tensor))
+        groups.setdefault((place.node, where.pipeline, where.data, where.context), []).append(
+            (rank, place.gpus[0], where.tensor)
+        )
     rows = []
-    for (node, stage, replica), members in groups.items():
+    for (node, stage, replica, context), members in groups.items():
         ranks, gpus, tensor = map(list, zip(*members, strict=True))
         here = sorted({engines.pop((node, gpu)) for gpu in gpus if (node, gpu) in engines})
         rows.append(
@@ -46,17 +50,18 @@ def placement_rows(config: Config, shape: ModelShape, layout: ParallelLayout) ->
                 stage=stage,
                 replica=replica,
                 tensor=_range(tensor),
+                context=context,
                 layers=_layers(layout, stage, shape.num_layers),
                 engines=_range(here),
                 # A shard is where the first rank of its data-parallel rank is.
-                shard=replica if stage == 0 and 0 in tensor else None,
+                shard=replica if stage == context == 0 and 0 in tensor else None,
             )
         )
     alone: dict[tuple[int, int], list[int]] = {}
     for (node, gpu), engine in engines.items():
         alone.setdefault((node, engine), []).append(gpu)
     rows += [
-        PlacementRow(node, _range(gpus), "", None, None, "", "", str(engine), None)
+        PlacementRow(node, _range(gpus), "", None, None, "", None, "", str(engine), None)
         for (node, engine), gpus in sorted(alone.items())
     ]
     return rows

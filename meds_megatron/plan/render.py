@@ -41,11 +41,12 @@ def show_plan(plan: Plan, console: Console) -> None:
 def headline(plan: Plan) -> str:
     layout, cluster, rollout = plan.layout, plan.config.cluster, plan.config.rollout
     device = plan.hardware.name if plan.on_gpu else "processes without GPUs"
+    context = f" x {layout.context} context" if layout.context > 1 else ""
     virtual = f" x {layout.virtual} virtual" if layout.virtual > 1 else ""
     own = "on the trainer's nodes" if rollout.nodes is None else f"on {_count(rollout.nodes, 'node')} of their own"
     return (
         f"{plan.config.name}: {_count(cluster.nodes, 'node')} x {cluster.ranks_per_node} {device}; trainer ranks: "
-        f"{layout.tensor} tensor x {layout.pipeline} pipeline{virtual} x {layout.data} data parallel; "
+        f"{layout.tensor} tensor{context} x {layout.pipeline} pipeline{virtual} x {layout.data} data parallel; "
         f"{_count(rollout.engines, 'engine')} of {_count(rollout.tensor, 'rank')}, {own}."
     )
 
@@ -66,14 +67,15 @@ def divisions(plan: Plan) -> list[str]:
 
 def placement_table(plan: Plan) -> Table:
     table = _table(
-        "node", "GPUs" if plan.on_gpu else "places", "ranks", "stage", "TP", "DP", "layers", "engine", "shard"
+        "node", "GPUs" if plan.on_gpu else "places", "ranks", "stage", "TP", "CP", "DP", "layers", "engine", "shard"
     )
     rows = plan.placement
     for row in rows[:MOST_ROWS]:
-        cells = (row.node, row.gpus, row.ranks, row.stage, row.tensor, row.replica, row.layers, row.engines, row.shard)
+        place = (row.node, row.gpus, row.ranks, row.stage, row.tensor, row.context, row.replica)
+        cells = (*place, row.layers, row.engines, row.shard)
         table.add_row(*("" if cell is None else str(cell) for cell in cells))
     if len(rows) > MOST_ROWS:
-        table.add_row("...", f"{len(rows) - MOST_ROWS} more", *[""] * 7)
+        table.add_row("...", f"{len(rows) - MOST_ROWS} more", *[""] * 8)
     return table
 
 
@@ -98,6 +100,8 @@ def traffic_table(plan: Plan) -> Table:
     rows = [
         ("tensor parallel, forward", traffic.tensor_forward, False),
         ("tensor parallel, update", traffic.tensor_update, False),
+        ("context parallel, forward", traffic.context_forward, traffic.context_crosses),
+        ("context parallel, update", traffic.context_update, traffic.context_crosses),
         ("pipeline, forward", traffic.pipeline_forward, traffic.pipeline_crosses),
         ("pipeline, update", traffic.pipeline_update, traffic.pipeline_crosses),
         ("data parallel, gradients and weights", traffic.data, traffic.data_crosses),

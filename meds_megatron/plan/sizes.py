@@ -2,9 +2,9 @@
 
 The shapes are the conversion table's. The buffers are those of megatron-core 0.16.1's `_ParamAndGradBuffer`: one for
 each model chunk, parameters in reverse order, each beginning at a multiple of 64 elements, each bucket's end padded to
-a multiple of lcm(data-parallel ranks, 128). A bucket is a whole chunk, except that a tied embedding on either end of a
-pipeline has one of its own. The distributed optimizer (ZeRO stage 1, arXiv 1910.02054) gives each data-parallel rank an
-equal slice of every bucket, of which padding has no state.
+a multiple of lcm(data- and context-parallel ranks, 128). A bucket is a whole chunk, except that a tied embedding on
+either end of a pipeline has one of its own. The distributed optimizer (ZeRO stage 1, arXiv 1910.02054) gives each data-
+and context-parallel rank an equal slice of every bucket, of which padding has no state.
 """
 
 from dataclasses import dataclass
@@ -49,14 +49,15 @@ class RankSizes:
 
 
 @lru_cache(maxsize=4096)
-def rank_sizes(shape: ModelShape, layout: ParallelLayout, stage: int, data: int = 0) -> RankSizes:
-    """Sizes on a rank of pipeline stage `stage` and data-parallel rank `data`; tensor-parallel ranks are alike."""
+def rank_sizes(shape: ModelShape, layout: ParallelLayout, stage: int, copy: int = 0) -> RankSizes:
+    """Sizes on a rank of pipeline stage `stage` that holds copy `copy` of its parameters: context-parallel rank plus
+    layout.context times data-parallel rank. Tensor-parallel ranks are alike."""
     parameters = buffer = optimizer = largest = 0
     for chunk in range(layout.virtual):
         elements = chunk_parameters(shape, layout, stage, chunk)
         parameters += sum(count for count, _ in elements)
         largest = max(largest, *(count for count, _ in elements))
-        size, held = _buffer(elements, layout.data, data)
+        size, held = _buffer(elements, layout.copies, copy)
         buffer += size
         optimizer += held
     return RankSizes(parameters, buffer, optimizer, largest)
@@ -97,7 +98,7 @@ def _layer_elements(shape: ModelShape, tensor: int) -> tuple[int, ...]:
 
 
 def _buffer(parameters: list[tuple[int, bool]], ranks: int, rank: int) -> tuple[int, int]:
-    """Elements of a chunk's buffer, and of those with optimizer state on data-parallel rank `rank` of `ranks`."""
+    """Elements of a chunk's buffer, and of those with optimizer state of the `rank`-th of `ranks` copies."""
     multiple = lcm(ranks, _BUCKET_MULTIPLE)
     buckets: list[tuple[int, int, list[tuple[int, int]]]] = []
     held: list[tuple[int, int]] = []

@@ -167,7 +167,8 @@ def _measure_links(config: Config, placement: Placement) -> list[Finding]:
     except ray.exceptions.RayError as error:
         return [Finding("all", "links", str(error).strip().splitlines()[-1], ok=False)]
     findings = []
-    for kind, size in (("tensor", layout.tensor), ("pipeline", layout.pipeline), ("data", layout.data)):
+    for kind in ("tensor", "context", "pipeline", "data"):
+        size = getattr(layout, kind)
         if size > 1:
             slowest = min(rank[kind] for rank in measured)
             findings.append(Finding("all", f"{kind} links", f"{slowest / 1e9:.2f} GB/s over {size} ranks"))
@@ -200,6 +201,7 @@ class _Rank:
         values = torch.ones(MESSAGE_BYTES[device] // 4, device=device)
         groups: dict[str, Any] = {
             "tensor": parallel_state.get_tensor_model_parallel_group(),
+            "context": parallel_state.get_context_parallel_group(),
             "pipeline": parallel_state.get_pipeline_model_parallel_group(),
             "data": parallel_state.get_data_parallel_group(),
         }

@@ -47,7 +47,7 @@ class ErrorMemory:
     def __init__(self, config: Config, placement: Placement, supervisor: Supervisor):
         layout = ParallelLayout.from_config(config)
         places = rank_places(config.cluster)
-        nodes = [places[layout.rank(tensor=0, data=data, pipeline=0)].node for data in range(layout.data)]
+        nodes = [places[layout.rank(tensor=0, context=0, data=data, pipeline=0)].node for data in range(layout.data)]
         self._shards = [
             ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(_ShardActor)
             .options(**placement.options(Place(node, gpus=()), {"OMP_NUM_THREADS": "1"}))

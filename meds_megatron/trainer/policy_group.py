@@ -119,8 +119,10 @@ class PolicyGroup:
 
     def _schedule(self, batch: TrainBatch, minibatches_B: np.ndarray, tokens: int) -> Schedule:
         multiple = self.layout.pipeline if self.layout.virtual > 1 else 1
-        costs_B = batch.lengths_B * self._shape.token_operations(batch.lengths_B)
-        return schedule(batch.lengths_B, costs_B, minibatches_B, self.layout.data, tokens, multiple)
+        # Tokens with the padding of each sequence.
+        lengths_B = -(-batch.lengths_B // self.layout.sequence_multiple) * self.layout.sequence_multiple
+        costs_B = lengths_B * self._shape.token_operations(lengths_B)
+        return schedule(lengths_B, costs_B, minibatches_B, self.layout.data, tokens, multiple)
 
     def _on_all(self, method: str, *args) -> list:
         return self.results([getattr(worker, method).remote(*args) for worker in self._workers])

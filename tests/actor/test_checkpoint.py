@@ -20,6 +20,7 @@ LAYOUTS = {
     "DP3": dict(data=3),
     "TP2xDP2": dict(tensor=2, data=2),
     "TP2xPP2": dict(tensor=2, pipeline=2),
+    "CP2xDP2": dict(context=2, data=2),
 }
 CHANGES = [
     ("TP2", "PP2", "qwen3 tied"),
@@ -30,11 +31,9 @@ CHANGES = [
     ("TP2xDP2", "PP2", "qwen2 tied"),
     ("TP2xPP2", "DP2", "qwen3 untied"),
     ("TP2xDP2", "TP2xDP2", "qwen3 tied"),
+    ("CP2xDP2", "PP2", "qwen3 tied"),
+    ("TP2", "CP2xDP2", "qwen2 untied"),
 ]
-
-
-def world(parallel: dict) -> int:
-    return int(np.prod([parallel.get(axis, 1) for axis in ("tensor", "pipeline", "data")]))
 
 
 @pytest.mark.parametrize(("saved", "loaded", "model"), CHANGES)
@@ -42,8 +41,10 @@ def world(parallel: dict) -> int:
 def test_state_is_the_same_under_another_layout(ranks, tmp_path_factory, tmp_path, saved, loaded, model, dtype):
     directory = str(cases.cached_model(tmp_path_factory, model))
     before, after = LAYOUTS[saved], LAYOUTS[loaded]
-    expected = ranks.run(world(before), on_rank.train_and_save, directory, before, str(tmp_path), 2, dtype)[0]
-    found = ranks.run(world(after), on_rank.load_state, directory, after, str(tmp_path), dtype)
+    expected = ranks.run(cases.world_size(before), on_rank.train_and_save, directory, before, str(tmp_path), 2, dtype)[
+        0
+    ]
+    found = ranks.run(cases.world_size(after), on_rank.load_state, directory, after, str(tmp_path), dtype)
     assert expected["step"] == 4
     assert np.abs(expected["exp_avg model.layers.3.mlp.down_proj.weight"]).min() > 0
     assert not any(np.isnan(values).any() for values in expected.values())
@@ -53,11 +54,11 @@ def test_state_is_the_same_under_another_layout(ranks, tmp_path_factory, tmp_pat
             np.testing.assert_array_equal(state[name], values, err_msg=name)
 
 
-@pytest.mark.parametrize("layout", ["TP2xDP2", "PP2xVPP2"])
+@pytest.mark.parametrize("layout", ["TP2xDP2", "PP2xVPP2", "CP2xDP2"])
 def test_training_continues_with_the_same_bits(ranks, tmp_path_factory, tmp_path, layout):
     directory, parallel = str(cases.cached_model(tmp_path_factory, "qwen3 tied")), LAYOUTS[layout]
-    whole = ranks.run(world(parallel), on_rank.losses_uninterrupted, directory, parallel, str(tmp_path))
-    resumed = ranks.run(world(parallel), on_rank.losses_resumed, directory, parallel, str(tmp_path))
+    whole = ranks.run(cases.world_size(parallel), on_rank.losses_uninterrupted, directory, parallel, str(tmp_path))
+    resumed = ranks.run(cases.world_size(parallel), on_rank.losses_resumed, directory, parallel, str(tmp_path))
     assert [losses[2:] for losses in whole] == resumed
     assert whole[0][2] != whole[0][3]
 

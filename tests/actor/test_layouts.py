@@ -18,6 +18,10 @@ LAYOUTS = {
     "DP2 packs": (dict(data=2), cases.PACKS),
     "DP2xPP2": (dict(data=2, pipeline=2), cases.PAIRS),
     "TP2xPP2+SP": (dict(tensor=2, pipeline=2, sequence=True), cases.PAIRS),
+    "CP2": (dict(context=2), cases.PACKS),
+    "CP2 one by one": (dict(context=2), cases.ONE_BY_ONE),
+    "CP2xDP2": (dict(context=2, data=2), cases.PAIRS),
+    "TP2xCP2xPP2+SP": (dict(tensor=2, context=2, pipeline=2, sequence=True), cases.PACKS),
     "TP2xDP2": (dict(tensor=2, data=2), cases.ONE_BY_ONE),
 }
 AGGREGATIONS = ["token_mean", "sequence_mean", "sequence_sum"]
@@ -40,10 +44,11 @@ def test_same_loss_and_gradient_norm_as_on_one_rank(ranks, tmp_path_factory, mod
     ("aggregation", "loss"),
     [*((name, "ppo") for name in AGGREGATIONS), ("sequence_mean", "gspo"), ("token_mean", "cispo")],
 )
-def test_every_aggregation_and_loss_is_global(ranks, tmp_path_factory, aggregation, loss):
+@pytest.mark.parametrize("layout", [dict(data=2, pipeline=2), dict(context=2)], ids=str)
+def test_every_aggregation_and_loss_is_global(ranks, tmp_path_factory, aggregation, loss, layout):
     directory = cases.cached_model(tmp_path_factory, "qwen3 tied")
     expected = update(ranks, directory, dict(), cases.ONE_BY_ONE, aggregation, loss)
-    found = update(ranks, directory, dict(data=2, pipeline=2), cases.PACKS, aggregation, loss)
+    found = update(ranks, directory, layout, cases.PACKS, aggregation, loss)
     assert found[1]["loss"] == pytest.approx(expected[1]["loss"], abs=1e-5)
     assert found[1]["grad_norm"] == pytest.approx(expected[1]["grad_norm"], rel=1e-5)
 

@@ -21,7 +21,7 @@ def test_advantages_are_shaped_by_the_entropy_of_the_updates_own_forward_pass():
     logprobs_R = torch.full((3,), -1.0, requires_grad=True)
     entropy_R = torch.tensor([0.5, 1.0, 3.0], requires_grad=True)
     loss, kept = _MicroBatchLoss(batch, config, "cpu")(
-        build_micro_batch(batch, np.array([0, 1]), 8, "cpu"), logprobs_R, entropy_R
+        build_micro_batch(batch, np.array([0, 1]), batch.lengths_B, 8, "cpu"), logprobs_R, entropy_R
     )
     # Added to the advantages: 0.4 * 0.5, 0.4 * 1 and, since 0.4 * 3 is beyond half of |-1|, 0.5. All ratios are 1.
     assert loss.item() == pytest.approx(-(1.2 + 1.4 - 0.5) / 3)

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meds_megatron.actor.microbatch import build_micro_batch
+from meds_megatron.actor.microbatch import build_micro_batch, sequence_tokens
 from meds_megatron.actor.train_batch import TrainBatch, scatter_ragged
+from meds_megatron.config import ParallelLayout
+from meds_megatron.model.attention import context_slice
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=12)
 
@@ -72,29 +74,40 @@ def test_results_of_ranks_come_back_in_order(lengths, ranks, random):
     assert scatter_ragged(parts, shares, data.response_lengths_B).tolist() == data.rollout_logprobs_R.tolist()
 
 
-@given(LENGTHS, st.integers(0, 4), st.randoms(use_true_random=False))
-def test_a_pack_holds_its_sequences_one_after_the_other(lengths, padding, random):
-    data = build(lengths)
+@given(LENGTHS, st.integers(1, 3), st.booleans(), st.randoms(use_true_random=False))
+def test_a_pack_holds_its_sequences_one_after_the_other(lengths, context, wide, random):
+    data, layout = build(lengths), ParallelLayout(context=context)
     rows = np.array(random.sample(range(len(lengths)), len(lengths) // 2 + 1))
-    used = sum(sum(lengths[row]) for row in rows)
-    pack = build_micro_batch(data, rows, used + padding, "cpu")
-    tokens_T = pack.tokens_1T[0]
-    expected = [100 * row + position for row in rows for position in range(sum(lengths[row]))]
-    assert tokens_T.tolist() == [*expected, *[0] * padding]
-    assert pack.positions_1T[0, :used].tolist() == [token % 100 for token in expected]
-    bounds = pack.sequences.cu_seqlens_q.tolist()
-    assert bounds[: len(rows) + 1] == [0, *np.cumsum([sum(lengths[row]) for row in rows])]
-    assert bounds[-1] == used + padding
-    assert tokens_T[pack.predictors_R + 1].tolist() == pack.targets_R.tolist()
-    assert pack.targets_R.tolist() == [t for row in rows for t in 100 * row + np.arange(*np.cumsum(lengths[row]))]
-    assert pack.answer_rows.tolist() == [row for row in rows if lengths[row][1] > 1]
-    assert tokens_T[pack.answers_N + 1].tolist() == [100 * row + sum(lengths[row]) - 1 for row in pack.answer_rows]
+    spans_B = sequence_tokens(data, rows, layout) + wide * 6 * context
+    tokens = layout.padded_tokens(int(spans_B.sum()))
+    packs = [build_micro_batch(data, rows, spans_B, tokens, "cpu", (rank, context)) for rank in range(context)]
+    bounds = packs[0].sequences.cu_seqlens_q.tolist()
+    assert bounds[: len(rows) + 1] == [0, *np.cumsum(spans_B)] and bounds[-1] == tokens
+    held = [context_slice(np.diff(bounds).tolist(), rank, context) for rank in range(context)]
+    assert sorted(np.concatenate(held).tolist()) == list(range(tokens))
+    whole_T, positions_T = np.zeros(tokens, dtype=np.int64), np.zeros(tokens, dtype=np.int64)
+    for pack, places in zip(packs, held, strict=True):
+        whole_T[places], positions_T[places] = pack.tokens_1T[0], pack.positions_1T[0]
+    for begin, row in zip(bounds, rows, strict=False):
+        size = sum(lengths[row])
+        assert whole_T[begin : begin + size].tolist() == [100 * row + position for position in range(size)]
+        assert positions_T[begin : begin + size].tolist() == list(range(size))
+    targets_R, answers = np.full(packs[0].response_tokens, -1), {}
+    for pack, places in zip(packs, held, strict=True):
+        assert whole_T[places[pack.predictors_Q.numpy()] + 1].tolist() == pack.targets_Q.tolist()
+        targets_R[pack.responses_Q.numpy()] = pack.targets_Q.numpy()
+        for row, place in zip(pack.answer_rows, pack.answers_N.tolist(), strict=True):
+            if place >= 0:
+                answers[row] = whole_T[places[place] + 1]
+    assert targets_R.tolist() == [100 * row + t for row in rows for t in range(lengths[row][0], sum(lengths[row]))]
+    assert answers == {row: 100 * row + sum(lengths[row]) - 1 for row in rows if lengths[row][1] > 1}
 
 
 def test_an_empty_micro_batch_is_padding():
-    batch = build_micro_batch(build([(2, 3)]), np.zeros(0, dtype=np.int64), 4, "cpu")
+    none = np.zeros(0, dtype=np.int64)
+    batch = build_micro_batch(build([(2, 3)]), none, none, 4, "cpu")
     assert batch.tokens_1T.tolist() == [[0] * 4] and batch.sequences.cu_seqlens_q.tolist() == [0, 4]
-    assert len(batch.targets_R) == len(batch.answer_rows) == 0
+    assert batch.response_tokens == len(batch.targets_Q) == len(batch.answer_rows) == 0
 
 
 def test_prompt_and_response_lists_must_match():

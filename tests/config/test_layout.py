@@ -11,9 +11,11 @@ from meds_megatron.errors import UserError
 MODEL = QWEN["Qwen2.5-7B"]
 
 
-def test_data_parallel_size_is_what_tensor_and_pipeline_leave():
+def test_data_parallel_size_is_what_tensor_context_and_pipeline_leave():
     config = Config(cluster=ClusterConfig(nodes=4), parallel=ParallelConfig(tensor=4, pipeline=2, virtual_pipeline=2))
     assert ParallelLayout.from_config(config) == ParallelLayout(tensor=4, pipeline=2, virtual=2, data=4)
+    config.parallel.context = 2
+    assert ParallelLayout.from_config(config) == ParallelLayout(tensor=4, pipeline=2, virtual=2, data=2, context=2)
 
 
 def test_ranks_that_do_not_divide_are_refused():
@@ -22,10 +24,11 @@ def test_ranks_that_do_not_divide_are_refused():
         ParallelLayout.from_config(config)
 
 
-def test_rank_order_is_tensor_then_data_then_pipeline():
-    layout = ParallelLayout(tensor=2, data=3, pipeline=2)
-    assert [layout.coordinates(rank) for rank in (0, 1, 2, 6)] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
-    assert [layout.rank(*layout.coordinates(rank)) for rank in range(layout.ranks)] == list(range(12))
+def test_rank_order_is_tensor_then_context_then_data_then_pipeline():
+    layout = ParallelLayout(tensor=2, context=2, data=3, pipeline=2)
+    found = [layout.coordinates(rank) for rank in (0, 1, 2, 4, 12)]
+    assert found == [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    assert [layout.rank(*layout.coordinates(rank)) for rank in range(layout.ranks)] == list(range(24))
 
 
 def test_chunks_interleave_over_the_stages():

@@ -16,6 +16,8 @@ LAYOUTS = {
     "TP2xPP2+SP": dict(tensor=2, pipeline=2, sequence=True),
     "PP2xVPP2": dict(pipeline=2, virtual_pipeline=2),
     "TP2xPP2xVPP2+SP": dict(tensor=2, pipeline=2, virtual_pipeline=2, sequence=True),
+    "CP2": dict(context=2),
+    "TP2xCP2xPP2+SP": dict(tensor=2, context=2, pipeline=2, sequence=True),
     "PP2 uneven": dict(pipeline=2, first_stage_layers=3),
 }
 
@@ -65,7 +67,7 @@ def test_layers_that_pass_the_final_norm_are_configurable(ranks, model_dirs, nor
     assert np.abs(expected.fingerprints_BL - cases.transformers_answers(directory).fingerprints_BL).max() > 0.1
 
 
-@pytest.mark.parametrize("layout", ["TP1", "PP2xVPP2", "TP2xPP2+SP"])
+@pytest.mark.parametrize("layout", ["TP1", "CP2", "PP2xVPP2", "TP2xPP2+SP"])
 @pytest.mark.parametrize("tokens", [cases.ONE_BY_ONE, cases.PAIRS, 2 * cases.PACKS])
 def test_values_belong_to_their_responses_in_any_order(ranks, model_dirs, tokens, layout):
     directory, parallel = model_dirs["qwen2 tied"], LAYOUTS[layout]

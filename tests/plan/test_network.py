@@ -46,6 +46,15 @@ def test_tensor_parallel_layers_send_what_is_predicted(ranks, sequence, recomput
     assert (traffic.tensor_forward, traffic.tensor_update) == found
 
 
+def test_context_parallel_layers_send_what_is_predicted(ranks):
+    config = config_of(dict(context=2), ranks=2)
+    ((forward, update),) = ranks.run(1, sent_by_layers, config)
+    traffic = traffic_of(config, tokens=SEQUENCE * ROWS)
+    assert traffic.context_forward == forward
+    # These layers keep the keys and values that they have gathered; Transformer Engine's send them again.
+    assert traffic.context_update == update + forward
+
+
 def sent_by_layers(_rank: int, config: Config) -> tuple[int, int]:
     """Bytes that a rank of two sends in ring collectives by the layers' forward pass alone, and by an update's."""
     from meds_megatron.model.attention import packed_sequences
@@ -58,7 +67,7 @@ def sent_by_layers(_rank: int, config: Config) -> tuple[int, int]:
         for parameter in chunk.parameters():
             # Its gradient is made by the layers that compute it, without a wrapper.
             parameter.grad = None
-        tokens = ROWS * SEQUENCE // 2 if config.parallel.sequence else ROWS * SEQUENCE
+        tokens = ROWS * SEQUENCE // (2 if config.parallel.sequence else config.parallel.context)
         hidden = torch.randn(tokens, 1, SHAPE.hidden_size, requires_grad=True)
         sequences = packed_sequences([SEQUENCE] * ROWS, "cpu")
         settings = dict(

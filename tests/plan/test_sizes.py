@@ -21,6 +21,7 @@ LAYOUTS = [
     dict(data=4),
     dict(tensor=2, data=3, sequence=True),
     dict(pipeline=3, data=2),
+    dict(tensor=2, context=3, data=2),
     dict(tensor=2, pipeline=4, virtual_pipeline=2, data=2),
     dict(tensor=8, pipeline=4, virtual_pipeline=2, data=2, sequence=True),
 ]
@@ -43,11 +44,11 @@ def test_a_ranks_bytes_are_those_of_megatron_on_the_meta_device(ranks, model):
     for settings in layouts_of(model):
         parallel, layout = parts(settings)
         for stage in range(layout.pipeline):
-            for data in {0, layout.data - 1}:
-                rank = layout.rank(layout.tensor - 1, data, stage)
+            for data, context in {(0, 0), (layout.data - 1, layout.context - 1)}:
+                rank = layout.rank(layout.tensor - 1, context, data, stage)
                 for dtype in ("bfloat16", "float32"):
                     cases.append((shape, parallel, layout.ranks, rank, dtype))
-                    sizes = rank_sizes(shape, layout, stage, data)
+                    sizes = rank_sizes(shape, layout, stage, context + layout.context * data)
                     expected.append(
                         meta_rank.Bytes(
                             parameters=sizes.parameters * ITEM_BYTES[dtype],
@@ -61,7 +62,9 @@ def test_a_ranks_bytes_are_those_of_megatron_on_the_meta_device(ranks, model):
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(data=3), dict(tensor=2, data=2), dict(pipeline=2, data=2), dict(pipeline=3)], ids=str
+    "settings",
+    [dict(data=3), dict(tensor=2, data=2), dict(pipeline=2, data=2), dict(pipeline=3), dict(context=2)],
+    ids=str,
 )
 @pytest.mark.parametrize("model", ["qwen2 untied", "qwen3 tied"])
 def test_a_small_models_bytes_are_those_of_real_ranks_with_their_padding(ranks, tmp_path_factory, model, settings):
@@ -73,7 +76,7 @@ def test_a_small_models_bytes_are_those_of_real_ranks_with_their_padding(ranks, 
     found = ranks.run(layout.ranks, real_bytes, str(directory), {k: v for k, v in settings.items() if k != "data"})
     for rank, bytes_of_rank in enumerate(found):
         where = layout.coordinates(rank)
-        sizes = rank_sizes(shape, layout, where.pipeline, where.data)
+        sizes = rank_sizes(shape, layout, where.pipeline, where.context + layout.context * where.data)
         assert bytes_of_rank == (
             sizes.weight_bytes("float32"),
             sizes.gradient_bytes,

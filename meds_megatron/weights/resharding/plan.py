@@ -160,10 +160,10 @@ def find_routes(
 ) -> list[Route]:
     """A route for every engine, pipeline stage and tensor-parallel rank.
 
-    Every data-parallel replica of the trainer holds all weights. An engine is served by the replica's rank on its own
-    node where there is one, and otherwise by one over the network; engines take turns among the replicas, so that no
-    rank serves them all. `rank_nodes` and `engine_nodes` are the node of each trainer rank and of each engine. Without
-    `allow_local` all routes use the network.
+    Every data- and context-parallel replica of the trainer holds all weights. An engine is served by the replica's rank
+    on its own node where there is one, and otherwise by one over the network; engines take turns among the replicas, so
+    that no rank serves them all. `rank_nodes` and `engine_nodes` are the node of each trainer rank and of each engine.
+    Without `allow_local` all routes use the network.
     """
     routes = []
     turns: dict[int, int] = defaultdict(int)
@@ -171,7 +171,11 @@ def find_routes(
         turn, turns[node] = turns[node], turns[node] + 1
         for stage in range(layout.pipeline):
             for tensor in range(layout.tensor):
-                replicas = [layout.rank(tensor, data, stage) for data in range(layout.data)]
+                replicas = [
+                    layout.rank(tensor, context, data, stage)
+                    for data in range(layout.data)
+                    for context in range(layout.context)
+                ]
                 near = [rank for rank in replicas if allow_local and rank_nodes[rank] == node]
                 rank = near[turn % len(near)] if near else replicas[engine % len(replicas)]
                 routes.append(Route(engine, stage, tensor, rank, bool(near)))

@@ -21,6 +21,12 @@ def test_engines_of_a_node_take_turns_among_its_replicas():
     assert [route.rank for route in routes] == [0, 2, 1, 3, 0, 2]
 
 
+def test_context_parallel_ranks_are_replicas_too():
+    layout = ParallelLayout(tensor=2, context=2, data=2)
+    routes = find_routes(layout, nodes_of(layout, 8), engine_nodes=[0, 0, 0, 0, 0])
+    assert [route.rank for route in routes if route.trainer_rank == 1] == [1, 3, 5, 7, 1]
+
+
 def test_weights_on_another_node_come_over_the_network():
     layout = ParallelLayout(tensor=4, pipeline=2)
     routes = find_routes(layout, nodes_of(layout, 4), engine_nodes=[0, 1])
