@@ -215,8 +215,10 @@ class MemoryConfig:
     without what stands between < and >.
     """
 
-    method: Literal["hdbscan", "single"] = "hdbscan"
-    """`single`: every vector of a key is one cluster (ablation)."""
+    method: Literal["hdbscan", "single", "answer"] = "hdbscan"
+    """`single`: every vector of a key is one cluster (ablation). `answer`: responses with the same normalised final
+    answer are a cluster, whatever their fingerprints (rival); what concerns layers, HDBSCAN and noise has no effect
+    then."""
     min_cluster_size: int = setting(2, ge=2)
     min_samples: int = setting(1, gt=0)
     knn: int = setting(3, gt=0)
@@ -279,8 +281,12 @@ class FilterConfig:
 
 @dataclass
 class AdvantageConfig:
-    """Group-relative advantages."""
+    """Advantages of responses, from the scores of their group, and what is added to them."""
 
+    estimator: Literal["group", "pass_at_k"] = "group"
+    """`group`: distance from the group's mean score; `pass_at_k`: pass@k training (arXiv 2508.10751), which rewards
+    sets of pass_k responses for their best one and sees right and wrong only, no penalties."""
+    pass_k: int = setting(4, gt=0)
     normalize_std: bool = True
     """False is Dr.GRPO: subtract the mean only."""
     epsilon: float = setting(1e-6, gt=0)
@@ -291,6 +297,24 @@ class AdvantageConfig:
     """Entropy-shaped advantage: A + min(coefficient * H, |A| / entropy_bound), where H is each token's entropy under
     the policy in the update's own forward pass, without gradient; 0 is off."""
     entropy_bound: float = setting(2.0, gt=0)
+    focal_gamma: float = setting(0.0, ge=0)
+    """F-GRPO (arXiv 2602.06717): A * (1 - share of right responses in the group) ** focal_gamma; 0 is off."""
+    diversity_alpha: float = setting(0.0, ge=0)
+    diversity_beta: float = setting(0.0, ge=0)
+    diversity_bound: float = setting(2.0, gt=0)
+    """EDAS (arXiv 2605.17333), for the wrong responses of a group: A changes with the rarity of their answer among
+    them, by up to diversity_alpha times their mean |A|; where all gave the same answer, A falls by diversity_beta times
+    it. No change exceeds |A| / diversity_bound. Both 0: off."""
+    count_coefficient: float = setting(0.0, ge=0)
+    count_baseline: float = setting(0.5, ge=0, le=1)
+    """Outcome-based exploration (arXiv 2509.06941): A + count_coefficient * (min(1, 1 / sqrt(n)) - count_baseline) for
+    responses in the memory's cluster of n earlier ones, with `memory.method: answer` those of the same answer; 0 is
+    off. Counts all responses with `penalty.target: both`, without a penalty with `penalty.alpha: 0`."""
+
+    @property
+    def shapes_by_answer(self) -> bool:
+        """Whether advantages depend on the responses' final answers."""
+        return self.diversity_alpha > 0 or self.diversity_beta > 0
 
 
 @dataclass

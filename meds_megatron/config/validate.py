@@ -32,6 +32,7 @@ def validate(config: Config) -> None:
     _check_ranks(config)
     _check_batches(config)
     _check_rollout(config)
+    _check_advantage(config)
     _check_loss(config)
 
 
@@ -191,6 +192,20 @@ def _check_rollout(config: Config) -> None:
         not overlong.enabled or overlong.buffer < rollout.max_response_tokens,
         f"reward.overlong.buffer = {overlong.buffer} is not below "
         f"rollout.max_response_tokens = {rollout.max_response_tokens}; change it or set reward.overlong.enabled=false",
+    )
+
+
+def _check_advantage(config: Config) -> None:
+    advantage, responses = config.advantage, config.rollout.responses_per_prompt
+    _require(
+        advantage.estimator != "pass_at_k" or advantage.pass_k < responses,
+        f"advantage.pass_k = {advantage.pass_k} is not below rollout.responses_per_prompt = {responses}, so the sets "
+        "of a group could not differ; lower the first or raise the second",
+    )
+    _require(
+        advantage.count_coefficient == 0 or config.penalty.target != "none",
+        f"advantage.count_coefficient = {advantage.count_coefficient} needs the memory's counts, but penalty.target = "
+        "none looks nothing up; set penalty.target=both, with penalty.alpha=0 for counts without a penalty",
     )
 
 

@@ -29,12 +29,15 @@ def cluster(points_NF: np.ndarray, ends_M2: np.ndarray, config: MemoryConfig) ->
 
     With min_samples = 1 the mutual reachability distance is the plain distance, so the tree of old and new points grows
     out of the old one. Every other setting is a fresh fit of these points by the hdbscan package. Points without
-    features (F = 0) are all alike: they are one cluster.
+    features (F = 0) are all alike: they are one cluster. With `method: answer` the points are codes of answers, and
+    equal ones are a cluster, even a single one.
     """
     points = len(points_NF)
     no_tree_02 = np.empty((0, 2), np.int32)
     if config.method == "single" or points_NF.shape[1] == 0:
         return Clustering(np.zeros(points, np.int64), no_tree_02, fresh_fit=False)
+    if config.method == "answer":
+        return Clustering(equal_rows(points_NF), no_tree_02, fresh_fit=False)
     if points < 2:
         return Clustering(np.full(points, NOISE, np.int64), no_tree_02, fresh_fit=False)
     if config.min_samples != 1:
@@ -42,6 +45,18 @@ def cluster(points_NF: np.ndarray, ends_M2: np.ndarray, config: MemoryConfig) ->
     ends_M2, lengths_M = grow_spanning_tree(points_NF, ends_M2)
     labels_N = flat_clusters(ends_M2, lengths_M, config.min_cluster_size, config.allow_single_cluster)
     return Clustering(labels_N, ends_M2, fresh_fit=False)
+
+
+def equal_rows(points_NF: np.ndarray) -> np.ndarray:
+    """Labels [N] int64, from 0 on in the order of appearance: the same for equal points."""
+    numbers: dict[bytes, int] = {}
+    return np.array([numbers.setdefault(point_F.tobytes(), len(numbers)) for point_F in points_NF], dtype=np.int64)
+
+
+def labels_of_equals(queries_QF: np.ndarray, points_NF: np.ndarray, labels_N: np.ndarray, otherwise: int) -> np.ndarray:
+    """Label [Q] int64 of the points that equal each query, `otherwise` where none does. Both are of one type."""
+    labels = {point_F.tobytes(): label for point_F, label in zip(points_NF, labels_N, strict=True)}
+    return np.array([labels.get(query_F.tobytes(), otherwise) for query_F in queries_QF], dtype=np.int64)
 
 
 def fit_afresh(points_NF: np.ndarray, config: MemoryConfig) -> np.ndarray:

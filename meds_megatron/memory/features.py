@@ -1,5 +1,7 @@
-"""Feature vectors of the memory, made from fingerprints (one logit a layer)."""
+"""Feature vectors of the memory, made from fingerprints (one logit a layer) or from final answers."""
 
+import hashlib
+from collections.abc import Sequence
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -7,18 +9,32 @@ import numpy as np
 from meds_megatron.config import MemoryConfig
 from meds_megatron.errors import UserError
 
+CODE_BITS = 20
+"""Bits of an answer's hash in each value of its code: float32 holds whole numbers of up to 24 bits exactly."""
+CODE_VALUES = 3
+
+
+def answer_codes(answers: Sequence[str]) -> np.ndarray:
+    """Codes [N, CODE_VALUES] float32 of normalised final answers, which take the place of fingerprints with `method:
+    answer`: equal for equal answers, by a hash of 60 bits, in every process and run."""
+    codes_NC = np.empty((len(answers), CODE_VALUES), np.float32)
+    for row, answer in enumerate(answers):
+        digest = int.from_bytes(hashlib.blake2b(answer.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+        codes_NC[row] = [(digest >> (CODE_BITS * place)) % 2**CODE_BITS for place in range(CODE_VALUES)]
+    return codes_NC
+
 
 def features_of(fingerprints_NL: np.ndarray, config: MemoryConfig) -> np.ndarray:
     """The last layers of each fingerprint, [N, L] -> [N, F] float32 with F <= last_n_layers.
 
     With `layer_diff` the differences of neighbouring layers are taken first, so they number L - 1. A response without
-    an answer has a fingerprint of no layers (L = 0) and no features.
+    an answer has a fingerprint of no layers (L = 0) and no features. Codes of answers (`method: answer`) stay whole.
     Raises UserError for a value that is not finite, and when no layer is left.
     """
     fingerprints_NL = np.asarray(fingerprints_NL, dtype=np.float32)
     if fingerprints_NL.ndim != 2:
         raise UserError(f"Fingerprints must be an array [responses, layers], not of shape {fingerprints_NL.shape}.")
-    if fingerprints_NL.shape[1] == 0:
+    if fingerprints_NL.shape[1] == 0 or config.method == "answer":
         return fingerprints_NL
     layers_NL = np.diff(fingerprints_NL, axis=1) if config.layer_diff else fingerprints_NL
     features_NF = np.ascontiguousarray(layers_NL[:, -config.last_n_layers :])

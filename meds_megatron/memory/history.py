@@ -88,7 +88,8 @@ def extend(known_N: np.ndarray, added_N: np.ndarray, keep: int | None, config: M
     records_N = np.concatenate([known_N, added_N], dtype=record, casting="same_kind")
     if excess:
         records_N, ends_M2 = records_N[excess:].copy(), ends_M2[:0]
-    clustering = cluster(unit_vectors(records_N["vector"]), ends_M2, config)
+    points_NF = records_N["vector"] if config.method == "answer" else unit_vectors(records_N["vector"])
+    clustering = cluster(points_NF, ends_M2, config)
     records_N["label"] = clustering.labels_N
     if len(clustering.ends_M2):
         records_N["ends"][1:] = clustering.ends_M2

@@ -13,13 +13,14 @@ import numpy as np
 from meds_megatron.config import MemoryConfig
 from meds_megatron.errors import UserError
 from meds_megatron.memory import snapshot
-from meds_megatron.memory.clustering import beyond_reach, vote, warm_up
+from meds_megatron.memory.clustering import beyond_reach, labels_of_equals, vote, warm_up
 from meds_megatron.memory.features import check_settings, features_of, unit_vectors
 from meds_megatron.memory.history import KeyHistory, extend, keys_that_fit, longest_history, new_records
 from meds_megatron.memory.statistics import Moments, StepCounts
 
 UNKNOWN = -2
-"""Label of a fingerprint whose key was never clustered, or that is new with `memory.novelty`."""
+"""Label of a fingerprint whose key was never clustered, or that is new with `memory.novelty`, and of a new answer with
+`memory.method: answer`."""
 
 
 def shard_of(key: str, shards: int) -> int:
@@ -42,6 +43,8 @@ class MemoryShard:
     Responses without an answer have no fingerprint. They are remembered under keys of their own, in calls of their own,
     with fingerprints of no layers [N, 0]; all that share a key are one cluster. Windows, half-lives and budgets apply
     to them as well.
+
+    With `method: answer` the place of fingerprints is taken by the codes of final answers (`features.answer_codes`).
 
     A step is `lookup`, then `remember` and `recluster`. Remembered vectors count from the next `recluster` on, which
     also advances the shard's clock by one step. A key changes in one assignment, so a lookup from another thread sees
@@ -87,6 +90,10 @@ class MemoryShard:
             new = np.zeros(len(rows), bool)
             if self.config.method == "single" or history.features == 0:
                 labels_N[rows] = 0
+            elif self.config.method == "answer":
+                codes_NF = history.records_N["vector"]
+                labels_N[rows] = labels_of_equals(features_NF[rows], codes_NF, stored_N, UNKNOWN)
+                new = labels_N[rows] == UNKNOWN
             else:
                 queries_QF, points_NF = units_NF[rows], history.units_NF()
                 labels_N[rows], nearest_Q = vote(queries_QF, points_NF, stored_N, self.config.knn)
@@ -128,7 +135,9 @@ class MemoryShard:
     def stats(self) -> dict:
         """Totals of the shard, and counts and times since the last call; `step_metrics` makes metrics of them."""
         counts, self._counts = self._counts, StepCounts()
-        return {**self._totals, "moments": self._moments or Moments.of_none(0), **dataclasses.asdict(counts)}
+        # The codes of answers are no coordinates: their covariance means nothing.
+        moments = None if self.config.method == "answer" else self._moments
+        return {**self._totals, "moments": moments or Moments.of_none(0), **dataclasses.asdict(counts)}
 
     @property
     def bytes_used(self) -> int:
@@ -191,7 +200,8 @@ class MemoryShard:
         return damages
 
     def _check_same_vectors(self, path: Path, saved_config: dict) -> None:
-        for name in ("last_n_layers", "layer_diff", "norm"):
+        by_answer = "answer" in (saved_config["method"], self.config.method)
+        for name in ("method",) if by_answer else ("last_n_layers", "layer_diff", "norm"):
             saved, wanted = saved_config[name], getattr(self.config, name)
             if saved != wanted:
                 raise UserError(

@@ -33,6 +33,13 @@ def compare_plainly(answer: str, truth: str) -> bool | None:
     return _compare_quantities(answer, truth)
 
 
+def answer_class(answer: str) -> str:
+    """One text for all spellings of an answer that are the same as `normalised` or as one exact number."""
+    plain = normalised(answer)
+    value = number(plain)
+    return plain if value is None else str(value)
+
+
 def _compare_quantities(answer: str, truth: str) -> bool | None:
     """Verdict on numbers of which one at least is in scientific notation or has a unit, None for all other texts.
 

@@ -6,6 +6,8 @@ from typing import Literal
 import numpy as np
 
 from meds_megatron.data.prompts import Prompt
+from meds_megatron.latex import last_boxed
+from meds_megatron.reward.answers import answer_class
 from meds_megatron.reward.grading import Grade
 
 
@@ -38,6 +40,11 @@ class Sample:
     grade: Grade
     score: float
     """Correctness plus over-long penalty; NaN where the grading failed."""
+
+    @property
+    def final_answer(self) -> str:
+        r"""What the last `\boxed{}` holds, one text for all spellings (`answer_class`); empty without a box."""
+        return answer_class(last_boxed(self.completion.text) or "")
 
 
 @dataclass

@@ -71,7 +71,7 @@ def train(
         batch, minibatches_B, advantage_metrics = training_batch(rollouts, config)
 
         # The memory remembers and reclusters while the policy learns.
-        memory.remember(*rollouts.lookup_arguments(rollouts.rows_to_remember(config)))
+        memory.remember(*rollouts.lookup_arguments(rollouts.rows_to_remember(config), config))
         updates = []
         if len(batch):
             with timer("sync"):

@@ -7,6 +7,7 @@ import numpy as np
 
 from meds_megatron.actor.train_batch import TrainBatch
 from meds_megatron.config import Config
+from meds_megatron.memory.features import answer_codes
 from meds_megatron.rollout.samples import PromptGroup, Sample
 from meds_megatron.trainer.error_memory import lookup_key
 
@@ -74,6 +75,11 @@ class RolloutBatch:
         return self.kept_B & self.graded_B
 
     @property
+    def looked_up_B(self) -> np.ndarray:
+        """Whether the error memory concerns each response."""
+        return np.array([key is not None for key in self.keys_B], dtype=bool)
+
+    @property
     def kept_groups(self) -> list[PromptGroup]:
         return [group for group in self.groups if group.kept]
 
@@ -82,6 +88,11 @@ class RolloutBatch:
         chosen_B = self.kept_B | config.memory.remember_filtered
         return np.array([row for row in np.flatnonzero(chosen_B) if self.keys_B[row] is not None], dtype=np.int64)
 
-    def lookup_arguments(self, rows: np.ndarray) -> tuple[list[str], np.ndarray]:
-        """Memory keys and fingerprints [N, L] of `rows`."""
-        return [self.keys_B[row] for row in rows], self.batch.fingerprints_BL[rows]
+    def lookup_arguments(self, rows: np.ndarray, config: Config) -> tuple[list[str], np.ndarray]:
+        """Memory keys of `rows` and what they are clustered by: fingerprints [N, L], with `memory.method: answer` the
+        codes of final answers."""
+        keys = [self.keys_B[row] for row in rows]
+        if config.memory.method == "answer":
+            samples = self.samples
+            return keys, answer_codes([samples[row].final_answer for row in rows])
+        return keys, self.batch.fingerprints_BL[rows]

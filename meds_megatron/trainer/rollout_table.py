@@ -18,7 +18,7 @@ def rollout_columns(rollouts: RolloutBatch, advantages_K: np.ndarray) -> dict[st
     advantages_B = np.full(len(batch), np.nan)
     advantages_B[rollouts.trained_B] = advantages_K
     scored_B = np.isfinite(batch.shaped_scores_B)
-    looked_up_B = scored_B & np.array([key is not None for key in rollouts.keys_B], dtype=bool)
+    looked_up_B = scored_B & rollouts.looked_up_B
     # A batch without a forward pass has fingerprints of no layers.
     has_fingerprint_B = np.isfinite(batch.fingerprints_BL[:, :1]).any(axis=1)
     return {

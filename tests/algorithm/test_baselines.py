@@ -26,6 +26,7 @@ PUBLISHED = CONFIGS / "meds_qwen2.5_math_7b.yaml"
 CORRECT_B = np.array([True, False, False, False])
 LENGTHS_B = torch.tensor([1, 1, 1, 3])
 CLUSTER_SIZES_B = np.array([0, 0, 1, 7])
+ANSWERS_B = torch.tensor([4, 0, 3, 3])
 HISTORY_SIZES_B = np.array([0, 0, 12, 12])
 MAX_RESPONSE_TOKENS = 10
 
@@ -36,7 +37,8 @@ def advantages_and_loss(config: Config) -> tuple[list[float], float]:
     penalties_B = penalties(sizes_B, config.penalty.alpha)
     scores_B = torch.from_numpy(shape_scores(CORRECT_B, CORRECT_B, penalties_B, config.penalty.target))
     groups_B = torch.zeros(4, dtype=torch.long)
-    inputs = AdvantageInputs(scores_B, torch.from_numpy(CORRECT_B), groups_B)
+    counts_B = torch.from_numpy(sizes_B)
+    inputs = AdvantageInputs(scores_B, torch.from_numpy(CORRECT_B), groups_B, ANSWERS_B, counts_B)
     advantages_B = compute_advantages(inputs, config.advantage).advantages_B
     totals = dict(total_tokens=6, total_responses=4, max_response_tokens=MAX_RESPONSE_TOKENS)
     weights_B = aggregation_weights(LENGTHS_B, config.policy.aggregation, **totals)
@@ -69,6 +71,26 @@ def advantages_and_loss(config: Config) -> tuple[list[float], float]:
         ("gspo", [1.5, -0.5, -0.5, -0.5], (-1.5 * 1.0004 + 3 * 0.5) / 4),
         # -weight A log pi: the right token's weight is its ratio, its log-prob -2 + ln 1.3; the others have 1 and -2.
         ("cispo", [1.5, -0.5, -0.5, -0.5], (-1.3 * 1.5 * (-2 + math.log(1.3)) + 5 * 0.5 * -2) / 6),
+        # Shares 1/3 and 2/3 of the wrong answers: I = ln 3 and ln 1.5, H = 0.6365142, mean |A| = 1/2, so the changes
+        # are 0.4 / 2 (I - H) / ln 3 = 0.0841240 and -0.0420620.
+        (
+            "edas",
+            [1.5, -0.4158760, -0.5420620, -0.5420620],
+            (-1.5 * 1.28 + 0.4158760 + 4 * 0.5420620) / 6,
+        ),
+        # Weight sqrt(1 - 1/4) = 0.8660254.
+        ("f_grpo", [1.2990381, -0.4330127, -0.4330127, -0.4330127], (-1.2990381 * 1.2 + 5 * 0.4330127) / 6),
+        # Bonuses 1, 1, 1 and 1 / sqrt 7 = 0.3779645, less 0.5, times 0.2.
+        ("historical_counts", [1.6, -0.4, -0.4, -0.5244071], (-1.6 * 1.2 + 2 * 0.4 + 3 * 0.5244071) / 6),
+        # Pairs: half of the six hold the right one, deviation 1/2; of the three that hold a given wrong one two are
+        # wrong, mean 1/3.
+        ("pass_at_k", [1.0, -1 / 3, -1 / 3, -1 / 3], (-1.2 + 5 / 3) / 6),
+        # As with fingerprints, sizes 0, 1 and 7.
+        (
+            "meds_answer",
+            [1.4829260, -0.3314311, -0.4571929, -0.6943028],
+            (-1.4829260 * 1.28 + 0.3314311 + 0.4571929 + 3 * 0.6943028) / 6,
+        ),
         # The first wrong answer has no box, the others have 12 predecessors, p = 0.2. Scores 1, 0, -0.2, -0.2: mean
         # 0.15, standard deviation 0.5744563.
         (
@@ -79,7 +101,8 @@ def advantages_and_loss(config: Config) -> tuple[list[float], float]:
     ],
 )
 def test_baselines_by_hand(name, advantages, loss):
-    config = load_config(CONFIGS / "baselines" / f"{name}.yaml", [f"base={PUBLISHED}"])
+    pairs = ["advantage.pass_k=2"] if name == "pass_at_k" else []
+    config = load_config(CONFIGS / "baselines" / f"{name}.yaml", [f"base={PUBLISHED}", *pairs])
     result = advantages_and_loss(config)
     assert result[0] == pytest.approx(advantages, abs=1e-5)
     assert result[1] == pytest.approx(loss, abs=1e-5)
@@ -97,4 +120,4 @@ def test_only_grpo_and_gspo_train_on_groups_that_are_all_right():
     assert not keep_groups(correct_B, groups_B).any()
     metrics = {path.stem: load_config(path).filter.metric for path in (CONFIGS / "baselines").glob("*.yaml")}
     grpo = {name for name, metric in metrics.items() if metric == "none"}
-    assert grpo == {"grpo", "dr_grpo", "grpo_entropy", "gspo"}
+    assert grpo == {"grpo", "dr_grpo", "grpo_entropy", "gspo", "f_grpo", "historical_counts", "pass_at_k"}

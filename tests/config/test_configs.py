@@ -72,7 +72,7 @@ def test_a_baseline_names_its_loss_and_inherits_no_other(path, tmp_path):
 
 def test_the_over_long_penalty_is_off_in_the_grpo_family_alone():
     without = {path.stem for path in BASELINES if not load_config(path).reward.overlong.enabled}
-    assert without == {"grpo", "grpo_entropy", "dr_grpo", "gspo"}
+    assert without == {"grpo", "grpo_entropy", "dr_grpo", "gspo", "f_grpo", "historical_counts", "pass_at_k"}
 
 
 def test_published_models_have_the_published_settings():

@@ -91,6 +91,14 @@ def test_every_number_has_a_range_and_its_default_lies_in_it():
         (dict(rollout__top_p=0.9), "rollout.top_p = 0.9 with rollout.top_k = -1 normalises the sampled log-probs over"),
         (dict(rollout__top_k=20), "rollout.top_k = 20 normalises the sampled log-probs over the kept tokens only"),
         (
+            dict(advantage__estimator="pass_at_k", advantage__pass_k=16),
+            "advantage.pass_k = 16 is not below rollout.responses_per_prompt = 16",
+        ),
+        (
+            dict(advantage__count_coefficient=0.2, penalty__target="none"),
+            "advantage.count_coefficient = 0.2 needs the memory's counts, but penalty.target = none looks nothing up",
+        ),
+        (
             dict(policy__loss="gspo"),
             "policy.clip_high = 0.28 is a range of token ratios, but policy.loss = gspo clips ratios of whole "
             "responses; set policy.clip_low=3e-4 and policy.clip_high=4e-4.",

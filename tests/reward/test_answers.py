@@ -3,7 +3,7 @@ import time
 import pytest
 
 from meds_megatron.latex import last_boxed
-from meds_megatron.reward.answers import compare_plainly
+from meds_megatron.reward.answers import answer_class, compare_plainly
 from meds_megatron.reward.notation import for_math_verify
 
 
@@ -30,14 +30,16 @@ from meds_megatron.reward.notation import for_math_verify
         ("x  +\n1", "x+1"),
     ],
 )
-def test_equal_texts_and_numbers_are_decided_plainly(answer, truth):
+def test_equal_texts_and_numbers_are_decided_plainly_and_of_one_class(answer, truth):
     assert compare_plainly(answer, truth) is True
     assert compare_plainly(truth, answer) is True
+    assert answer_class(answer) == answer_class(truth)
 
 
 @pytest.mark.parametrize(("answer", "truth"), [("41", "42"), ("42.0", "43"), ("1,234", "1,235"), ("6/3", "3")])
 def test_different_whole_numbers_are_decided_plainly(answer, truth):
     assert compare_plainly(answer, truth) is False
+    assert answer_class(answer) != answer_class(truth)
 
 
 @pytest.mark.parametrize(

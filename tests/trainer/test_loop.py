@@ -28,8 +28,8 @@ LAYERS = 14
 
 class ScriptedProducer:
     """Completions as `script(step, prompt)` names them, a letter each: R is right, u wrong without an answer, others
-    are wrong by a habit, t by one that no grading decides. A completion's tokens are its letter and its number, so that
-    no two fingerprints are equal."""
+    are wrong by a habit, t by one that no grading decides. N answers 9, the other habits 8. A completion's tokens are
+    its letter and its number, so that no two fingerprints are equal."""
 
     def __init__(self, script: Callable[[int, int], str], state: TrainerState, graders: GraderPool, calls: list[str]):
         self._script, self._state, self._graders, self._calls, self._drawn = script, state, graders, calls, 0
@@ -60,7 +60,7 @@ class ScriptedProducer:
 
     def _completion(self, letter: str) -> Completion:
         self._drawn += 1
-        text = {"R": "\\boxed{7}", "u": "no idea"}.get(letter, "\\boxed{8}")
+        text = {"R": "\\boxed{7}", "u": "no idea", "N": "\\boxed{9.0}"}.get(letter, "\\boxed{8}")
         tokens_R = np.array([ord(letter), self._drawn])
         return Completion(tokens_R, np.zeros(2, np.float32), text, "stop", 0, -1 if letter == "u" else 0)
 
@@ -218,6 +218,21 @@ def test_mistakes_of_dropped_groups_are_remembered_with_remember_filtered(train)
     assert policy.forwarded == [4 + 3, 12], "of dropped groups, only mistakes with a fingerprint take a forward pass"
     assert policy.updated == [4, 12]
     assert sizes(seen[1]) == [[0, 3, 3, 3], [0, 3, 3, 3], [0, 0, 0, 0]]
+
+
+def test_the_memory_by_answer_counts_equal_answers_whatever_the_habit_and_needs_no_forward_pass(train):
+    scripts = {1: ["RABN", "AABu"], 2: ["RANB", "RAAN"], 3: ["RRRN", "RNuu"]}
+    seen, policy = train(
+        lambda step, prompt: scripts[step][prompt],
+        steps=3,
+        prompts=2,
+        memory__method="answer",
+        memory__remember_filtered=True,
+        memory__no_answer="own_cluster",
+    )
+    assert policy.forwarded == policy.updated == [4, 8, 8]
+    assert sizes(seen[1]) == [[0, 2, 1, 2], [0, 3, 3, 0]]
+    assert sizes(seen[2]) == [[0, 0, 0, 2], [0, 1, 1, 1]]
 
 
 def test_a_step_that_trains_on_nothing_is_still_remembered(train):

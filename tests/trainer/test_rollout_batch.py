@@ -1,5 +1,7 @@
 """From groups to flat arrays, memory keys and advantages."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -114,6 +116,45 @@ def test_a_failed_grading_is_left_out_of_its_groups_deviation_and_of_the_loss():
     assert minibatches_B.tolist() == [0] * 5
     assert batch.response_lengths_B.tolist() == [2, 3, 4, 2, 3]
     assert batch.loss_weights_B == pytest.approx([1 / 14] * 5)
+
+
+def answering(made: PromptGroup, *answers: str) -> PromptGroup:
+    """The group with these boxed answers."""
+    for sample, answer in zip(made.samples, answers, strict=True):
+        sample.completion = replace(sample.completion, text=f"so \\boxed{{{answer}}}")
+    return made
+
+
+def test_advantages_by_answer_see_equal_answers_in_any_spelling_and_leave_failed_gradings_out():
+    config = Config()
+    config.advantage.diversity_alpha = 0.4
+    made = failing(answering(group("a", [True] + [False] * 4, [0] * 5), "7", "1/2", "0.50", "8", "9"), 4)
+    rollouts = with_scores(RolloutBatch.of_groups([made], config), [1.0, 0.0, 0.0, 0.0, np.nan])
+    batch, _, metrics = training_batch(rollouts, config)
+    # Shares 2/3 and 1/3 of the three wrong answers, as in the baselines' test.
+    assert batch.advantages_B == pytest.approx([1.5, -0.5420620, -0.5420620, -0.4158760], abs=1e-5)
+    assert metrics == {"advantage/error_entropy": pytest.approx(0.6365142)}
+
+
+def test_advantages_by_count_see_the_sizes_of_looked_up_responses_only():
+    config = Config()
+    config.advantage.count_coefficient, config.penalty.target = 0.2, "wrong"
+    rollouts = with_scores(RolloutBatch.of_groups([group("a", [True, False], [0, 0])], config), [1.0, 0.0])
+    rollouts.batch.cluster_sizes_B = np.array([0, 4])
+    half = 0.5 / (0.5**0.5 + 1e-6)
+    assert training_batch(rollouts, config)[0].advantages_B == pytest.approx([half, -half])
+    rollouts.batch.cluster_sizes_B = np.array([0, 16])
+    assert training_batch(rollouts, config)[0].advantages_B == pytest.approx([half, -half - 0.2 * 0.25])
+
+
+def test_the_memory_by_answer_is_given_answers_for_fingerprints(rollouts):
+    config = Config()
+    config.memory.method = "answer"
+    answering(rollouts.groups[0], "7", "8", "9")
+    answering(rollouts.groups[1], "8.0", "7", "\\text{8}")
+    keys, codes_NC = rollouts.lookup_arguments(np.array([1, 3, 5]), config)
+    assert keys == ["a|wrong", "b|wrong", "b|wrong"]
+    assert (codes_NC == codes_NC[0]).all() and codes_NC.shape == (3, 3)
 
 
 def test_a_group_whose_gradings_all_failed_trains_on_nothing():

@@ -5,15 +5,29 @@ responses is a field of `AdvantageInputs` (or of `LossInputs`, for tokens).
 """
 
 from meds_megatron.algorithm.advantages.base import AdvantageInputs, AdvantageOutput, TokenAdvantageOutput
+from meds_megatron.algorithm.advantages.count_bonus import count_bonus
 from meds_megatron.algorithm.advantages.entropy import entropy_shaped
+from meds_megatron.algorithm.advantages.error_diversity import error_diversity
+from meds_megatron.algorithm.advantages.focal import focal_weighted
 from meds_megatron.algorithm.advantages.group import group_relative
+from meds_megatron.algorithm.advantages.pass_at_k import pass_at_k
 from meds_megatron.algorithm.losses import LossInputs
 from meds_megatron.config import AdvantageConfig
 
 
 def compute_advantages(inputs: AdvantageInputs, config: AdvantageConfig) -> AdvantageOutput:
-    """One advantage a response."""
-    return group_relative(inputs, config)
+    """One advantage a response: the estimator's, changed by the shapers that are on."""
+    output = (pass_at_k if config.estimator == "pass_at_k" else group_relative)(inputs, config)
+    shapers = {
+        focal_weighted: config.focal_gamma > 0,
+        error_diversity: config.shapes_by_answer,
+        count_bonus: config.count_coefficient > 0,
+    }
+    for shape, is_on in shapers.items():
+        if is_on:
+            shaped = shape(inputs, output.advantages_B, config)
+            output = AdvantageOutput(shaped.advantages_B, output.metrics | shaped.metrics)
+    return output
 
 
 def shape_token_advantages(inputs: LossInputs, config: AdvantageConfig) -> TokenAdvantageOutput:

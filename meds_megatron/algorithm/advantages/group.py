@@ -1,9 +1,8 @@
 """Group-relative advantages: GRPO (arXiv 2402.03300), and Dr.GRPO (arXiv 2503.20783) without the deviation."""
 
 import torch
-from torch import Tensor
 
-from meds_megatron.algorithm.advantages.base import AdvantageInputs, AdvantageOutput
+from meds_megatron.algorithm.advantages.base import AdvantageInputs, AdvantageOutput, sum_groups
 from meds_megatron.config import AdvantageConfig
 
 
@@ -18,19 +17,15 @@ def group_relative(inputs: AdvantageInputs, config: AdvantageConfig) -> Advantag
     """
     scores_B = inputs.scores_B.double()  # Equal scores must give exactly 0 although epsilon is small.
     _, index_B, sizes_G = torch.unique(inputs.groups_B, return_inverse=True, return_counts=True)
-    means_G = _sum_groups(scores_B, index_B, sizes_G) / sizes_G
+    means_G = sum_groups(scores_B, index_B, len(sizes_G)) / sizes_G
     advantages_B = scores_B - means_G[index_B]
     metrics = {}
     if config.normalize_std:
-        variances_G = _sum_groups(advantages_B.square(), index_B, sizes_G) / (sizes_G - 1).clamp(min=1)
+        variances_G = sum_groups(advantages_B.square(), index_B, len(sizes_G)) / (sizes_G - 1).clamp(min=1)
         std_B = variances_G.sqrt()[index_B]
-        right_G = _sum_groups(inputs.correct_B.double(), index_B, sizes_G)
+        right_G = sum_groups(inputs.correct_B.double(), index_B, len(sizes_G))
         floor_B = torch.where((right_G > 0) & (right_G < sizes_G), 0.0, config.std_floor)[index_B]
         advantages_B = advantages_B / (torch.maximum(std_B, floor_B) + config.epsilon)
         if config.std_floor > 0:
             metrics["floored_share"] = int((std_B < floor_B).sum()) / max(len(std_B), 1)
     return AdvantageOutput(advantages_B.to(inputs.scores_B.dtype), metrics)
-
-
-def _sum_groups(values_B: Tensor, index_B: Tensor, sizes_G: Tensor) -> Tensor:
-    return values_B.new_zeros(len(sizes_G)).index_add(0, index_B, values_B)
