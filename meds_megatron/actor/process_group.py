@@ -36,7 +36,7 @@ def join(
 
 def form_groups(parallel: ParallelConfig, seed: int, timeout_minutes: int = 30) -> None:
     """Makes megatron-core's tensor-, context-, pipeline- and data-parallel groups and seeds all random generators; all
-    ranks call it together. `timeout_minutes` is that of a collective of these groups: torch keeps one for each group."""
+    ranks call it together. `timeout_minutes` is that of a collective of these groups; torch keeps one a group."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
