@@ -121,7 +121,7 @@ def _measure(pipe: Connection, form: str, directory: str, shape: ModelShape, res
     )
 
 
-Phase = Callable[[TrainBatch], None]
+Phase = Callable[[TrainBatch], object]
 
 
 def _ours(form: str, directory: str, shape: ModelShape, config: Config, device: str) -> tuple[Phase, Phase]:
