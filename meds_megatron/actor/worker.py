@@ -82,7 +82,7 @@ class PolicyWorker(SupervisedActor):
         from meds_megatron.actor.background_save import HostCopies
         from meds_megatron.actor.policy import Policy
         from meds_megatron.actor.process_group import form_groups, join
-        from meds_megatron.model.gpt import use_transformer_engine
+        from meds_megatron.model.attention import use_transformer_engine
 
         if self._config.cluster.device == "cuda":
             require_gpu()
