@@ -1,0 +1,43 @@
+"""The checks for a first user's GPUs, without GPUs: all that is not speed, and what a failure looks like."""
+
+import pytest
+
+from meds_megatron.bench import gpu_check, step
+from meds_megatron.bench.gpu_check import Row
+
+
+@pytest.mark.parametrize(
+    ("check", "rows"),
+    [(gpu_check.parity, 8), (gpu_check.fingerprints, 1), (gpu_check.weight_updates, 2), (gpu_check.network, 3)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_the_cpus_half_holds(check, rows):
+    found = check(0)
+    assert len(found) == rows
+    assert [row for row in found if not row.ok] == []
+
+
+def test_speed_is_expected_of_gpus_only(monkeypatch):
+    packed = {"mfu": 0.4, "forward_s": 1.0, "update_s": 3.0, "matrix_tflops": 700.0}
+    report = {"models": {"Qwen2.5-7B": {"packed": packed, "over_plain": 1.2}}}
+    monkeypatch.setattr(step, "run", lambda *_, **__: report)
+    # An update has 3/4 of the operations, here in 3/4 of the time.
+    assert gpu_check.speed(1)[0] == Row("update of 7B layers, of 700 TFLOP/s", "40%", ">= 45%", False)
+    assert [row.ok for row in gpu_check.speed(1)] == [False, False]
+    assert [row.ok for row in gpu_check.speed(0)] == [True, True]
+
+
+def test_a_check_that_fails_is_a_row_and_the_exit_status(monkeypatch, capsys):
+    def broken(gpus):
+        raise RuntimeError("Traceback\nNCCL is not here")
+
+    def fine(gpus):
+        return [Row("fine", "1", "1", True)]
+
+    monkeypatch.setattr(gpu_check, "CHECKS", (broken, fine))
+    monkeypatch.setattr(gpu_check.torch.cuda, "device_count", lambda: 0)
+    assert gpu_check.main() == 1
+    shown = capsys.readouterr().out
+    assert "NCCL is not here" in shown and "FAILED" in shown and "fine" in shown
+    monkeypatch.setattr(gpu_check, "CHECKS", (fine,))
+    assert gpu_check.main() == 0
