@@ -14,7 +14,7 @@ from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.data.problems import Problem, load_problems
 from meds_megatron.data.prompts import Prompt, encode
 from meds_megatron.data.tokenizer import load_tokenizer
-from meds_megatron.embedded.arithmetic import arithmetic_problems
+from meds_megatron.embedded.problems import embedded_problems
 from meds_megatron.errors import UserError
 from meds_megatron.evaluation.fingerprints import TOKENS, add_ratios
 from meds_megatron.evaluation.generate import engine_config, generate, size_to_machine, started_engines
@@ -153,7 +153,7 @@ def prompt_settings(request: EvalRequest, model: EvaluatedModel) -> tuple[str, D
 
 def _problems(source: str, request: EvalRequest, model: EvaluatedModel) -> list[Problem]:
     rules = model.run_config.data.arithmetic_rules if model.run_config else DataConfig.arithmetic_rules
-    tasks = {"arithmetic": partial(arithmetic_problems, "validation", rules, seed=0)}
+    tasks = {"arithmetic": partial(embedded_problems, "validation", rules, seed=0)}
     found = load_problems([source], tasks=tasks)
     chosen = found[request.start_idx : None if request.end_idx == -1 else request.end_idx]
     if not chosen:
