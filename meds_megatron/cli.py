@@ -151,6 +151,7 @@ def train(config) -> None:
 @click.option("--engines", type=click.IntRange(min=1), help="vLLM engines.  [default: all GPUs; one without GPUs]")
 @click.option("--tensor", type=click.IntRange(min=1), default=1, help="GPUs of an engine.")
 @click.option("--max-num-seqs", type=click.IntRange(min=1), default=256, help="Responses of an engine at once.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of an engine without GPUs.  [default: 1]")
 @click.option(
     "--kv-cache-gib",
     type=click.FloatRange(min=0, min_open=True),
