@@ -125,12 +125,13 @@ def test_results_of_finished_runs(planned, capsys):
 
 def test_noise_is_a_cluster_or_no_cluster_as_the_runs_memory_has_it():
     config = load_config(study.BASE).memory
-    fingerprints = np.array([[1, 0], [1, 0.01], [0, 1], [0.01, 1], [-1, -1], [1, -1.0]])
+    angles = np.radians([0, 1, 2.5, 88, 90, 176, 267])
+    fingerprints = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     config.noise = "cluster"
     assert study.clusters_of(fingerprints, config)[-2:] == [-1, -1]
     config.noise = "ignore"
     labels = study.clusters_of(fingerprints, config)
-    assert labels[:4] == [labels[0]] * 2 + [labels[2]] * 2 and len(set(labels)) == 4
+    assert labels[:5] == [labels[0]] * 3 + [labels[3]] * 2 and len(set(labels)) == 4
 
 
 def test_measures_that_nothing_counts_in_are_left_out_of_means():
