@@ -123,7 +123,7 @@ def write_plan(directory: Path, steps: int, seeds: int, concurrent: int, methods
 
 def measure(files: RunFiles) -> dict[str, float | None]:
     """The measures of a finished run; null for one that no response counts in."""
-    last, config = files.metrics[-1], files.config
+    last, config = files.metrics[-1], load_config(files.path / "config.yaml")
     trained = [line for line in files.metrics if line["step"] > 0]
     seconds = sum(line["time/step"] - line.get("time/validation", 0.0) for line in trained)
     measures = {
