@@ -121,6 +121,7 @@ def _options(config: Config) -> dict[str, list]:
         "model.recompute": ["full"] if config.model.recompute != "full" else [],
         "parallel.pipeline": [p for p in powers if p <= gpus and p != parallel.pipeline],
         "parallel.tensor": [p for p in powers if p <= config.cluster.ranks_per_node and p != parallel.tensor],
+        "parallel.context": [more * parallel.context for more in (2, 4)],
         "rollout.tensor": [p for p in powers if rollout.tensor < p <= config.cluster.ranks_per_node],
     }
 

@@ -164,6 +164,19 @@ def test_every_rank_engine_and_shard_is_placed_once():
     assert [row.layers for row in rows if row.replica == 0] == ["E 0-19", "20-39", "40-59", "60-79 H"]
 
 
+def test_context_parallel_ranks_share_a_stage_and_a_shard():
+    plan = make_plan(load_config(CONFIGS / "meds_qwen2.5_32b.yaml", ["parallel.context=2"]))
+    rows = plan.placement
+    assert sorted(rank for row in rows for rank in numbers(row.ranks)) == list(range(32))
+    assert [(row.stage, row.replica, row.context) for row in rows] == [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)]
+    assert [row.shard for row in rows] == [0, None, None, None]
+    half, whole = (
+        make_plan(load_config(CONFIGS / "meds_qwen2.5_32b.yaml", overrides)).memory.peak("update").parts["activations"]
+        for overrides in (["parallel.context=2"], [])
+    )
+    assert half == pytest.approx(whole / 2, rel=0.01)
+
+
 def numbers(text: str) -> list[int]:
     first, _, last = text.partition("-")
     return list(range(int(first), int(last or first) + 1)) if text else []
