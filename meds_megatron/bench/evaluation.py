@@ -112,7 +112,7 @@ def _answers(count: int) -> list[tuple[str, str]]:
     for number in range(count):
         answer, truth = {
             3: (str((number + 1) / 8), f"\\frac{{{number + 1}}}{{8}}"),
-            4: (f"x({number}x+\\sqrt{{3}})", f"{number}x^2+\\sqrt{{3}}x"),
+            4: (f"(x+{number})(x+\\sqrt{{3}})", f"x^2+({number}+\\sqrt{{3}})x+{number}\\sqrt{{3}}"),
         }.get(number % 5, (str(number), str(number)))
         pairs.append((f"So the answer is $\\boxed{{{answer}}}$.", truth))
     return pairs

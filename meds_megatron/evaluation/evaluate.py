@@ -147,20 +147,21 @@ def _resolved_sampling(request: EvalRequest, model: EvaluatedModel, room: int) -
 
 def prompt_settings(request: EvalRequest, model: EvaluatedModel) -> tuple[str, DataConfig]:
     """Name and settings of the prompt."""
-    run, prompt_type = model.run_config, request.prompt_type
+    trained_on, prompt_type = model.trained_on, request.prompt_type
     if prompt_type == "auto":
-        prompt_type = "run" if run else "qwen-instruct"
+        prompt_type = "run" if trained_on else "qwen-instruct"
     config = DataConfig(enable_thinking=request.enable_thinking)
     if prompt_type == "run":
-        config.system_prompt, config.chat_template = run.data.system_prompt, run.data.chat_template
-        config.enable_thinking = run.data.enable_thinking if config.enable_thinking is None else config.enable_thinking
+        config.system_prompt, config.chat_template = trained_on.system_prompt, trained_on.chat_template
+        if config.enable_thinking is None:
+            config.enable_thinking = trained_on.enable_thinking
     if prompt_type == "question":
         config.system_prompt, config.chat_template = None, False
     return prompt_type, config
 
 
 def _problems(source: str, request: EvalRequest, model: EvaluatedModel) -> list[Problem]:
-    rules = model.run_config.data.arithmetic_rules if model.run_config else DataConfig.arithmetic_rules
+    rules = model.trained_on.arithmetic_rules if model.trained_on else DataConfig.arithmetic_rules
     tasks = {ARITHMETIC: partial(embedded_problems, "validation", rules, seed=0)}
     found = load_problems([source], tasks=tasks)
     chosen = found[request.start_idx : None if request.end_idx == -1 else request.end_idx]

@@ -1,9 +1,11 @@
 """The model that is evaluated: an exported directory, a checkpoint, or a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from meds_megatron.config import Config, load_config
+import yaml
+
+from meds_megatron.config import DataConfig
 from meds_megatron.errors import UserError
 from meds_megatron.evaluation.settings import files_digest
 
@@ -14,8 +16,8 @@ class EvaluatedModel:
 
     path: Path
     """Hugging Face directory or checkpoint, absolute."""
-    run_config: Config | None
-    """Settings of the run; None for a model of no run."""
+    trained_on: DataConfig | None
+    """How the run made its prompts; None for a model of no run."""
 
     @property
     def name(self) -> str:
@@ -53,7 +55,13 @@ def find_model(path: str) -> EvaluatedModel:
         )
     settings = found.parents[1] / "config.yaml"
     is_of_a_run = found.parent.name in ("hf", "checkpoints") and settings.is_file()
-    return EvaluatedModel(found, load_config(settings) if is_of_a_run else None)
+    return EvaluatedModel(found, _data_settings(settings) if is_of_a_run else None)
+
+
+def _data_settings(path: Path) -> DataConfig:
+    """The `data` section of a run's settings; other sections may be those of another release."""
+    saved = yaml.safe_load(path.read_text()).get("data", {})
+    return DataConfig(**{field.name: saved[field.name] for field in fields(DataConfig) if field.name in saved})
 
 
 def _newest(run: Path) -> Path:

@@ -266,7 +266,7 @@ def symbolically_equal(answer: str, truth: str) -> bool:
 
     checks: list[Callable[[], Any]] = [
         lambda: str(a) == str(b) or a == b,
-        lambda: a.equals(b) or sympy.simplify(a - b) == 0,
+        lambda: sympy.simplify(a - b) == 0 if (equal := a.equals(b)) is None else equal,
         lambda: abs(a.lhs - a.rhs).equals(abs(b.lhs - b.rhs)),
         lambda: isclose(float(sympy.N(b)), float(sympy.N(a)), abs_tol=TOLERANCE),
         as_matrices,

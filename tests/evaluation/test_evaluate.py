@@ -130,14 +130,14 @@ def test_a_run_is_evaluated_at_its_newest_export_or_complete_checkpoint(small_mo
     for name in ("checkpoints/step_000010", "checkpoints/step_000020", "checkpoints/step_000030", "hf/step_000020"):
         (run / name).mkdir(parents=True)
         (run / name / "config.json").write_text("{}")
-    (run / "config.yaml").write_text("data: {system_prompt: null}\n")
+    (run / "config.yaml").write_text("data: {system_prompt: null}\nmodel: {setting_of_another_release: 1}\n")
     for step in ("000010", "000020"):
         (run / f"checkpoints/step_{step}/complete.json").write_text("{}")
     model = find_model(str(run))
-    assert model.path == run / "hf/step_000020" and model.run_config.data.system_prompt is None
+    assert model.path == run / "hf/step_000020" and model.trained_on.system_prompt is None
     assert model.name == "run/hf/step_000020"
-    assert find_model(str(run / "checkpoints/step_000010")).run_config is not None
-    assert find_model(str(small_model)).run_config is None
+    assert find_model(str(run / "checkpoints/step_000010")).trained_on is not None
+    assert find_model(str(small_model)).trained_on is None
 
 
 def test_a_checkpoint_is_converted_once(small_model, tmp_path):
