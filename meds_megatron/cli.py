@@ -490,7 +490,7 @@ def phases(config, steps: int) -> dict:
     help="Published model whose shape is taken; may be given several times.",
 )
 @click.option("--layers", type=click.IntRange(min=1), default=1, help="Layers of it.")
-@click.option("--responses", type=click.IntRange(min=4), default=16, help="Synthetic responses of a step.")
+@click.option("--responses", type=click.IntRange(min=4), default=32, help="Synthetic responses of a step.")
 @click.option("--rounds", type=click.IntRange(min=1), default=1, help="Measured steps of each form, after a warm-up.")
 @with_json
 def step(models: Sequence[str], layers: int, responses: int, rounds: int) -> dict:
