@@ -44,7 +44,8 @@ def staged_updates(shape: ModelShape, trainer: int | None, engines: list[int | N
 
     In the middle an engine dies before it reads a bucket, and another takes its place.
     """
-    with tempfile.TemporaryDirectory(prefix="meds-bench-", dir="/dev/shm") as directory:
+    # Not a name that runs on this machine would clear away.
+    with tempfile.TemporaryDirectory(prefix="bench-meds-", dir="/dev/shm") as directory:
         spec = SyncSpec(shape, ParallelLayout(), 1, "bfloat16", f"{directory}/weights")
         sender = Member(trainer, _send, spec)
         readers = [Member(gpu, _read, spec) for gpu in engines]
