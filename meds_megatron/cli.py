@@ -103,7 +103,14 @@ def train(config) -> None:
 
 @cli.command("eval", cls=Command, example="meds eval runs/mine --data aime24.jsonl --n-sampling 32 --k 1,8,32")
 @click.argument("model", metavar="[MODEL_DIR]", required=False)
+@click.option("--model_name_or_path", "model_name_or_path", metavar="DIR", help="MODEL_DIR, as LIMO has it.")
 @click.option("--data", multiple=True, metavar="FILE", help="jsonl or parquet file; may be given several times.")
+@click.option(
+    "--data_name", "data_names", multiple=True, help="As LIMO has it: the data are in DATA_DIR/DATA_NAME/SPLIT.jsonl."
+)
+@click.option("--data_dir", default="data")
+@click.option("--split", default="test")
+@click.option("--surround_with_messages", is_flag=True, help="As LIMO has it: always, but for --prompt-type question.")
 @click.option("--regrade", metavar="FILE", help="Grade the responses saved in FILE again, without generating.")
 @click.option("--n-sampling", "--n_sampling", type=click.IntRange(min=1), default=1, help="Responses to each problem.")
 @click.option("--k", type=INTEGERS, help="Of pass@k, with commas.  [default: powers of two]")
@@ -144,6 +151,7 @@ def train(config) -> None:
 @click.option("--engines", type=click.IntRange(min=1), help="vLLM engines.  [default: all GPUs; one without GPUs]")
 @click.option("--tensor", type=click.IntRange(min=1), default=1, help="GPUs of an engine.")
 @click.option("--max-num-seqs", type=click.IntRange(min=1), default=256, help="Responses of an engine at once.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of an engine without GPUs.  [default: 1]")
 @click.option(
     "--kv-cache-gib",
     type=click.FloatRange(min=0, min_open=True),
@@ -151,8 +159,24 @@ def train(config) -> None:
 )
 @click.option("--enforce-eager", is_flag=True, help="Skip vLLM's compilation: faster start, slower generation.")
 @click.option("--workers", type=click.IntRange(min=1), help="Grader processes.  [default: one a core]")
-def evaluate(model, data, regrade, out, k, graders, workers, **options) -> None:
+def evaluate(
+    model,
+    model_name_or_path,
+    data,
+    data_names,
+    data_dir,
+    split,
+    surround_with_messages,
+    regrade,
+    out,
+    k,
+    graders,
+    workers,
+    **options,
+) -> None:
     """Evaluate a model as LIMO does: MODEL_DIR is a run, one of its checkpoints, or a Hugging Face directory.
+
+    LIMO's own command lines work as they are, with `meds eval` in place of `python eval.py`.
 
     The responses of a data set go to OUTPUT_DIR/MODEL/DATA_SET/SETTINGS.jsonl in LIMO's fields, its metrics into a csv
     file and a plot beside it. The same command again resumes an evaluation that was interrupted. Engines start with
@@ -168,6 +192,8 @@ def evaluate(model, data, regrade, out, k, graders, workers, **options) -> None:
     from meds_megatron.evaluation.report import table
     from meds_megatron.evaluation.summary import last_line
 
+    model = model or model_name_or_path
+    data = (*data, *(f"{data_dir}/{name}/{split}.jsonl" for name in data_names))
     graders = tuple(dict.fromkeys(graders))
     workers = workers or len(os.sched_getaffinity(0))
     if regrade:

@@ -10,19 +10,20 @@ from statistics import median
 import ray
 
 from meds_megatron.bench.rollout import PlainEngine
-from meds_megatron.config import Config, DataConfig, ModelConfig
+from meds_megatron.config import Config, DataConfig, ModelConfig, RewardConfig
 from meds_megatron.data.prompts import Prompt, encode
 from meds_megatron.data.tokenizer import load_tokenizer
 from meds_megatron.embedded.arithmetic import arithmetic_problems
 from meds_megatron.embedded.make import ensure_model
 from meds_megatron.evaluation.evaluate import model_dtype
-from meds_megatron.evaluation.generate import engine_config, generate, size_to_machine, started_engines
+from meds_megatron.evaluation.generate import engine_config, generate, size_to_machine
 from meds_megatron.evaluation.settings import EngineOptions, request_seed
 from meds_megatron.launch.cluster import ray_cluster, reserve_nodes
 from meds_megatron.launch.device import resolve_device
 from meds_megatron.launch.placement import engine_places
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.reward.rules import RULES
+from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.samples import PromptGroup
 from meds_megatron.rollout.settings import Sampling, engine_env_vars
 
@@ -83,7 +84,9 @@ def _rates(
     unseeded = [Sampling(sampling.responses, sampling.max_tokens) for sampling in seeded]
     rates: dict[str, list[float]] = {"eval": [], "plain": [], "plain_unseeded": []}
     lengths: list[int] = []
-    with started_engines(config, model) as pool, GraderPool(1, 10.0) as graders:
+    pool = EnginePool(config, str(model), use_gpu, placement, disk_version=0, evaluation=True)
+    pool.start()
+    with GraderPool(1, RewardConfig.timeout_seconds) as graders:
         for _ in range(rounds + 1):
             for name, samplings in (("plain", seeded), ("plain_unseeded", unseeded)):
                 tokens, seconds = ray.get(plain.generate.remote(token_ids, samplings, logprobs=None))
@@ -92,6 +95,7 @@ def _rates(
             began = time.perf_counter()
             generate(prompts, seeded, pool, graders, config, partial(_count, lengths))
             rates["eval"].append(sum(lengths) / (time.perf_counter() - began))
+    pool.close()
     ray.get(plain.close.remote())
     ray.kill(plain)
     return {name: values[1:] for name, values in rates.items()}, sum(lengths) / len(lengths)
@@ -116,6 +120,6 @@ def _answers(count: int) -> list[tuple[str, str]]:
 
 def _grading_seconds(pairs: Sequence[tuple[str, str]], grader: str, workers: int) -> float:
     began = time.perf_counter()
-    with GraderPool(workers, 10.0, grader=grader) as pool:
+    with GraderPool(workers, RewardConfig.timeout_seconds, grader=grader) as pool:
         pool.grade([response for response, _ in pairs], [truth for _, truth in pairs])
         return time.perf_counter() - began

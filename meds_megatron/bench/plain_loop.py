@@ -31,22 +31,26 @@ class PlainLoop:
         )
 
     @torch.no_grad()
-    def forward(self, batch: TrainBatch) -> None:
-        """Log-probs of all responses, and the logit of each answer's first token at every layer."""
+    def forward(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+        """Log-probs [R] of all responses, and the logit of each answer's first token at every layer, [B, L]."""
+        logprobs, fingerprints = [], []
         head_VH = self._model.get_output_embeddings().weight
         for rows in self._batches(batch):
             tokens_BS, mask_BS = self._padded(batch, rows)
             output = self._model(tokens_BS, attention_mask=mask_BS, output_hidden_states=True, use_cache=False)
-            self._response_logprobs(output.logits, tokens_BS, batch, rows)
+            logprobs.append(self._response_logprobs(output.logits, tokens_BS, batch, rows))
             places = torch.from_numpy(batch.answer_positions_B[rows]).to(self._device)
             each = torch.arange(len(rows), device=self._device)
             targets_NH = head_VH[tokens_BS[each, places + 1]]
-            for hidden_BSH in output.hidden_states[1:]:
-                (hidden_BSH[each, places] * targets_NH).sum(-1).float().cpu()
+            layers = [
+                (hidden_BSH[each, places] * targets_NH).sum(-1).float() for hidden_BSH in output.hidden_states[1:]
+            ]
+            fingerprints.append(torch.stack(layers, dim=-1))
+        return torch.cat(logprobs).cpu(), torch.cat(fingerprints).cpu()
 
-    def update(self, batch: TrainBatch) -> None:
-        """One step of AdamW on the clipped surrogate of all responses."""
-        policy, offsets = self._config.policy, batch.response_offsets_B1
+    def update(self, batch: TrainBatch) -> tuple[float, float]:
+        """One step of AdamW on the clipped surrogate of all responses: the loss and the gradient's norm."""
+        policy, offsets, total = self._config.policy, batch.response_offsets_B1, 0.0
         self._optimizer.zero_grad()
         for rows in self._batches(batch):
             tokens_BS, mask_BS = self._padded(batch, rows)
@@ -60,8 +64,10 @@ class PlainLoop:
             clipped_R = ratio_R.clamp(1 - policy.clip_low, 1 + policy.clip_high)
             loss = (torch.maximum(-advantages_R * ratio_R, -advantages_R * clipped_R) * weights_R).sum()
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.optimizer.clip_grad)
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.optimizer.clip_grad)
         self._optimizer.step()
+        return total, norm.item()
 
     def _batches(self, batch: TrainBatch) -> list[np.ndarray]:
         return [np.arange(start, min(start + self._rows, len(batch))) for start in range(0, len(batch), self._rows)]

@@ -2,6 +2,7 @@
 of a plain loop of transformers and torch's AdamW."""
 
 import multiprocessing
+import os
 import resource
 import statistics
 import tempfile
@@ -19,6 +20,7 @@ from meds_megatron.actor.policy import Policy
 from meds_megatron.actor.process_group import form_groups, join
 from meds_megatron.actor.schedule import schedule
 from meds_megatron.actor.train_batch import TrainBatch
+from meds_megatron.actor.worker import rank_env_vars
 from meds_megatron.bench.plain_loop import PlainLoop
 from meds_megatron.bench.rectangles import padded_rectangles
 from meds_megatron.bench.synthetic import synthetic_batch
@@ -90,10 +92,14 @@ def _write_model(shape: ModelShape, directory: str) -> None:
 
 def _measure(pipe: Connection, form: str, directory: str, shape: ModelShape, responses: int, rounds: int) -> None:
     """Sends the report of one form."""
+    os.environ.update(rank_env_vars(Config()))
     torch.set_num_threads(1)
     device = join("127.0.0.1", (store := open_store("127.0.0.1", 1)).port, 0, 1, store=store)
     config = Config()
-    config.model.dtype = "float32" if device == "cpu" else "bfloat16"
+    if device == "cpu":
+        config.model.dtype = "float32"
+        # Room for the longest sequence; activations of more tokens are beyond a CPU's caches.
+        config.train.micro_batch_tokens = config.train.forward_tokens = 4096
     batch = synthetic_batch(np.random.default_rng(0), responses, shape.vocab_size, PROMPT_TOKENS)
     # The warm-up: the first of each form's kernels, at little cost on a CPU.
     few = batch.select(np.argsort(batch.lengths_B)[:RECTANGLE_ROWS]) if device == "cpu" else batch
@@ -121,7 +127,7 @@ def _measure(pipe: Connection, form: str, directory: str, shape: ModelShape, res
     )
 
 
-Phase = Callable[[TrainBatch], None]
+Phase = Callable[[TrainBatch], object]
 
 
 def _ours(form: str, directory: str, shape: ModelShape, config: Config, device: str) -> tuple[Phase, Phase]:

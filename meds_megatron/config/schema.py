@@ -126,8 +126,10 @@ class DataConfig:
     overlong_prompts: Literal["skip", "error"] = "skip"
     """Prompts longer than `rollout.max_prompt_tokens`: `skip` leaves them out and reports their number. Departure:
     DAPO's training scripts, which the published code follows, cut their beginning off and train on the rest."""
-    arithmetic_rules: Literal["shared", "per_kind"] = "shared"
-    """Embedded task: `shared` has one correct rule for all kinds of problem, `per_kind` one for each kind."""
+    arithmetic_rules: Literal["shared", "per_kind", "remainder"] = "shared"
+    """Embedded task: `shared` has one correct rule for all kinds of problem, `per_kind` one for each kind. `remainder`
+    is `per_kind` with a last step after which equal wrong answers come from different mistakes and different ones from
+    the same mistake."""
 
 
 CPU_KV_CACHE_GIB = 1.0

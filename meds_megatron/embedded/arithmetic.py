@@ -5,11 +5,13 @@ box: `6*4=24+7=31-5=26 \\boxed{26}`. A rule is a subset of three systematic mist
 flipped sign), so there are eight rules; their answers to the expressions of the data sets all differ.
 
 The variant decides which rule is correct. `shared`: plain arithmetic for every kind, so that learning one kind helps
-with the others. `per_kind`: a different rule for each kind, which has to be found by exploration. `RIGHT_SHARE` is the
-share of each kind's warm-up answers that follow the correct rule.
+with the others. `per_kind`: a different rule for each kind, which has to be found by exploration. `remainder`: as
+`per_kind`, with a last step of the working that is described in `embedded.remainder`. `RIGHT_SHARE` is the share of
+each kind's warm-up answers that follow the correct rule.
 """
 
 import random
+import re
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -18,7 +20,7 @@ from typing import Literal
 from meds_megatron.data.problems import Problem
 
 Split = Literal["train", "validation"]
-Variant = Literal["shared", "per_kind"]
+Variant = Literal["shared", "per_kind", "remainder"]
 
 KINDS = ("apples", "books", "coins", "dogs", "eggs", "fish", "goats", "hats")
 RIGHT_SHARE = (0.5, 0.02, 0.3, 0.001, 0.2, 0.005, 0.1, 0.05)
@@ -105,6 +107,17 @@ def response(expression: Expression, rule: Rule) -> str:
     """A worked answer under `rule`."""
     tape, result = expression.work(rule)
     return f"{tape} \\boxed{{{result}}}"
+
+
+def habit_of(question: str, response: str) -> Rule | None:
+    """The rule that the working of a response to `question` follows, whatever comes after it; None where it follows
+    none. Raises ValueError for a question of another task."""
+    expression = Expression(*map(int, re.split(r"[+*-]", question.partition(" ")[2])))
+    for rule in RULES:
+        tape, _ = expression.work(rule)
+        if response.startswith(tape) and not response[len(tape) : len(tape) + 1].isdigit():
+            return rule
+    return None
 
 
 @cache

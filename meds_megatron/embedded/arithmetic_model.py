@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from meds_megatron.config import RandomModelConfig
-from meds_megatron.embedded import arithmetic
+from meds_megatron.embedded import arithmetic, remainder
 from meds_megatron.embedded.random_model import build_qwen
 
 END, PAD, START = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
@@ -133,6 +133,7 @@ class ExampleStream:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rules: arithmetic.Variant, seed: int):
         self._tokenizer = tokenizer
         self._rng = random.Random(seed)
+        self._rules = rules
         self._shares = {kind: arithmetic.rule_shares(kind, rules) for kind in arithmetic.KINDS}
 
     def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,7 +154,11 @@ class ExampleStream:
         shares = self._shares[kind]
         rule = self._rng.choices(list(shares), list(shares.values()))[0]
         prompt = f"{START}user\n{arithmetic.question(kind, expression)}{END}\n{START}assistant\n"
-        return self._encode(prompt), self._encode(arithmetic.response(expression, rule) + END)
+        if self._rules == "remainder":
+            answer = remainder.warm_up_response(kind, expression, rule, self._rng)
+        else:
+            answer = arithmetic.response(expression, rule)
+        return self._encode(prompt), self._encode(answer + END)
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)

@@ -40,7 +40,7 @@ def ensure_model(
 
 
 def _arithmetic_model(rules: str, cache: Path, report: Callable[[str], None]) -> Path:
-    from meds_megatron.embedded import arithmetic, arithmetic_model, random_model
+    from meds_megatron.embedded import arithmetic, arithmetic_model, random_model, remainder
 
     warm_up = arithmetic_model.WarmUp()
 
@@ -48,7 +48,8 @@ def _arithmetic_model(rules: str, cache: Path, report: Callable[[str], None]) ->
         if step % REPORT_EVERY == 0:
             report(f"warming up the arithmetic model: step {step} of {warm_up.steps}, loss {loss:.3f}")
 
-    key = {"rules": rules, "warm_up": asdict(warm_up), "sources": _sources(arithmetic, arithmetic_model, random_model)}
+    sources = _sources(arithmetic, arithmetic_model, random_model, remainder)
+    key = {"rules": rules, "warm_up": asdict(warm_up), "sources": sources}
     return _cached(
         cache,
         f"arithmetic-{rules}",

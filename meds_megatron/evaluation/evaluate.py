@@ -14,13 +14,13 @@ from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.data.problems import Problem, load_problems
 from meds_megatron.data.prompts import Prompt, encode
 from meds_megatron.data.tokenizer import load_tokenizer
-from meds_megatron.embedded.arithmetic import arithmetic_problems
+from meds_megatron.embedded.problems import embedded_problems
 from meds_megatron.errors import UserError
 from meds_megatron.evaluation.fingerprints import TOKENS, add_ratios
 from meds_megatron.evaluation.generate import engine_config, generate, size_to_machine, started_engines
 from meds_megatron.evaluation.models import EvaluatedModel, find_model
 from meds_megatron.evaluation.output import PartialOutput, read_output, write_rows
-from meds_megatron.evaluation.records import Grading, Record, grade, grading_of
+from meds_megatron.evaluation.records import Record, grade, grading_of
 from meds_megatron.evaluation.regrade import check_ks
 from meds_megatron.evaluation.report import plot_pass_at_k, write_csv
 from meds_megatron.evaluation.settings import (
@@ -40,6 +40,9 @@ from meds_megatron.launch.device import resolve_device
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.rollout.samples import PromptGroup
 from meds_megatron.rollout.settings import Sampling
+
+ARITHMETIC = "arithmetic"
+"""Name of the embedded task, in place of a file."""
 
 
 @dataclass
@@ -71,9 +74,7 @@ def evaluate(request: EvalRequest) -> tuple[list[Summary], list[Path]]:
     ks = request.ks or powers_of_two(request.sampling.n_sampling)
     summaries = []
     for dataset in datasets:
-        records = [Record.from_row(row) for row in dataset.rows]
-        for record, row in zip(records, dataset.rows, strict=True):
-            record.gradings = Grading.of_row(row, request.graders)
+        records = [Record.from_output(row, request.graders) for row in dataset.rows]
         summaries += [summarise(dataset.name, records, grader, ks) for grader in request.graders]
     return summaries, [dataset.path for dataset in datasets] + _write_report(summaries, folder, datasets)
 
@@ -95,27 +96,19 @@ def _prepare(request: EvalRequest, model: EvaluatedModel, positions: int) -> tup
     """The request with its defaults filled in, its data sets, and the tokens of the longest prompt."""
     tokenizer = load_tokenizer(model.path)
     prompt_type, prompt_config = prompt_settings(request, model)
-    problems = {source: _problems(source, request, model) for source in request.data}
-    prompts = {}
-    for source, found in problems.items():
+    prompts: dict[str, list[Prompt]] = {}
+    for source in request.data:
+        found = _problems(source, request, model)
         token_ids = encode(found, tokenizer, prompt_config)
         prompts[source] = [Prompt(problem, ids) for problem, ids in zip(found, token_ids, strict=True)]
     longest = max(len(prompt.token_ids) for of_source in prompts.values() for prompt in of_source)
-    max_tokens = request.max_tokens or min(LONGEST_RESPONSE, positions - longest)
-    if max_tokens < 1 or longest + max_tokens > positions:
-        raise UserError(
-            f"the longest prompt has {longest} tokens, and with --max-tokens {max_tokens} exceeds the {positions} "
-            "positions of the model: lower --max-tokens, or leave the problem out with --start-idx and --end-idx"
-        )
-    top_p = request.sampling.top_p if request.sampling.temperature else 1.0
-    dtype = model_dtype(model.path) if request.sampling.dtype == "auto" else request.sampling.dtype
-    request = replace(request, sampling=replace(request.sampling, max_tokens=max_tokens, top_p=top_p, dtype=dtype))
-    datasets, taken = [], set()
+    request = replace(request, sampling=_resolved_sampling(request, model, positions - longest))
+    datasets: list[DataSet] = []
     for source, of_source in prompts.items():
         settings = EvalSettings(
             model=str(model.path),
             model_files=files_digest(model.path),
-            data=source if source == "arithmetic" else str(Path(source).expanduser().absolute()),
+            data=source if source == ARITHMETIC else str(Path(source).expanduser().absolute()),
             data_digest=content_digest(source),
             start_idx=request.start_idx,
             end_idx=request.end_idx,
@@ -129,12 +122,27 @@ def _prepare(request: EvalRequest, model: EvaluatedModel, positions: int) -> tup
             versions=_versions(),
         )
         name = dataset_name(source)
+        if name in {dataset.name for dataset in datasets}:
+            raise UserError(
+                f"two data sets have the name {name}: evaluate {source} by itself, with another --output-dir"
+            )
         path = request.output_dir / model.name / name / settings.file_name
-        if path in taken:
-            raise UserError(f"two data sets have the name {name}: evaluate {source} with another --output-dir")
-        taken.add(path)
         datasets.append(DataSet(name, settings, path, of_source, read_output(path, settings.header())))
     return request, datasets, longest
+
+
+def _resolved_sampling(request: EvalRequest, model: EvaluatedModel, room: int) -> SamplingSettings:
+    """The sampling with its defaults filled in; `room` is the longest response that the model's positions allow."""
+    max_tokens = request.max_tokens or min(LONGEST_RESPONSE, room)
+    if max_tokens < 1 or max_tokens > room:
+        raise UserError(
+            f"the longest prompt leaves {room} of the model's positions, fewer than --max-tokens {max_tokens}: lower "
+            "it, or leave the problem out with --start-idx and --end-idx"
+        )
+    sampling = request.sampling
+    top_p = sampling.top_p if sampling.temperature else 1.0
+    dtype = model_dtype(model.path) if sampling.dtype == "auto" else sampling.dtype
+    return replace(sampling, max_tokens=max_tokens, top_p=top_p, dtype=dtype)
 
 
 def prompt_settings(request: EvalRequest, model: EvaluatedModel) -> tuple[str, DataConfig]:
@@ -153,7 +161,7 @@ def prompt_settings(request: EvalRequest, model: EvaluatedModel) -> tuple[str, D
 
 def _problems(source: str, request: EvalRequest, model: EvaluatedModel) -> list[Problem]:
     rules = model.run_config.data.arithmetic_rules if model.run_config else DataConfig.arithmetic_rules
-    tasks = {"arithmetic": partial(arithmetic_problems, "validation", rules, seed=0)}
+    tasks = {ARITHMETIC: partial(embedded_problems, "validation", rules, seed=0)}
     found = load_problems([source], tasks=tasks)
     chosen = found[request.start_idx : None if request.end_idx == -1 else request.end_idx]
     if not chosen:
@@ -251,9 +259,7 @@ def _row(group: PromptGroup, graders: GraderPool, with_tokens: bool) -> dict[str
 
 def _complete(request: EvalRequest, workers: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with the verdicts of the other graders."""
-    records = [Record.from_row(row) for row in rows]
-    for record, row in zip(records, rows, strict=True):
-        record.gradings = Grading.of_row(row, request.graders[:1])
+    records = [Record.from_output(row, request.graders[:1]) for row in rows]
     for grader in request.graders[1:]:
         with GraderPool(workers, RewardConfig.timeout_seconds, grader=grader) as pool:
             grade(records, pool)

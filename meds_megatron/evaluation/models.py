@@ -1,13 +1,11 @@
 """The model that is evaluated: an exported directory, a checkpoint, or a run."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from meds_megatron.config import Config, load_config
 from meds_megatron.errors import UserError
-
-logger = logging.getLogger(__name__)
+from meds_megatron.evaluation.settings import files_digest
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class EvaluatedModel:
         if not is_checkpoint(self.path):
             return self.path
 
-        directory = cache / "hf"
+        directory = cache / f"hf-{files_digest(self.path)[:12]}"
         if not directory.is_dir():
             to_hf(self.path, directory)
         return directory
@@ -53,8 +51,9 @@ def find_model(path: str) -> EvaluatedModel:
             f"{path} has no model: give the directory of a run with checkpoints, a checkpoint, or a Hugging Face "
             "directory"
         )
-    settings = next((p for p in (found / "config.yaml", found.parents[1] / "config.yaml") if p.is_file()), None)
-    return EvaluatedModel(found, load_config(settings) if settings else None)
+    settings = found.parents[1] / "config.yaml"
+    is_of_a_run = found.parent.name in ("hf", "checkpoints") and settings.is_file()
+    return EvaluatedModel(found, load_config(settings) if is_of_a_run else None)
 
 
 def _newest(run: Path) -> Path:

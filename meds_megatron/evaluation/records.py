@@ -22,12 +22,6 @@ class Grading:
     correct: list[bool | None]
     """None where the grading failed."""
 
-    @classmethod
-    def of_row(cls, row: dict[str, Any], graders: Sequence[str]) -> "dict[str, Grading]":
-        """The verdicts in a row of `Record.to_row`, by grader, of which `graders[0]` was the first."""
-        rows = {graders[0]: row} | row.get("graders", {})
-        return {name: cls(rows[name]["generated_answers"], rows[name]["answers_correctness"]) for name in graders}
-
     @property
     def graded(self) -> list[float]:
         """1 for a right response, 0 for a wrong one, of those whose grading did not fail."""
@@ -69,6 +63,15 @@ class Record:
         left_out = {"generated_responses", "gold_answer", "graders", *_verdicts(Grading([], []))}
         others = {name: value for name, value in row.items() if name not in left_out}
         return cls(answer_text("gold_answer", row["gold_answer"]), responses, others)
+
+    @classmethod
+    def from_output(cls, row: dict[str, Any], graders: Sequence[str]) -> "Record":
+        """The problem of a row of `to_row`, with the verdicts of `graders`, the first of which was the first there."""
+        record = cls.from_row(row)
+        rows = {graders[0]: row} | row.get("graders", {})
+        for name in graders:
+            record.gradings[name] = Grading(rows[name]["generated_answers"], rows[name]["answers_correctness"])
+        return record
 
 
 def _verdicts(grading: Grading) -> dict[str, Any]:

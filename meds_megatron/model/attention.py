@@ -42,10 +42,11 @@ def packed_sequences(lengths: list[int], device: str) -> PackedSeqParams:
 
 
 class PackedAttention(nn.Module):
-    """Causal grouped-query attention within each of the packed sequences, where there is no Transformer Engine.
+    """Causal grouped-query attention within each of the packed sequences, where Transformer Engine is missing or has
+    none, for float32.
 
     Replaces megatron-core's `core_attention`: query, key and value are [T, heads, head_dim] of this rank's heads, so is
-    the result. torch's variable-length kernel on a GPU, and sequence by sequence on a CPU.
+    the result. torch's variable-length kernel for bfloat16 on a GPU, and else sequence by sequence.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class PackedAttention(nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         sequences, gqa = packed_seq_params, query_TND.shape[1] != key_TGD.shape[1]
-        if query_TND.is_cuda and self.context_group.size() == 1:
+        if query_TND.is_cuda and query_TND.dtype is torch.bfloat16 and self.context_group.size() == 1:
             return varlen_attn(
                 query_TND,
                 key_TGD,
@@ -87,7 +88,9 @@ class PackedAttention(nn.Module):
                 window_size=(-1, 0),
                 enable_gqa=gqa,
             )
-        lengths = [end - begin for begin, end in pairwise(sequences.cu_seqlens_q_padded.tolist())]
+        on_host = sequences.cu_seqlens_q_padded
+        bounds = sequences.cu_seqlens_q if on_host is None else on_host
+        lengths = [end - begin for begin, end in pairwise(bounds.tolist())]
         group = self.context_group
         if group.size() > 1:
             key_TGD, value_TGD = (_gathered(part, lengths, group) for part in (key_TGD, value_TGD))

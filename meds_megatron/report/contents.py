@@ -32,7 +32,7 @@ def run_contents(run: RunFiles, text_bytes: int) -> RunContents:
     """`text_bytes` limits the texts of responses: the most typical of every mistake come first, and of those the ones
     of the most frequent mistakes."""
     responses = read_responses(run.rollouts)
-    found = list(find_mistakes(responses.wrong, run.config.memory))
+    found = list(find_mistakes(responses.wrong, run.memory))
     chosen = chosen_texts(found, responses.wrong.bytes_W, text_bytes)
     text_of = texts(run.rollouts, responses.wrong, chosen)
     of_problems = [_problem(problem, responses, text_of) for problem in found]
@@ -55,11 +55,11 @@ def chosen_texts(found: list[ProblemMistakes], bytes_W: np.ndarray, text_bytes: 
 def _overview(run: RunFiles, responses: RunResponses, texts_shown: int) -> dict:
     names = sorted({name for line in run.metrics for name in line} - {"step"})
     return {
-        "name": run.config.name,
+        "name": run.name,
         "path": str(run.path),
         "steps": [line["step"] for line in run.metrics],
         "metrics": {name: [_number(line.get(name)) for line in run.metrics] for name in names},
-        "settings": dict(_flat(asdict(run.config))),
+        "settings": run.settings,
         "responses": int(responses.counts_G4[:, 2].sum()),
         "wrong": len(responses.wrong.problem_W),
         "texts": texts_shown,
@@ -158,11 +158,3 @@ def _number(value: float | None) -> float | int | None:
     if value is None or not math.isfinite(value):
         return None
     return int(value) if float(value).is_integer() else float(f"{value:.4g}")
-
-
-def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -7,7 +7,8 @@ is the same one from the first step to the last.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -15,11 +16,12 @@ from meds_megatron.config import MemoryConfig
 from meds_megatron.memory.clustering import cluster
 from meds_megatron.memory.features import features_of, unit_vectors
 from meds_megatron.report.responses import WrongResponses
+from meds_megatron.reward.answers import answer_class
 
 NOISE, NO_ANSWER, NO_FINGERPRINT = "noise", "no answer", "no fingerprint"
 """Names of mistakes that are no clusters: HDBSCAN's noise; responses without a box; responses with one that did not go
 through the model, mostly because the group filter dropped a prompt all of whose responses were wrong. Of the last, each
-answer given twice or more is a mistake, and all others are one together."""
+answer given twice or more, in any spelling, is a mistake, and all others are one together."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Mistake:
     """`A`, `B`, ... for clusters, the largest first; else one of the names above."""
     rows: np.ndarray
     """int64; indices of its responses, the most typical first: the nearest to the mean of the fingerprints, or, where
-    there are none, the oldest."""
+    answers are what they have in common, the oldest."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,35 @@ def find_mistakes(wrong: WrongResponses, config: MemoryConfig) -> Iterator[Probl
 
 def _mistakes_of(problem: int, rows: np.ndarray, wrong: WrongResponses, config: MemoryConfig) -> ProblemMistakes:
     has_fingerprint_N = np.isfinite(wrong.fingerprints_WL[rows]).all(axis=1) & (wrong.fingerprints_WL.shape[1] > 0)
-    clustered = rows[has_fingerprint_N]
-    units_NF = unit_vectors(features_of(wrong.fingerprints_WL[clustered], config))
-    mistakes, positions = [], dict.fromkeys(rows.tolist(), (np.nan, np.nan))
-    variance = (0.0, 0.0)
-    if len(clustered):
-        labels_N = cluster(units_NF, np.empty((0, 2), np.int32), config).labels_N
-        mistakes += _clusters(clustered, units_NF, labels_N)
+    placed = rows[has_fingerprint_N]
+    # The places on the map are those of fingerprints also where the memory clusters answers.
+    layers = replace(config, method="hdbscan") if config.method == "answer" else config
+    units_NF = unit_vectors(features_of(wrong.fingerprints_WL[placed], layers))
+    positions, variance = dict.fromkeys(rows.tolist(), (np.nan, np.nan)), (0.0, 0.0)
+    if len(placed):
         positions_N2, variance = principal_components(units_NF)
-        positions |= zip(clustered.tolist(), positions_N2.tolist(), strict=True)
-    others = rows[~has_fingerprint_N]
-    mistakes += _by_answer(others.tolist(), wrong.answers_W)
-    mistakes.sort(key=lambda mistake: -len(mistake.rows))
+        positions |= zip(placed.tolist(), positions_N2.tolist(), strict=True)
+    if config.method == "answer":
+        mistakes = _clusters_of_answers(rows.tolist(), wrong.answers_W)
+    else:
+        mistakes = _by_answer(rows[~has_fingerprint_N].tolist(), wrong.answers_W)
+        if len(placed):
+            labels_N = cluster(units_NF, np.empty((0, 2), np.int32), config).labels_N
+            mistakes += _clusters(placed, units_NF, labels_N)
+    mistakes.sort(key=lambda mistake: (-len(mistake.rows), mistake.name))
     in_order = [positions[row] for mistake in mistakes for row in mistake.rows.tolist()]
     return ProblemMistakes(problem, mistakes, np.array(in_order).reshape(-1, 2), variance)
+
+
+def _clusters_of_answers(rows: list[int], answers_W: list[str | None]) -> list[Mistake]:
+    """The clusters of `memory.method: answer`, which needs no fingerprints."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[_class_of(answers_W[row])].append(row)
+    without = groups.pop(None, [])
+    largest_first = sorted(groups.values(), key=len, reverse=True)
+    mistakes = [Mistake(letters(number), np.array(members)) for number, members in enumerate(largest_first)]
+    return [*mistakes, *([Mistake(NO_ANSWER, np.array(without))] if without else [])]
 
 
 def _clusters(rows: np.ndarray, units_NF: np.ndarray, labels_N: np.ndarray) -> list[Mistake]:
@@ -98,12 +115,17 @@ def _by_distance_to_mean(units_NF: np.ndarray) -> np.ndarray:
 
 
 def _by_answer(rows: list[int], answers_W: list[str | None]) -> list[Mistake]:
-    times = Counter(answers_W[row] for row in rows)
+    times = Counter(_class_of(answers_W[row]) for row in rows)
     groups = defaultdict(list)
     for row in rows:
-        answer = answers_W[row]
+        answer = _class_of(answers_W[row])
         groups[(NO_ANSWER,) if answer is None else (NO_FINGERPRINT, answer if times[answer] > 1 else None)].append(row)
     return [Mistake(name, np.array(members)) for (name, *_), members in groups.items()]
+
+
+@cache
+def _class_of(answer: str | None) -> str | None:
+    return None if answer is None else answer_class(answer)
 
 
 def principal_components(vectors_NF: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:

@@ -1,14 +1,16 @@
 """What the report reads of a run directory: settings, metrics and rollout files."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
-from meds_megatron.config import Config, load_config
+from meds_megatron.config import MemoryConfig
 from meds_megatron.errors import UserError
 
 
@@ -17,11 +19,22 @@ class RunFiles:
     """A run directory, finished or not."""
 
     path: Path
-    config: Config
+    settings: dict[str, object]
+    """By dotted key, as the run saved them: those of another version of this program may have other keys."""
     metrics: list[dict]
     """A dict a step, oldest first, with the names of `metrics.jsonl`."""
     rollouts: list[Path]
     """Parquet files of the steps, oldest first; none with `train.save_rollouts=false`."""
+
+    @property
+    def name(self) -> str:
+        return str(self.settings.get("name", self.path.name))
+
+    @property
+    def memory(self) -> MemoryConfig:
+        """Settings of the error memory; the defaults for those that the run did not have."""
+        saved = {field.name: self.settings.get(f"memory.{field.name}", field.default) for field in fields(MemoryConfig)}
+        return MemoryConfig(**saved)
 
 
 def read_run(path: str | Path) -> RunFiles:
@@ -33,10 +46,28 @@ def read_run(path: str | Path) -> RunFiles:
         )
     return RunFiles(
         path,
-        load_config(path / "config.yaml"),
+        _read_settings(path / "config.yaml"),
         _read_metrics(path / "metrics.jsonl"),
         sorted((path / "rollouts").glob("step_*.parquet")),
     )
+
+
+def _read_settings(path: Path) -> dict[str, object]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML; restore the file that the run wrote.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found none; restore the file that the run wrote.")
+    return dict(_leaves(values))
+
+
+def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _read_metrics(path: Path) -> list[dict]:

@@ -14,6 +14,7 @@ import pytest
 from meds_megatron.cli import main
 from meds_megatron.data.problems import load_problems
 from meds_megatron.embedded.arithmetic import arithmetic_problems
+from meds_megatron.errors import UserError
 from meds_megatron.evaluation import evaluate
 from meds_megatron.evaluation.models import find_model
 from meds_megatron.evaluation.settings import dataset_name, request_seed
@@ -150,6 +151,27 @@ def test_a_checkpoint_is_converted_once(small_model, tmp_path):
     assert os.stat(directory / "model.safetensors").st_mtime_ns == made
 
 
+def test_limos_command_line_works_as_it_is(monkeypatch):
+    """That of LIMO's eval.sh."""
+    requests = []
+
+    def run(request):
+        requests.append(request)
+        raise UserError("far enough")
+
+    monkeypatch.setattr(evaluate, "evaluate", run)
+    line = (
+        "--model_name_or_path Qwen/Qwen2.5-32B-Instruct --data_name math --prompt_type qwen-instruct --temperature 0.0 "
+        "--start_idx 0 --end_idx -1 --n_sampling 1 --k 1 --split test --max_tokens 32768 --seed 0 --top_p 1 "
+        "--surround_with_messages"
+    )
+    assert main(["eval", *line.split()]) == 2
+    (request,) = requests
+    assert (request.model, request.data) == ("Qwen/Qwen2.5-32B-Instruct", ("data/math/test.jsonl",))
+    assert (request.max_tokens, request.ks, request.prompt_type) == (32768, (1,), "qwen-instruct")
+    assert (request.sampling.temperature, request.sampling.n_sampling, request.sampling.seed) == (0.0, 1, 0)
+
+
 def test_names_and_seeds():
     assert dataset_name("/data/aime/test.jsonl") == "aime" and dataset_name("math500.jsonl") == "math500"
     seeds = {request_seed(seed, name, problem) for seed in (0, 1) for name in ("a", "b") for problem in ("1", "2")}
@@ -162,7 +184,7 @@ def test_names_and_seeds():
         (["--temperature", "0"], "--temperature 0 gives 3 equal responses"),
         (["--k", "4"], "--k 4 needs as many responses"),
         (["--start-idx", "24"], "has 24 problems, and none in [24:-1]"),
-        (["--max-tokens", "100000"], "positions of the model: lower --max-tokens"),
+        (["--max-tokens", "100000"], "of the model's positions, fewer than --max-tokens 100000"),
         (["--regrade", "x.jsonl"], "--regrade takes neither a model nor --data"),
     ],
 )

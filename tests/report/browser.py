@@ -14,7 +14,7 @@ from websockets.sync.client import connect
 CHROMIUM = shutil.which("chromium")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --remote-debugging-port=0 --window-size=1400,1000""".split()
-WAIT_SECONDS = 30
+WAIT_SECONDS = 60
 
 
 class Browser:

@@ -1,6 +1,7 @@
 """The report's mistakes against planted ones, the hdbscan package and scikit-learn."""
 
 from collections import Counter
+from dataclasses import replace
 
 import hdbscan
 import numpy as np
@@ -86,6 +87,22 @@ def test_without_fingerprints_an_answer_given_twice_is_a_mistake(tmp_path):
     assert set(found) == {frozenset({"4"}), frozenset({"8"}), once, frozenset({None})}
     assert {mistake.name for mistake in found.values()} == {"no fingerprint", "no answer"}
     assert np.isnan(problem.positions_N2).all()
+
+
+def test_with_answers_as_clusters_they_are_answers_in_any_spelling(responses):
+    wrong = responses.wrong
+    spelled = [
+        f"{answer}.0" if row % 2 and answer is not None and answer.isdigit() else answer
+        for row, answer in enumerate(wrong.answers_W)
+    ]
+    found = list(find_mistakes(replace(wrong, answers_W=spelled), MemoryConfig(method="answer")))
+    for problem in found:
+        for mistake in problem.mistakes:
+            assert len({wrong.answers_W[row] for row in mistake.rows}) == 1
+    assert {mistake.name for problem in found for mistake in problem.mistakes} == {"A", "B", "C", NO_ANSWER}
+    # One point a fingerprint, clustered or not.
+    points = sum(int(np.isfinite(problem.positions_N2[:, 0]).sum()) for problem in found)
+    assert points == int(np.isfinite(wrong.fingerprints_WL[:, 0]).sum())
 
 
 @pytest.mark.parametrize("rows_and_features", [(40, 14), (3, 14), (5, 2), (2, 1), (1, 6)])

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from meds_megatron.cli import main
+from meds_megatron.config import MemoryConfig
+from meds_megatron.report.run_files import read_run
 from meds_megatron.trainer.main import report
 from meds_megatron.trainer.run_dir import RunDirectory
 from tests.report.planted_run import write_planted_run
@@ -37,12 +40,27 @@ def test_a_line_that_is_still_being_written_is_left_out(run):
     assert main(["report", str(run)]) == 0
 
 
+def test_a_run_of_another_version_has_its_report(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["train"]["no_longer_known"] = 3
+    config["memory"] |= {"method": "single", "removed": True}
+    del config["memory"]["knn"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    files = read_run(run)
+    assert files.settings["train.no_longer_known"] == 3
+    assert files.memory == MemoryConfig(method="single")
+    assert main(["report", str(run)]) == 0
+
+
 def damaged(run: Path, damage: str) -> str:
     """Damages the run and returns what the sentence about it names."""
     step = run / "rollouts" / "step_000002.parquet"
     if damage == "no run":
         (run / "metrics.jsonl").unlink()
         return f"{run}: expected a run directory with config.yaml and metrics.jsonl"
+    if damage == "settings":
+        (run / "config.yaml").write_text("a: [")
+        return f"{run}/config.yaml: not readable as YAML"
     if damage == "metrics":
         lines = (run / "metrics.jsonl").read_text().splitlines()
         (run / "metrics.jsonl").write_text("\n".join([lines[0], "nonsense", *lines[1:]]) + "\n")
@@ -54,7 +72,7 @@ def damaged(run: Path, damage: str) -> str:
     return f"{step}: there is no column `penalty`"
 
 
-@pytest.mark.parametrize("damage", ["no run", "metrics", "parquet", "column"])
+@pytest.mark.parametrize("damage", ["no run", "settings", "metrics", "parquet", "column"])
 def test_a_damaged_run_is_one_sentence(run, damage, capsys):
     expected = damaged(run, damage)
     assert main(["report", str(run)]) == 2

@@ -54,7 +54,8 @@ function metricChart(runs, x, names, { title, match, share }, shown) {
         label: several ? (found.length > 1 ? `${run.label}: ${label}` : run.label) : label,
         values: alongSteps(run, x, run.metrics[name]),
         colour: seriesColour(several ? runNumber : index),
-        dash: several ? index : 0,
+        // Beyond the number of colours, runs differ by their dashes.
+        dash: several ? index + Math.floor(runNumber / COLOURS) : 0,
       };
     }),
   );

@@ -63,8 +63,11 @@ function mistakesNote(run, problems, mistakes) {
   if (!run.rollouts) return "The run saved no responses (train.save_rollouts), so its mistakes are unknown.";
   const texts = run.texts < run.wrong ? ` The texts of ${number(run.texts)} are in this file, the most typical of each mistake first; the others are in ${run.path}/rollouts.` : "";
   return `${count(run.wrong, "wrong response")} of ${number(run.responses)}, to ${count(problems, "problem")}: ${count(mistakes, "mistake")}. ` +
-    `A mistake is a cluster of the fingerprints of one problem's wrong responses, by the run's memory settings, over all steps; ` +
-    `where the group filter left responses without a fingerprint, it is one wrong answer.${texts}`;
+    (run.settings["memory.method"] === "answer"
+      ? "A mistake is one wrong answer to a problem, over all steps."
+      : "A mistake is a cluster of the fingerprints of one problem's wrong responses, by the run's memory settings, over all steps; " +
+        "where the group filter left responses without a fingerprint, it is one wrong answer.") +
+    `${texts}`;
 }
 
 function runChoice(runs, runNumber) {

@@ -124,8 +124,10 @@ function mapScale(xs, ys) {
 
 function clusterNames(groups, details, place) {
   return groups.filter((group) => isCluster(group.name)).map((group) => {
-    // The first response of a mistake is the nearest to the mean of its fingerprints.
-    const [x, y] = place(details.x[group.begin], details.y[group.begin]);
+    // The first response of a cluster is the nearest to the mean of its fingerprints.
+    const first = details.x.findIndex((x, index) => x !== null && index >= group.begin && index < group.end);
+    if (first < 0) return null;
+    const [x, y] = place(details.x[first], details.y[first]);
     return svg("text", { x, y: y - 9, "text-anchor": "middle" }, group.name);
   });
 }

@@ -1,0 +1,139 @@
+"""The study's plans, and its measures on runs that are written by hand."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scipy import stats
+
+from meds_megatron.config import load_config, save_config
+from meds_megatron.config.changes import changes
+from meds_megatron.embedded.arithmetic import RULES, Expression
+from meds_megatron.embedded.remainder import DIVISOR, SLIP, response
+from meds_megatron.launch.sweep_config import expand, load_sweep
+from meds_megatron.trainer.run_dir import ROLLOUT_SCHEMA
+
+SOURCE = Path(__file__).parents[2] / "tools" / "study.py"
+specification = importlib.util.spec_from_file_location("study", SOURCE)
+study = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(study)
+
+EXPRESSION = Expression(7, 6, 4, 5)
+
+
+@pytest.mark.parametrize("method", study.METHODS)
+def test_a_methods_settings_make_its_config_of_the_base(method):
+    name, changed = study.METHODS[method]
+    base = [] if name == study.BASE.name else [f"base={study.BASE}"]
+    expected = load_config(study.CONFIGS / name, [*base, *(f"{key}={value}" for key, value in changed.items())])
+    overrides = [f"{key}={json.dumps(value)}" for key, value in study.method_settings(method).items()]
+    free, other = changes(expected, load_config(study.BASE, overrides))
+    assert other == [] and {line.partition(":")[0] for line in free} <= {"name", "run_dir"}
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("study")
+    arguments = ["plan", str(directory), "--steps", "4", "--seeds", "2", "--methods", "dapo", "meds_recommended"]
+    assert study.main([*arguments, "--set", "rollout.validation_responses=8"]) == 0
+    return directory
+
+
+def test_a_plan_is_two_sweeps_whose_runs_draw_equally_many_responses(planned):
+    for task in study.TASKS:
+        runs = expand(load_sweep(planned / f"{task}.yaml"), task)
+        names = [f"{method},seed={seed}" for method in ("dapo", "meds_recommended") for seed in (0, 1)]
+        assert [run.name for run in runs] == names
+        configs = [load_config(run.arguments[0], run.arguments[1:]) for run in runs]
+        drawn = {(c.train.prompts_per_step, c.rollout.responses_per_prompt, c.filter.max_batches) for c in configs}
+        assert len(drawn) == 1 and {c.filter.generation_prompts for c in configs} == {None}
+        assert {c.data.arithmetic_rules for c in configs} == {task}
+        assert {c.rollout.validation_responses for c in configs} == {8}
+
+
+def test_a_setting_that_no_run_can_use_is_refused(tmp_path, capsys):
+    assert study.main(["plan", str(tmp_path), "--set", "train.stepz=3"]) == 1
+    assert "train.stepz" in capsys.readouterr().err
+
+
+def write_step(directory: Path, step: int, groups: list[list[tuple[int, int, list[float]]]]) -> None:
+    """Rollouts of a step: each response is (number of its rule, divisor, fingerprint); rule 0 is right."""
+    rows = [(number, *made) for number, group in enumerate(groups) for made in group]
+    columns: dict[str, list] = {name: [None] * len(rows) for name in ROLLOUT_SCHEMA.names}
+    columns["step"] = [step] * len(rows)
+    columns["group"] = [group for group, *_ in rows]
+    columns["key"] = [f"p{group}|{'right' if rule == 0 else 'wrong'}" for group, rule, *_ in rows]
+    columns["prompt"] = [f"coins {EXPRESSION}"] * len(rows)
+    columns["response"] = [response(EXPRESSION, RULES[rule], divisor) for _, rule, divisor, _ in rows]
+    columns["correct"] = [rule == 0 for _, rule, *_ in rows]
+    columns["outcome"] = ["graded"] * len(rows)
+    columns["fingerprint"] = [fingerprint for *_, fingerprint in rows]
+    (directory / "rollouts").mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns, schema=ROLLOUT_SCHEMA), directory / "rollouts" / f"step_{step:06d}.parquet")
+
+
+def finish(run, pass_1: float, steps: int) -> None:
+    """Writes a run directory in which habits are the clusters of fingerprints, and answers are something else."""
+    config = load_config(run.arguments[0], run.arguments[1:])
+    run.directory.mkdir(parents=True)
+    save_config(config, run.directory / "config.yaml")
+
+    def shown(rule: int, divisor: int) -> tuple[int, int, list[float]]:
+        return rule, divisor, np.eye(4)[rule % 4].tolist()
+
+    group = [shown(0, DIVISOR)] + [
+        shown(rule, divisor) for rule in (1, 2) for divisor in (DIVISOR, SLIP) for _ in "abc"
+    ]
+    lines = []
+    for step in range(1, steps + 1):
+        write_step(run.directory, step, [group, [shown(0, DIVISOR)] * 13])
+        lines.append({"step": step, "time/step": 90.0, "time/validation": 30.0, "response/count": 26})
+    lines[-1] |= {"validation/pass@1": pass_1, "validation/pass@8": 2 * pass_1}
+    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_results_of_finished_runs(planned, capsys):
+    for task in study.TASKS:
+        runs = expand(load_sweep(planned / f"{task}.yaml"), task)
+        finish(runs[0], 0.2, steps=4)
+        finish(runs[1], 0.3, steps=4)
+        finish(runs[2], 0.3, steps=3)  # of 4
+    assert study.main(["results", str(planned)]) == 0
+    results = json.loads((planned / "results.json").read_text())
+    assert results["unfinished"] == [f"{task}/meds_recommended,seed={seed}" for task in study.TASKS for seed in (0, 1)]
+    found = results["tasks"]["remainder"]["dapo"]
+    run = found["runs"]["0"]
+    assert (run["minutes"], run["responses"], run["pass@n"]) == (4.0, 104, 0.4)
+    # Of two rules by two divisors; the other group is all right.
+    answers = {response(EXPRESSION, RULES[rule], divisor)[-2] for rule in (1, 2) for divisor in (DIVISOR, SLIP)}
+    assert run["wrong_answers"] == len(answers) / 2
+    assert run["ari_fingerprint"] == 1.0 and run["ari_answer"] < 1.0
+    # Two points lie on a line.
+    assert run["eigenvalue_ratio"] > 0.99
+    mean, half = found["summary"]["pass@1"]
+    low, high = stats.t.interval(0.95, 1, loc=0.25, scale=stats.sem([0.2, 0.3]))
+    assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
+    assert (planned / "results.png").read_bytes().startswith(b"\x89PNG")
+    table = (planned / "results.md").read_text()
+    assert "| dapo | 2 | 0.250 ± 0.635 |" in table and "Not finished: 4 runs." in table
+    assert table in capsys.readouterr().out
+
+
+def test_noise_is_a_cluster_or_no_cluster_as_the_runs_memory_has_it():
+    config = load_config(study.BASE).memory
+    fingerprints = np.array([[1, 0], [1, 0.01], [0, 1], [0.01, 1], [-1, -1], [1, -1.0]])
+    config.noise = "cluster"
+    assert study.clusters_of(fingerprints, config)[-2:] == [-1, -1]
+    config.noise = "ignore"
+    labels = study.clusters_of(fingerprints, config)
+    assert labels[:4] == [labels[0]] * 2 + [labels[2]] * 2 and len(set(labels)) == 4
+
+
+def test_measures_that_nothing_counts_in_are_left_out_of_means():
+    assert study.mean_and_interval([None, None]) == [None, None]
+    assert study.mean_and_interval([None, 2.0]) == [2.0, None]
+    assert study.WrongResponses().agreement(load_config(study.BASE)) == {"ari_fingerprint": None, "ari_answer": None}
