@@ -44,7 +44,8 @@ def staged_updates(shape: ModelShape, trainer: int | None, engines: list[int | N
 
     In the middle an engine dies before it reads a bucket, and another takes its place.
     """
-    with tempfile.TemporaryDirectory(prefix="meds-bench-", dir="/dev/shm") as directory:
+    # Not a name that runs on this machine would clear away.
+    with tempfile.TemporaryDirectory(prefix="bench-meds-", dir="/dev/shm") as directory:
         spec = SyncSpec(shape, ParallelLayout(), 1, "bfloat16", f"{directory}/weights")
         sender = Member(trainer, _send, spec)
         readers = [Member(gpu, _read, spec) for gpu in engines]
@@ -154,11 +155,13 @@ class GroupReport:
 
 def transfer_group(gpus: tuple[int | None, int | None]) -> GroupReport:
     """A trainer rank and an engine rank connect over the network and exchange a message; then the engine dies."""
-    sender = Member(gpus[0], _send_over_network)
-    rendezvous = sender.receive()
-    reader = Member(gpus[1], _receive_over_network, rendezvous)
+    sender, reader = Member(gpus[0], _send_over_network), Member(gpus[1], _receive_over_network)
     with closing(_Ending([sender, reader])):
-        connect_s, gbyte_per_s = sender.receive()
+        rendezvous = sender.receive()
+        # Both have started: what is measured is the connection alone.
+        reader.receive()
+        reader.pipe.send(rendezvous)
+        connect_s, gbyte_per_s = sender.call()
         os.kill(reader.process.pid, signal.SIGKILL)
         return GroupReport(connect_s, gbyte_per_s, sender.call())
 
@@ -168,6 +171,7 @@ def _send_over_network(pipe: Connection) -> None:
     device = _device()
     rendezvous, store = transport.open_rendezvous("127.0.0.1", 1, 1)
     pipe.send(rendezvous)
+    pipe.recv()
     group, connect_s = _timed(lambda: TransferGroup(rendezvous, 0, device, store))
     values = torch.ones(ELEMENTS, dtype=torch.bfloat16, device=device)
     group.send(values, 0)
@@ -185,10 +189,11 @@ def _send_over_network(pipe: Connection) -> None:
     pipe.send(time.perf_counter() - began)
 
 
-def _receive_over_network(pipe: Connection, rendezvous) -> None:
+def _receive_over_network(pipe: Connection) -> None:
     transport.TIMEOUT = DEADLINE
     device = _device()
-    group = TransferGroup(rendezvous, 1, device)
+    pipe.send(None)
+    group = TransferGroup(pipe.recv(), 1, device)
     values = torch.empty(ELEMENTS, dtype=torch.bfloat16, device=device)
     for _ in range(2):
         group.receive(values, 0)

@@ -114,6 +114,23 @@ def test_bfloat16_weights_have_logits_and_the_heads_gradient_in_float32(ranks, t
     assert error < (0.9 * rounded if with_buffer else 2 * rounded)
 
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_accumulated_in_float32_on_every_device(device, dtype):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(shape, generator=generator).to(device, dtype) for shape in ((24, 256), (256, 40)))
+    expected = left.double() @ right.double()
+    found = logprobs.float32_product(left, right)
+    total = torch.full((24, 40), 3.0, device=device)
+    logprobs.add_float32_product(total, left, right)
+    assert found.dtype == total.dtype == torch.float32
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+    assert torch.allclose(total.double() - 3, expected, atol=1e-4)
+
+
 def peak_bytes(rank: int, tokens: int) -> int:
     """The most that the log-probs of `tokens` tokens have allocated at once."""
     from meds_megatron.actor.process_group import form_groups
