@@ -5,7 +5,8 @@ from pathlib import Path
 import click
 import pytest
 
-from meds_megatron.cli import cli, main, show
+from meds_megatron.cli import cli, main
+from meds_megatron.commands.options import show
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 

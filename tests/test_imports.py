@@ -36,8 +36,9 @@ ALLOWED = {
     "actor": {"config", "launch", "model", "weights", "algorithm"},
     "embedded": {"config", "data", "model"},
     "evaluation": {"config", "data", "reward", "rollout", "launch", "embedded", "weights", "actor"},
-    "trainer": PACKAGES - {"bench"},
-    "bench": PACKAGES,
+    "trainer": PACKAGES - {"bench", "commands"},
+    "bench": PACKAGES - {"commands"},
+    "commands": PACKAGES,
     **{module: set() for module in SHARED},
     "cli": PACKAGES,
 }
