@@ -18,7 +18,9 @@ class PlainLoop:
         from transformers import AutoModelForCausalLM
 
         dtype = getattr(torch, config.model.dtype)
-        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
+        self._model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
         self._model.to(device)
         self._config, self._device, self._rows = config, device, rows
         optimizer = config.optimizer
