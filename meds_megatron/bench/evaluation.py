@@ -31,9 +31,16 @@ MAX_TOKENS = 40
 """Of a response of the arithmetic model."""
 
 
-def run(responses: int = 8, rounds: int = 3, answers: int = 2000, workers: int = 2, problems: int = 200) -> dict:
+def run(
+    responses: int = 8,
+    rounds: int = 3,
+    answers: int = 2000,
+    workers: int = 2,
+    problems: int = 200,
+    model: Path | None = None,
+) -> dict:
     """Generates `responses` to each arithmetic problem, `rounds` times after a warm-up, in alternation with plain vLLM,
-    and grades `answers`.
+    and grades `answers`. `model` is a Hugging Face directory, None the arithmetic model.
 
     One engine each, with the same model, dtype, memory, threads and batch size. Plain vLLM is `LLM.generate` with its
     defaults, once with the seeds that `meds eval` gives to every response and once without any, as LIMO calls it; it is
@@ -42,7 +49,7 @@ def run(responses: int = 8, rounds: int = 3, answers: int = 2000, workers: int =
     rounds; `grading_s` by grader for `answers` answers in `workers` processes, their start included; `responses`,
     `mean_tokens`, `rounds`, `answers`, `workers`.
     """
-    model = ensure_model(ModelConfig(make="arithmetic"), DataConfig(), Config.cache_dir)
+    model = model or ensure_model(ModelConfig(make="arithmetic"), DataConfig(), Config.cache_dir)
     found = arithmetic_problems("validation", "shared", problems)
     data = DataConfig(system_prompt=None)
     token_ids = encode(found, load_tokenizer(model), data)

@@ -1,6 +1,7 @@
 """`meds bench`: each part against the plain way of doing the same."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -29,19 +30,20 @@ def rollout(config, rounds: int) -> dict:
 
 
 @bench.command("eval", cls=Command, example="meds bench eval --json")
+@click.option("--model", metavar="DIR", help="A Hugging Face directory.  [default: the embedded arithmetic model]")
 @click.option("--responses", type=click.IntRange(min=1), default=8, help="To each of 200 problems.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, help="Measured generations, after one warm-up.")
 @click.option("--answers", type=click.IntRange(min=1), default=2000, help="Answers that are graded.")
 @click.option("--workers", type=click.IntRange(min=1), default=2, help="Grader processes.")
 @with_json
-def bench_eval(responses: int, rounds: int, answers: int, workers: int) -> dict:
+def bench_eval(model: str | None, responses: int, rounds: int, answers: int, workers: int) -> dict:
     """Tokens per second of `meds eval` and of plain vLLM, and seconds of grading.
 
-    Both generate the same responses of the embedded arithmetic model, alternately.
+    Both generate the same responses to arithmetic problems, alternately.
     """
     from meds_megatron.bench.evaluation import run
 
-    return run(responses, rounds, answers, workers)
+    return run(responses, rounds, answers, workers, model=Path(model) if model else None)
 
 
 @bench.command(cls=Command, example="meds bench phases configs/quickstart.yaml --steps 5 --json")

@@ -1,8 +1,8 @@
 from meds_megatron.bench import evaluation
 
 
-def test_the_benchmark_runs(cpu_engines):
-    result = evaluation.run(responses=2, rounds=1, answers=20, workers=1, problems=8)
+def test_the_benchmark_runs(cpu_engines, small_model):
+    result = evaluation.run(responses=2, rounds=1, answers=20, workers=1, problems=8, model=small_model)
     assert (result["responses"], result["answers"], result["rounds"]) == (16, 20, 1)
     assert result["ratio"] == result["eval_tokens_per_s"] / result["plain_tokens_per_s"]
     assert result["unseeded_ratio"] == result["eval_tokens_per_s"] / result["plain_unseeded_tokens_per_s"]
