@@ -125,12 +125,9 @@ class Sweep:
             raise
 
     def _update(self) -> None:
-        if self._executor_name == "slurm":
-            listed = _slurm_jobs()
-            if listed is None:
-                return
-        else:
-            listed = None
+        listed = _slurm_jobs() if self._executor_name == "slurm" else set()
+        if listed is None:
+            return
         for tracked in self._tracked:
             if tracked.state in ("waiting", "submitted"):
                 tracked.metrics = _last_metrics(tracked.run.directory)
@@ -163,8 +160,8 @@ class Sweep:
             return "finished"
         return "waiting" if tracked.attempts <= self._config.retries else "failed"
 
-    def _has_ended(self, tracked: Tracked, listed: set[str] | None) -> bool:
-        if listed is None:
+    def _has_ended(self, tracked: Tracked, listed: set[str]) -> bool:
+        if self._executor_name == "local":
             return tracked.job.done()
         if tracked.job.job_id in listed:
             tracked.missing_since = None
