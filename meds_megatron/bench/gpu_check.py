@@ -18,7 +18,7 @@ import torch
 from meds_megatron.bench import fingerprint, step
 from meds_megatron.bench.gpu_transfers import DEADLINE, staged_updates, transfer_group
 from meds_megatron.bench.processes import result_of
-from meds_megatron.bench.synthetic import synthetic_batch
+from meds_megatron.bench.synthetic import synthetic_batch, write_random_model
 from meds_megatron.config import QWEN, Config, ModelShape
 
 PARITY = {"float32": 1e-3, "bfloat16": 2e-2}
@@ -53,26 +53,6 @@ def parity(gpus: int) -> list[Row]:
     return rows
 
 
-def write_model(directory: str) -> None:
-    """A random model of the shape SMALL."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=SMALL.vocab_size,
-        hidden_size=SMALL.hidden_size,
-        intermediate_size=SMALL.ffn_size,
-        num_hidden_layers=SMALL.num_layers,
-        num_attention_heads=SMALL.num_heads,
-        num_key_value_heads=SMALL.num_kv_heads,
-        head_dim=SMALL.head_dim,
-        max_position_embeddings=SMALL.max_positions,
-        rope_theta=SMALL.rope_theta,
-        tie_word_embeddings=SMALL.tie_embeddings,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(directory)
-
-
 def policy_results(directory: str) -> dict[str, dict[str, np.ndarray]]:
     """Of a policy that has this process alone, by data type: a forward pass, and the gradient norms and losses of two
     updates. Writes the model where it is not there yet."""
@@ -81,7 +61,7 @@ def policy_results(directory: str) -> dict[str, dict[str, np.ndarray]]:
     from meds_megatron.weights.store import open_store
 
     if not Path(directory, "config.json").exists():
-        write_model(directory)
+        write_random_model(SMALL, directory)
     device = join("127.0.0.1", (store := open_store("127.0.0.1", 1)).port, 0, 1, store=store)
     config = Config()
     config.optimizer.lr = 1e-4

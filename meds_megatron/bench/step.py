@@ -23,7 +23,7 @@ from meds_megatron.actor.train_batch import TrainBatch
 from meds_megatron.actor.worker import rank_env_vars
 from meds_megatron.bench.plain_loop import PlainLoop
 from meds_megatron.bench.rectangles import padded_rectangles
-from meds_megatron.bench.synthetic import synthetic_batch
+from meds_megatron.bench.synthetic import synthetic_batch, write_random_model
 from meds_megatron.config import QWEN, Config, ModelShape
 from meds_megatron.errors import UserError
 from meds_megatron.weights.store import open_store
@@ -58,7 +58,7 @@ def _of_model(whole: ModelShape, layers: int, responses: int, rounds: int) -> di
     shape = replace(whole, num_layers=layers, vocab_size=vocabulary)
     context, found = multiprocessing.get_context("spawn"), {}
     with tempfile.TemporaryDirectory(prefix="meds-bench-") as directory:
-        _write_model(shape, directory)
+        write_random_model(shape, directory)
         for form in FORMS:
             ours, theirs = context.Pipe()
             process = context.Process(target=_measure, args=(theirs, form, directory, shape, responses, rounds))
@@ -69,25 +69,6 @@ def _of_model(whole: ModelShape, layers: int, responses: int, rounds: int) -> di
     speeds = {form: report["tokens_per_second"] for form, report in found.items()}
     over = {f"over_{form}": speeds["packed"] / speeds[form] for form in FORMS[1:]}
     return {**found, **over, "layers": layers, "vocabulary": vocabulary}
-
-
-def _write_model(shape: ModelShape, directory: str) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        tie_word_embeddings=shape.tie_embeddings,
-        max_position_embeddings=shape.max_positions,
-        rope_theta=shape.rope_theta,
-        rms_norm_eps=shape.norm_eps,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(directory)
 
 
 def _measure(pipe: Connection, form: str, directory: str, shape: ModelShape, responses: int, rounds: int) -> None:

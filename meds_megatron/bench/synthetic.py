@@ -1,10 +1,11 @@
-"""Made-up responses with lengths as in a step of training."""
+"""A random model of any shape, and made-up responses with lengths as in a step of training."""
 
 from statistics import NormalDist
 
 import numpy as np
 
 from meds_megatron.actor.train_batch import TrainBatch
+from meds_megatron.config import ModelShape
 
 MEAN_TOKENS, LONGEST_TOKENS, SHORTEST_TOKENS = 300, 2000, 16
 SPREAD = 1.0
@@ -51,3 +52,29 @@ def synthetic_batch(
     batch.logprobs_R = batch.rollout_logprobs_R
     batch.entropy_R = np.zeros_like(batch.logprobs_R)
     return batch
+
+
+def write_random_model(shape: ModelShape, directory: str) -> None:
+    """A Hugging Face directory with a model of random float32 weights, always the same ones, and no tokenizer."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    config_class, model_class = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }[shape.architecture]
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.max_positions,
+        rope_theta=shape.rope_theta,
+        rms_norm_eps=shape.norm_eps,
+        tie_word_embeddings=shape.tie_embeddings,
+    )
+    model_class(config).save_pretrained(directory)
