@@ -172,7 +172,7 @@ class RolloutConfig:
     version that it was drawn with. `finish`: the update waits for them, and nothing new starts meanwhile."""
     deterministic: bool = False
     """True: the same seed, machine and engines give the same responses; the requests of a generation batch start
-    together in a fixed order (train.max_staleness 0 only). False: each request goes to the least loaded engine as soon as that one can take it."""
+    together in a fixed order. False: each request goes to the least loaded engine as soon as that one can take it."""
     enforce_eager: bool = False
     """True skips vLLM's compilation and CUDA graphs: faster start, slower generation."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -1,5 +1,6 @@
 """Which prompts are generated when, and which groups a training step takes: a state machine without I/O."""
 
+import itertools
 from collections.abc import Sequence
 
 from meds_megatron.config import Config
@@ -120,7 +121,7 @@ class GroupSchedule:
         return chosen
 
     def _slack(self, d: int) -> int:
-        due = sum(
-            version + self.max_staleness <= d for groups in (self._generating, self._finished) for version in groups.values()
-        )
+        latest = d - self.max_staleness
+        versions = itertools.chain(self._generating.values(), self._finished.values())
+        due = sum(version <= latest for version in versions)
         return self.missing + (d - self.version) * self.prompts_per_step - due

@@ -41,6 +41,22 @@ def sampling_metrics(rollouts: RolloutBatch) -> dict[str, float]:
     }
 
 
+def staleness_metrics(rollouts: RolloutBatch, policy_version: int) -> dict[str, float]:
+    """Age, in updates of the policy, of the tokens that the step trains on, when it has `policy_version`: the mean over
+    tokens and the highest; and the share of responses during which the weights changed."""
+    completions = [
+        sample.completion for sample, trained in zip(rollouts.samples, rollouts.trained_B, strict=True) if trained
+    ]
+    if not completions:
+        return {}
+    ages_R = policy_version - np.concatenate([completion.policy_versions_R for completion in completions])
+    return {
+        "staleness/mean": float(ages_R.mean()),
+        "staleness/max": int(ages_R.max()),
+        "staleness/mixed_share": float(np.mean([bool(completion.later_versions) for completion in completions])),
+    }
+
+
 def training_metrics(batch: TrainBatch, updates: list[UpdateOutput], target: str) -> dict[str, float]:
     """Of the responses that are trained on; the mean penalty is of those that `penalty.target` names."""
     if not len(batch):

@@ -12,7 +12,8 @@ from meds_megatron.rollout.group_schedule import GroupSchedule
 
 def schedule_of(prompts: int, staleness: int, chunk: int = 1, max_batches: int = 10, batch: int | None = None):
     config = Config()
-    config.train.prompts_per_step, config.train.max_staleness, config.train.mini_batch_prompts = prompts, staleness, chunk
+    config.train.prompts_per_step, config.train.mini_batch_prompts = prompts, chunk
+    config.train.max_staleness = staleness
     config.filter.max_batches, config.filter.generation_prompts = max_batches, batch
     return GroupSchedule(config)
 
