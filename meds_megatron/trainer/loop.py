@@ -59,7 +59,7 @@ def train(
         # recur cost more.
         rollout_manager.free_gpus()
         if not rollouts.is_scored:
-            score(rollouts, policy, memory, config, timer)
+            score(rollouts, policy, memory, config, timer, rollout_manager.wait_for)
         batch, minibatches_B, advantage_metrics = training_batch(rollouts, config)
 
         # The memory remembers and reclusters while the policy learns and, with `train.max_staleness`, the engines

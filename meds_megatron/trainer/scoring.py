@@ -24,12 +24,12 @@ def score(
     memory: ErrorMemory,
     config: Config,
     timer: PhaseTimer,
-    wait_for: Callable[[Pending[ForwardOutput]], ForwardOutput] = Pending.result,
+    wait_for: Callable[[Pending[ForwardOutput]], ForwardOutput],
 ) -> None:
     """Fills the batch: log-probs, entropies and fingerprints by one forward pass, cluster sizes by one lookup, and the
     shaped scores that follow (NaN for groups that are neither kept nor remembered, and where the grading failed).
 
-    Of responses that are remembered but not trained on, only those with both a key and an answer take a forward pass,
+    `wait_for` waits for the forward pass (`RolloutManager.wait_for`). Of responses that are remembered but not trained on, only those with both a key and an answer take a forward pass,
     and none with `memory.method: answer`, which needs no fingerprints.
     """
     batch, trained_B = rollouts.batch, rollouts.trained_B
