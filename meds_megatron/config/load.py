@@ -38,13 +38,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             _set(settings, key, value, source)
             sources[key] = source
     try:
-        config = OmegaConf.to_object(settings)
+        return OmegaConf.to_object(settings)
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         raise UserError(f"{sources.get(key, path)}: {key} cannot be resolved: {_first_line(error)}.") from error
-    if config.policy.importance == "auto":
-        config.policy.importance = "token" if config.train.max_staleness > 0 else "none"
-    return config
 
 
 def save_config(config: Config, path: str | Path) -> None:

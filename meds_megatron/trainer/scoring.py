@@ -29,8 +29,9 @@ def score(
     """Fills the batch: log-probs, entropies and fingerprints by one forward pass, cluster sizes by one lookup, and the
     shaped scores that follow (NaN for groups that are neither kept nor remembered, and where the grading failed).
 
-    `wait_for` waits for the forward pass (`RolloutManager.wait_for`). Of responses that are remembered but not trained on, only those with both a key and an answer take a forward pass,
-    and none with `memory.method: answer`, which needs no fingerprints.
+    Of responses that are remembered but not trained on, only those with both a key and an answer take a forward pass,
+    and none with `memory.method: answer`, which needs no fingerprints. `wait_for` waits for the forward pass
+    (`RolloutManager.wait_for`).
     """
     batch, trained_B = rollouts.batch, rollouts.trained_B
     rows = rollouts.rows_to_remember(config)

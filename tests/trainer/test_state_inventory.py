@@ -106,7 +106,10 @@ CHANGING = {
         **dict.fromkeys(("_batches", "_dropped", "_is_open", "_kept"), STEP),
         "version": CHECKPOINT,
     },
-    "RolloutManager": {"_finished": IN_FLIGHT, "_indices": CHECKPOINT, "_again": CHECKPOINT},
+    "RolloutManager": {
+        "_finished": IN_FLIGHT,
+        **dict.fromkeys(("_again", "_indices", "_weight_sync"), CHECKPOINT),
+    },
     "Checkpointer": {"_newest": START, "_state": CHECKPOINT, "_under_way": START},
     "ErrorMemory": {"_pending": STEP, "_saving": NO_EFFECT},
     "Recovery": dict.fromkeys(("furthest", "in_a_row", "progressed", "stopping"), NO_EFFECT),
