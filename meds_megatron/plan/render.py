@@ -118,7 +118,7 @@ def traffic_table(plan: Plan) -> Table:
 
 
 def time_table(plan: Plan) -> Table:
-    calibration, total = plan.calibration, sum(plan.seconds.values())
+    calibration, total = plan.calibration, plan.step_seconds
     columns = ["phase", "seconds", "share"]
     if calibration is not None:
         columns += ["predicted for the run", "measured in it", "factor"]
