@@ -289,7 +289,10 @@ def test_a_problem_names_the_kv_cache_where_engines_have_none():
 
 def test_engines_that_generate_ahead_shorten_the_step_to_the_longer_half():
     path = CONFIGS / "meds_qwen2.5_72b.yaml"
-    turns, ahead = (make_plan(load_config(path, ["rollout.nodes=4", f"train.max_staleness={s}"])) for s in (0, 1))
+    turns, ahead = (
+        make_plan(load_config(path, ["rollout.nodes=4", "rollout.engines=4", f"train.max_staleness={s}"]))
+        for s in (0, 1)
+    )
     assert turns.seconds == ahead.seconds
     trainer = turns.seconds["forward"] + turns.seconds["update"]
     assert turns.step_seconds == pytest.approx(sum(turns.seconds.values()))
