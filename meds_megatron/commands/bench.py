@@ -84,6 +84,24 @@ def step(models: Sequence[str], layers: int, responses: int, rounds: int) -> dic
     return run(models, layers, responses, rounds)
 
 
+@bench.command(cls=Command, example="meds bench overlap --steps 30 --seeds 3 --json")
+@click.option("--steps", type=click.IntRange(min=1), default=30, help="Training steps of each run.")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, help="Pairs of runs.")
+@click.option("--max-staleness", type=click.IntRange(min=1), default=1, help="train.max_staleness of the second run.")
+@click.option("--directory", type=click.Path(file_okay=False), help="Where to keep the runs.  [default: nowhere]")
+@click.argument("overrides", nargs=-1)
+@with_json
+def overlap(steps: int, seeds: int, max_staleness: int, directory: str | None, overrides: Sequence[str]) -> dict:
+    """Time of training while the engine generates for later steps, against taking turns.
+
+    Trains the quickstart with one trainer rank and one engine, a core each, at train.max_staleness 0 and above.
+    OVERRIDES are key=value settings of both.
+    """
+    from meds_megatron.bench.overlap import run
+
+    return run(steps, seeds, max_staleness, list(overrides), directory)
+
+
 @bench.command(cls=Command, example="meds bench fingerprint --responses 8 --tokens 64 --json")
 @click.option("--responses", type=click.IntRange(min=1), default=8, help="Responses with a fingerprint.")
 @click.option("--tokens", type=click.IntRange(min=4), default=64, help="Length of each sequence.")

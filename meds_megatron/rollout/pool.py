@@ -97,6 +97,8 @@ class EnginePool:
         self._sleeps = use_gpu and config.rollout.nodes is None and not evaluation
         self.asleep = False
         """Whether the engines have left their GPUs' memory to the trainer."""
+        self._holds = False
+        """Whether queued requests stay in the queue."""
         self._queue: deque[Request] = deque()
         self._numbers, self._batches = count(), count()
         env_vars = engine_env_vars(config, use_gpu)
@@ -120,11 +122,16 @@ class EnginePool:
     # Requests.
 
     def submit(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], seed: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | Sequence[Sampling],
+        seed: int | None = None,
+        first: bool = False,
     ) -> list[int]:
         """Queues prompts (token ids), each with its sampling or all with one; returns their request numbers.
 
-        With a seed the completions are repeatable: give every call of a step another.
+        With a seed the completions are repeatable: give every call of a step another. `first` puts them before those
+        that wait already.
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
         batch = next(self._batches)
@@ -132,7 +139,10 @@ class EnginePool:
             Request(next(self._numbers), prompt, own, batch, seed)
             for prompt, own in zip(prompts, samplings, strict=True)
         ]
-        self._queue += requests
+        if first:
+            self._queue.extendleft(reversed(requests))
+        else:
+            self._queue += requests
         self._dispatch()
         return [request.number for request in requests]
 
@@ -161,6 +171,20 @@ class EnginePool:
         while len(completions) < len(numbers):
             completions |= self.wait()
         return [completions[number] for number in numbers]
+
+    @property
+    def running(self) -> bool:
+        """Whether an engine has unfinished requests."""
+        return any(engine.running for engine in self.engines)
+
+    def hold(self) -> None:
+        """Gives the engines no more requests until `release`; they finish those that they have."""
+        self._holds = True
+
+    def release(self) -> None:
+        """Gives the engines requests again."""
+        self._holds = False
+        self._dispatch()
 
     # Calls of the weight sync.
 
@@ -199,7 +223,7 @@ class EnginePool:
         """
         if not self._sleeps or self.asleep:
             return
-        if any(engine.running for engine in self.engines):
+        if self.running:
             raise RuntimeError("engines with unfinished requests cannot sleep: wait for the requests first")
         self._wait_until_started()
         self.asleep = True
@@ -259,7 +283,7 @@ class EnginePool:
 
     def _dispatch(self) -> None:
         fresh = [engine for engine in self.engines if engine.health.state is EngineState.FRESH]
-        if self.asleep or not fresh or not self._queue:
+        if self.asleep or self._holds or not fresh or not self._queue:
             return
         shares: dict[int, list[Request]] = {engine.number: [] for engine in fresh}
         running = [request for engine in self.engines for request in engine.running.values()]

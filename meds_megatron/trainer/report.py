@@ -41,6 +41,22 @@ def sampling_metrics(rollouts: RolloutBatch) -> dict[str, float]:
     }
 
 
+def staleness_metrics(rollouts: RolloutBatch, policy_version: int) -> dict[str, float]:
+    """Age, in updates of the policy, of the tokens that the step trains on, when it has `policy_version`: the mean over
+    tokens and the highest; and the share of responses during which the weights changed."""
+    completions = [
+        sample.completion for sample, trained in zip(rollouts.samples, rollouts.trained_B, strict=True) if trained
+    ]
+    if not completions:
+        return {}
+    ages_R = policy_version - np.concatenate([completion.policy_versions_R for completion in completions])
+    return {
+        "staleness/mean": float(ages_R.mean()),
+        "staleness/max": int(ages_R.max()),
+        "staleness/mixed_share": float(np.mean([bool(completion.later_versions) for completion in completions])),
+    }
+
+
 def training_metrics(batch: TrainBatch, updates: list[UpdateOutput], target: str) -> dict[str, float]:
     """Of the responses that are trained on; the mean penalty is of those that `penalty.target` names."""
     if not len(batch):
@@ -84,14 +100,15 @@ def _update_means(update: UpdateOutput) -> dict[str, float]:
     return means | {"loss": update.loss, "grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
 
 
-def throughput_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """Generated tokens a second, of the step without validation and export, and of generation alone."""
+def throughput_metrics(metrics: dict[str, float], overlaps: bool) -> dict[str, float]:
+    """Generated tokens a second, of the step without validation and export, and of generation alone, unless it
+    `overlaps` with training: `time/rollout` is then what the trainer waits."""
     generated = metrics["response/length_mean"] * metrics["response/count"]
     training_s = metrics["time/step"] - metrics.get("time/validation", 0.0) - metrics.get("time/export", 0.0)
-    return {
-        "throughput/tokens_per_second": generated / training_s,
-        "throughput/rollout_tokens_per_second": generated / metrics["time/rollout"],
-    }
+    rates = {"throughput/tokens_per_second": generated / training_s}
+    if not overlaps:
+        rates["throughput/rollout_tokens_per_second"] = generated / metrics["time/rollout"]
+    return rates
 
 
 def check_mismatch(step: int, metrics: dict[str, float], config: Config) -> None:
