@@ -101,13 +101,14 @@ def _update_means(update: UpdateOutput) -> dict[str, float]:
 
 
 def throughput_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """Generated tokens a second, of the step without validation and export, and of generation alone."""
+    """Generated tokens a second, of the step without validation and export, and of the time for which it waited for
+    responses, if it did."""
     generated = metrics["response/length_mean"] * metrics["response/count"]
     training_s = metrics["time/step"] - metrics.get("time/validation", 0.0) - metrics.get("time/export", 0.0)
-    return {
-        "throughput/tokens_per_second": generated / training_s,
-        "throughput/rollout_tokens_per_second": generated / metrics["time/rollout"],
-    }
+    throughputs = {"throughput/tokens_per_second": generated / training_s}
+    if metrics["time/rollout"] > 0:
+        throughputs["throughput/rollout_tokens_per_second"] = generated / metrics["time/rollout"]
+    return throughputs
 
 
 def check_mismatch(step: int, metrics: dict[str, float], config: Config) -> None:
