@@ -24,8 +24,9 @@ class Clock:
         self.now = 0.0
         self._events: list[tuple[float, int, Event]] = []
         self._numbers = count()
-        self._completed = 0
-        """Futures that were completed, so that those waited for are looked at only when one was."""
+        self._awaited: set[Future] = set()
+        self._completed = False
+        """Whether a future was completed that is or was waited for."""
 
     def after(self, seconds: float, action: Callable[[], None]) -> Event:
         """Plans `action`."""
@@ -33,33 +34,33 @@ class Clock:
         heapq.heappush(self._events, (self.now + seconds, next(self._numbers), event))
         return event
 
-    def complete(self, future: Future, result: Any = None) -> None:
-        future.set_result(result)
-        self._completed += 1
-
-    def fail(self, future: Future, error: Exception) -> None:
-        future.set_exception(error)
-        self._completed += 1
-
     def done_after(self, seconds: float, result: Any = None) -> Future:
         """A future that is completed in `seconds`; now, if that is 0."""
         future: Future = Future()
         if seconds == 0:
-            self.complete(future, result)
+            future.set_result(result)
         else:
-            self.after(seconds, lambda: self.complete(future, result))
+            self.after(seconds, lambda: None if future.done() else future.set_result(result))
         return future
 
     def wait_for_any(self, *futures: Future) -> None:
         """Time passes until one of `futures` is done. Raises RuntimeError when nothing happens any more."""
+        for future in futures:
+            if future not in self._awaited:
+                self._awaited.add(future)
+                future.add_done_callback(self._note)
         while not any(future.done() for future in futures):
-            seen = self._completed
-            while self._completed == seen:
+            self._completed = False
+            while not self._completed:
                 if not self._events:
                     raise RuntimeError(f"at {self.now} s of simulated time nothing can happen any more: a deadlock")
                 self.now, _, event = heapq.heappop(self._events)
                 if event.action is not None:
                     event.action()
+
+    def _note(self, future: Future) -> None:
+        self._awaited.discard(future)
+        self._completed = True
 
     def pass_seconds(self, seconds: float) -> None:
         """Time passes."""

@@ -7,7 +7,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
 
-
 from meds_megatron.bench.simulation.clock import Clock, Event
 from meds_megatron.bench.simulation.rates import EngineRates
 from meds_megatron.bench.simulation.workload import Workload
@@ -116,7 +115,7 @@ class SimulatedEngine:
         self._version, self._next_version = None, version
         self._interruption = self._own(Future())
         if self._stretch is None:
-            self._clock.complete(self._interruption)
+            self._interruption.set_result(None)
         else:
             self._stop_after_step()
         return self._interruption
@@ -156,7 +155,7 @@ class SimulatedEngine:
             self._stretch.event.cancel()
         for future in self._pending:
             if not future.done():
-                self._clock.fail(future, error)
+                future.set_exception(error)
 
     # Decode steps.
 
@@ -165,7 +164,7 @@ class SimulatedEngine:
         self._stretch = None
         if self._interruption is not None:
             if not self._interruption.done():
-                self._clock.complete(self._interruption)
+                self._interruption.set_result(None)
             return
         while self._waiting and self._may_start(self._waiting[0]):
             self._start_response(self._waiting.popleft())
@@ -262,7 +261,7 @@ class SimulatedEngine:
     def _give_finished(self) -> None:
         if self._finished and self._taker and not self._taker.done():
             finished, self._finished = self._finished, {}
-            self._clock.complete(self._taker, finished)
+            self._taker.set_result(finished)
 
     def _own(self, future: Future) -> Future:
         self._pending = [pending for pending in self._pending if not pending.done()]

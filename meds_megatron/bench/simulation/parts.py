@@ -49,7 +49,7 @@ class _Method:
         if self.engine.alive:
             return _Reference(getattr(self.engine, self.name)(*arguments))
         failed: Future = Future()
-        self.clock.fail(failed, RayActorError())
+        failed.set_exception(RayActorError())
         return _Reference(failed)
 
 
@@ -151,9 +151,7 @@ class SimulatedPolicy:
         output = ForwardOutput(zeros_R, zeros_R, np.zeros((len(batch), 1), np.float32))
         return self._call(tokens * self._rates.forward_seconds, output)
 
-    def update(
-        self, batch: TrainBatch, minibatches_B: np.ndarray, step: int
-    ) -> SimulatedPending[list[UpdateOutput]]:
+    def update(self, batch: TrainBatch, minibatches_B: np.ndarray, step: int) -> SimulatedPending[list[UpdateOutput]]:
         tokens = int(batch.lengths_B.sum())
         self.trained.append((len(batch), tokens))
         updated = UpdateOutput(0.0, {"tokens": float(tokens), "kl": 0.0}, 0.0, 0.0, skipped=False)

@@ -92,9 +92,7 @@ def simulate(
     for seconds, engine in deaths:
         clock.after(seconds, lambda engine=engine: pool.kill(engine))
     nothing_saved = SimpleNamespace(step_finished=lambda state: None)
-    loop.train(
-        config, state, manager, policy, memory, nothing_saved, SimpleNamespace(started=True), log, timer
-    )
+    loop.train(config, state, manager, policy, memory, nothing_saved, SimpleNamespace(started=True), log, timer)
     policy_busy, sync_busy, engines_busy = (part.busy_seconds - busy[part] for part in (policy, weight_sync, pool))
     sampler = state.sampler
     return SimulatedRun(

@@ -115,6 +115,4 @@ def _of_run(path: Path) -> list[int]:
     files = sorted((path / "rollouts").glob("*.parquet"))
     if not files:
         raise UserError(f"{path}: there are no rollouts/*.parquet files; give a run's directory or a file of lengths")
-    return [
-        length for file in files for length in parquet.read_table(file, columns=["response_tokens"])[0].to_pylist()
-    ]
+    return [length for file in files for length in parquet.read_table(file, columns=["response_tokens"])[0].to_pylist()]
