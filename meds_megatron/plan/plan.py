@@ -61,6 +61,13 @@ class Plan:
         """Of one optimizer update on one rank, of sequences of mean length."""
         return micro_batches(self.config, self.layout, self.tokens.prompt + self.tokens.response)
 
+    @property
+    def step_seconds(self) -> float:
+        """Of a whole step; with `train.max_staleness` above 0 engines generate while the trainer computes."""
+        rollout, sync = self.seconds["rollout"], self.seconds["sync"]
+        trainer = self.seconds["forward"] + self.seconds["update"]
+        return sync + (max(rollout, trainer) if self.config.train.max_staleness > 0 else rollout + trainer)
+
     def to_dict(self) -> dict:
         """All of it as plain values for JSON: bytes, seconds, counts."""
         layout = asdict(self.layout) | {"stage_sizes": self.layout.stage_sizes(self.shape.num_layers)}
@@ -95,7 +102,7 @@ class Plan:
             "engine": asdict(self.memory.engine) | {"full_sequences": self.memory.engine.full_sequences},
             "step": asdict(self.tokens),
             "traffic": asdict(self.traffic),
-            "seconds": self.seconds | {"step": sum(self.seconds.values())},
+            "seconds": self.seconds | {"step": self.step_seconds},
             "calibration": None if self.calibration is None else asdict(self.calibration),
             "assumptions": asdict(self.hardware),
         }

@@ -46,6 +46,7 @@ def train(
     in a row without a finite loss and gradient. Raises Stopped, between two steps, when a stop is requested, and
     RunFailed when a rank or shard died or nothing progresses.
     """
+    overlaps = config.train.max_staleness > 0
     if not run.started and validation_due(0, config):
         log.log(0, validation_metrics(rollout_manager.validate(), config) | timer.take())
 
@@ -65,7 +66,7 @@ def train(
         # The memory remembers and reclusters while the policy learns and, with `train.max_staleness`, the engines
         # generate for later steps.
         memory.remember(*rollouts.lookup_arguments(rollouts.rows_to_remember(config), config))
-        staleness = staleness_metrics(rollouts, state.policy_version) if config.train.max_staleness > 0 else {}
+        staleness = staleness_metrics(rollouts, state.policy_version) if overlaps else {}
         updates = []
         if len(batch):
             with timer("sync"):
@@ -100,7 +101,7 @@ def train(
             )
         if skipped := sum(update.skipped for update in updates):
             logger.warning("step %d: loss or gradient not finite: %d updates skipped", state.step, skipped)
-        log.log(state.step, metrics | throughput_metrics(metrics))
+        log.log(state.step, metrics | throughput_metrics(metrics, overlaps))
         columns = rollout_columns(rollouts, batch.advantages_B)
         log.log_responses(state.step, columns)
         if config.train.save_rollouts:

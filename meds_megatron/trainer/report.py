@@ -100,15 +100,15 @@ def _update_means(update: UpdateOutput) -> dict[str, float]:
     return means | {"loss": update.loss, "grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
 
 
-def throughput_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """Generated tokens a second, of the step without validation and export, and of the time for which it waited for
-    responses, if it did."""
+def throughput_metrics(metrics: dict[str, float], overlaps: bool) -> dict[str, float]:
+    """Generated tokens a second, of the step without validation and export, and of generation alone, unless it
+    `overlaps` with training: `time/rollout` is then what the trainer waits."""
     generated = metrics["response/length_mean"] * metrics["response/count"]
     training_s = metrics["time/step"] - metrics.get("time/validation", 0.0) - metrics.get("time/export", 0.0)
-    throughputs = {"throughput/tokens_per_second": generated / training_s}
-    if metrics["time/rollout"] > 0:
-        throughputs["throughput/rollout_tokens_per_second"] = generated / metrics["time/rollout"]
-    return throughputs
+    rates = {"throughput/tokens_per_second": generated / training_s}
+    if not overlaps:
+        rates["throughput/rollout_tokens_per_second"] = generated / metrics["time/rollout"]
+    return rates
 
 
 def check_mismatch(step: int, metrics: dict[str, float], config: Config) -> None:

@@ -36,6 +36,8 @@ def run(small_model, tmp_path_factory, cpu_engines) -> Path:
         "reward.overlong.buffer": 38,
         "rollout.deterministic": "false",
         "rollout.engines": 2,
+        # Generation takes longer than an update.
+        "rollout.max_num_seqs": 4,
         "rollout.responses_per_prompt": RESPONSES,
         "train.prompts_per_step": PROMPTS,
         "train.mini_batch_prompts": 2,
