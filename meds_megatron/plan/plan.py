@@ -108,8 +108,14 @@ class Plan:
         }
 
 
-def make_plan(config: Config, calibrate: str | Path | None = None, network_gbit: float | None = None) -> Plan:
-    """The plan of a run, with times calibrated by the run directory `calibrate`.
+def make_plan(
+    config: Config,
+    calibrate: str | Path | None = None,
+    network_gbit: float | None = None,
+    workload: Workload | None = None,
+) -> Plan:
+    """The plan of a run, with times calibrated by the run directory `calibrate`; without it its responses are assumed
+    to be like `workload`.
 
     Raises UserError for a config that no machine can run, in the words of `meds train`, and for a model whose shape is
     not known. A run that is only too large has a plan with a `refusal`.
@@ -122,7 +128,7 @@ def make_plan(config: Config, calibrate: str | Path | None = None, network_gbit:
     if network_gbit is not None:
         hardware = replace(hardware, network_gbit=network_gbit)
     if calibrate is None:
-        return _plan(config, shape, on_gpu, hardware, step_tokens(config, Workload()))
+        return _plan(config, shape, on_gpu, hardware, step_tokens(config, workload or Workload()))
     measured = read_run(calibrate, Workload.mean_prompt_share)
     theirs = _plan(measured.config, planned_shape(measured.config), on_gpu, hardware, measured.tokens)
     calibration = Calibration(str(calibrate), measured.steps, theirs.seconds, measured.seconds)

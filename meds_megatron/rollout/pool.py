@@ -363,9 +363,7 @@ class EnginePool:
             words := last_words(self._run_dir, engine_log(engine.number))
         ):
             reason += f"; the end of its log: {words}"
-        # An actor that still runs frees what it shares with its ranks.
-        ray.wait([engine.actor.close.remote()], timeout=CLOSE_SECONDS)
-        ray.kill(engine.actor)
+        self._end(engine)
         engine.health.failed(reason)
         logger.warning("engine %d on node %d failed and is restarted: %s", engine.number, engine.node, reason)
         logger.info("all that engine %d raised:\n%s", engine.number, error)
@@ -381,6 +379,11 @@ class EnginePool:
     def _make(self, engine: Engine) -> None:
         actor_class = self._actor_class.options(**engine.options)
         engine.actor = actor_class.remote(*self._arguments, engine.number, self._disk_version, self._evaluation)
+
+    def _end(self, engine: Engine) -> None:
+        # An actor that still runs frees what it shares with its ranks.
+        ray.wait([engine.actor.close.remote()], timeout=CLOSE_SECONDS)
+        ray.kill(engine.actor)
 
     def _start(self, engine: Engine) -> None:
         engine.starting = engine.actor.start.remote(engine.health.restarts).future()
