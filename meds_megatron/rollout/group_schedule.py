@@ -16,23 +16,23 @@ class GroupSchedule:
     With `max_staleness` 0 a step admits generation batches of `filter.generation_prompts`, each when the one before is
     finished and examined whole, until it is full: dynamic sampling as published, which leaves nothing over.
 
-    With S > 0 prompts are admitted as soon as there is room for them, also between steps, and groups are examined as
-    they finish. Those that a full step has no use for wait for the next one. For every version d from the present one v
-    on, slack(d) is the number of places in steps up to that of version d, less the groups whose deadline is at d or
-    before:
+    With S > 0 prompts are admitted as soon as there is room for them, also between steps (as many for each as its
+    generation batches would have), and groups are examined as they finish. Those that a full step has no use for wait
+    for the next one. For every version d from the present one v on, slack(d) is the number of places in steps up to
+    that of version d, less the groups whose deadline is at d or before:
 
         slack(d) = places left in the open step + (d - v) P - groups with a deadline <= d
 
     It is never below 0: groups are admitted only while slack(v + S) > 0, and one is examined before others of earlier
     deadlines only where slack remains for all of those (earliest deadline first is feasible). So nothing that was
-    generated is thrown away for its age, and a step waits for the groups whose deadline it is.
+    generated is thrown away for its age, and a step waits for the groups whose deadline it is. The last steps admit
+    only what the steps after them have places for.
     """
 
     def __init__(self, config: Config) -> None:
         self.prompts_per_step = config.train.prompts_per_step
         self.max_staleness = config.train.max_staleness
         self._batch = config.filter.generation_prompts or self.prompts_per_step
-        self._most_dropped = max(0, config.filter.max_batches * self._batch - self.prompts_per_step)
         self._max_batches = config.filter.max_batches
         self._chunk = config.train.mini_batch_prompts
         self._generating: dict[int, int] = {}
@@ -42,8 +42,11 @@ class GroupSchedule:
         self.version = 0
         """Of the policy: that of the open step, or of the next one."""
         self._is_open = False
-        self._batches = self._kept = self._dropped = 0
-        """Of the open step: generation batches (with `max_staleness` 0), groups kept and dropped."""
+        self._later_steps = config.train.steps
+        self._batches = self._kept = self._examined = 0
+        """Of the open step: generation batches (with `max_staleness` 0), groups kept and examined."""
+        self._admitted = -self.max_staleness * self.prompts_per_step
+        """Prompts since the last step was closed; the first step also admits those that are ahead of it."""
 
     @property
     def unfinished(self) -> list[int]:
@@ -58,7 +61,7 @@ class GroupSchedule:
     @property
     def generation_batches(self) -> int:
         """Generation batches of the open step; with `max_staleness` above 0 as many as its groups would have made."""
-        return self._batches if self.max_staleness == 0 else -(-(self._kept + self._dropped) // self._batch)
+        return self._batches if self.max_staleness == 0 else -(-self._examined // self._batch)
 
     @property
     def is_complete(self) -> bool:
@@ -71,18 +74,20 @@ class GroupSchedule:
         if self.max_staleness == 0:
             may_admit = self.missing > 0 and not self.unfinished and self._batches < self._max_batches
             return self._batch if may_admit else 0
-        not_replaced = max(0, self._dropped - self._most_dropped)
-        return max(0, self._slack(self.version + self.max_staleness) - not_replaced)
+        places = self.missing + min(self.max_staleness, self._later_steps) * self.prompts_per_step
+        places -= len(self._generating) + len(self._finished)
+        return max(0, min(places, self._max_batches * self._batch - self._admitted))
 
-    def open_step(self, version: int) -> None:
-        """Begins a step that trains the policy of `version`."""
-        self.version, self._is_open = version, True
-        self._batches = self._kept = self._dropped = 0
+    def open_step(self, version: int, later_steps: int) -> None:
+        """Begins a step that trains the policy of `version` and is followed by so many."""
+        self.version, self._later_steps, self._is_open = version, later_steps, True
+        self._batches = self._kept = self._examined = 0
 
     def admit(self, numbers: Sequence[int]) -> None:
         """Prompts of these group numbers, higher than all before, are generated from now on."""
         self._generating |= dict.fromkeys(numbers, self.version)
         self._batches += 1
+        self._admitted += len(numbers)
 
     def finish(self, number: int) -> None:
         """All responses of a group are generated and graded."""
@@ -101,11 +106,11 @@ class GroupSchedule:
         """A finished group goes into the open step, or is dropped by the filter or as one too many."""
         del self._finished[number]
         self._kept += kept
-        self._dropped += not kept
+        self._examined += 1
 
     def close_step(self) -> None:
         """The open step has all its groups."""
-        self._is_open = False
+        self._is_open, self._admitted = False, 0
 
     def _within_deadlines(self, numbers: Sequence[int]) -> list[int]:
         """Those of `numbers` that can be examined together and leave every other group a place before its deadline."""

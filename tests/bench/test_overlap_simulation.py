@@ -75,7 +75,7 @@ def test_a_step_one_off_takes_the_longer_of_generation_and_training_and_the_weig
     found = simulate(config_of(staleness=1, on_update="finish"), DECODE, rates, EQUAL)
     generation, training = LENGTH * 0.01, TOKENS * (1e-4 + update_seconds)
     # From the second step on, its responses are there, and those of the next are generated while it trains.
-    expected = [generation + training] + 5 * [max(generation, training)]
+    expected = [generation + training] + 4 * [max(generation, training)] + [training]
     assert [step["time/step"] - 1.0 for step in found.log.steps] == pytest.approx(expected)
     assert [step["staleness/mean"] for step in found.log.steps] == [0, 1, 1, 1, 1, 1]
     assert all(step["staleness/mixed_share"] == 0 for step in found.log.steps)

@@ -103,7 +103,8 @@ CHANGING = {
     "_Grading": {"_unfinished": IN_FLIGHT},
     "GroupSchedule": {
         **dict.fromkeys(("_finished", "_generating"), IN_FLIGHT),
-        **dict.fromkeys(("_batches", "_dropped", "_is_open", "_kept"), STEP),
+        **dict.fromkeys(("_batches", "_examined", "_is_open", "_kept", "_later_steps"), STEP),
+        "_admitted": "of one step; a resumed run may generate as much for its first step",
         "version": CHECKPOINT,
     },
     "RolloutManager": {
