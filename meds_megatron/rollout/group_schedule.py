@@ -1,7 +1,7 @@
 """Which prompts are generated when, and which groups a training step takes: a state machine without I/O."""
 
-import itertools
 from collections.abc import Sequence
+from math import sqrt
 
 from meds_megatron.config import Config
 
@@ -18,14 +18,18 @@ class GroupSchedule:
 
     With S > 0 prompts are admitted as soon as there is room for them, also between steps, and groups are examined as
     they finish. Those that a full step has no use for wait for the next one. For every version d from the present one v
-    on, slack(d) is the number of places in steps up to that of version d, less the groups whose deadline is at d or
-    before:
+    on, slack(d) is the number of places in steps up to that of version d, less those that groups whose deadline is at d
+    or before will need:
 
-        slack(d) = places left in the open step + (d - v) P - groups with a deadline <= d
+        slack(d) = places left in the open step + (d - v) P - demand(groups with a deadline <= d)
 
-    It is never below 0: groups are admitted only while slack(v + S) > 0, and one is examined before others of earlier
-    deadlines only where slack remains for all of those (earliest deadline first is feasible). So nothing that was
-    generated is thrown away for its age, and a step waits for the groups whose deadline it is.
+    Groups are admitted only while slack(v + S) > 0, and one is examined before others of earlier deadlines only where
+    slack remains for all of those (earliest deadline first is feasible). A step waits for the groups whose deadline it
+    is: those that finish late are no worse off. Of n groups demand(n) is as many as the filter is likely to keep, given
+    what it kept in the last steps: two standard deviations above the mean. With `filter.generation_prompts` = G above P
+    more than P groups are under way for a step, but no more than G: so the replacements of those that the filter drops
+    need not be begun when all else is finished. Only where it then keeps more than likely is something thrown away for
+    its age.
     """
 
     def __init__(self, config: Config) -> None:
@@ -44,6 +48,8 @@ class GroupSchedule:
         self._is_open = False
         self._batches = self._kept = self._dropped = 0
         """Of the open step: generation batches (with `max_staleness` 0), groups kept and dropped."""
+        self._recently_kept = self._recently_filtered = 0.0
+        """Groups that the filter kept and all that it saw, those of each earlier step counted by half."""
 
     @property
     def unfinished(self) -> list[int]:
@@ -62,8 +68,9 @@ class GroupSchedule:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the open step is full, or as full as `filter.max_batches` allows."""
-        return self.missing == 0 or not (self.unfinished or self.room)
+        """Whether the open step is full, or as full as `filter.max_batches` allows, and no group's last chance."""
+        is_full = self.missing == 0 and not any(map(self._is_due, self._admitted))
+        return is_full or not (self.unfinished or self.room)
 
     @property
     def room(self) -> int:
@@ -72,7 +79,8 @@ class GroupSchedule:
             may_admit = self.missing > 0 and not self.unfinished and self._batches < self._max_batches
             return self._batch if may_admit else 0
         not_replaced = max(0, self._dropped - self._most_dropped)
-        return max(0, self._slack(self.version + self.max_staleness) - not_replaced)
+        places = self.missing + self.max_staleness * self.prompts_per_step
+        return max(0, self._most_under_way(places) - len(self._admitted) - not_replaced)
 
     def open_step(self, version: int) -> None:
         """Begins a step that trains the policy of `version`."""
@@ -93,6 +101,8 @@ class GroupSchedule:
         finished = sorted(self._finished)
         if self.max_staleness == 0:
             return [] if self._generating else finished
+        if self.missing == 0:
+            return [number for number in finished if self._is_due(number)]
         chunk = self._within_deadlines(finished)[: self.missing]
         is_last = not self._generating and not self.room
         return chunk if is_last or len(chunk) >= min(self._chunk, self.missing) else []
@@ -100,12 +110,25 @@ class GroupSchedule:
     def examined(self, number: int, kept: bool) -> None:
         """A finished group goes into the open step, or is dropped by the filter or as one too many."""
         del self._finished[number]
+        if self.missing > 0:
+            self._recently_kept += kept
+            self._recently_filtered += 1
         self._kept += kept
         self._dropped += not kept
 
     def close_step(self) -> None:
         """The open step has all its groups."""
         self._is_open = False
+        self._recently_kept /= 2
+        self._recently_filtered /= 2
+
+    @property
+    def _admitted(self) -> dict[int, int]:
+        """Version of admission of each group that was not examined."""
+        return self._generating | self._finished
+
+    def _is_due(self, number: int) -> bool:
+        return self._is_open and self._admitted[number] + self.max_staleness <= self.version
 
     def _within_deadlines(self, numbers: Sequence[int]) -> list[int]:
         """Those of `numbers` that can be examined together and leave every other group a place before its deadline."""
@@ -120,8 +143,24 @@ class GroupSchedule:
                     slack[d] -= 1
         return chosen
 
-    def _slack(self, d: int) -> int:
+    def _slack(self, d: int) -> float:
         latest = d - self.max_staleness
-        versions = itertools.chain(self._generating.values(), self._finished.values())
-        due = sum(version <= latest for version in versions)
-        return self.missing + (d - self.version) * self.prompts_per_step - due
+        due = sum(version <= latest for version in self._admitted.values())
+        return self.missing + (d - self.version) * self.prompts_per_step - self._demand(due)
+
+    def _demand(self, groups: int) -> float:
+        """Places that so many groups are likely to need at most."""
+        if self._batch <= self.prompts_per_step:
+            return groups
+        share = self._kept_share
+        return min(groups, groups * share + 2 * sqrt(groups * share * (1 - share)))
+
+    def _most_under_way(self, places: int) -> int:
+        """Groups to have under way for so many places."""
+        most = max(places, places * self._batch // self.prompts_per_step)
+        return next(groups for groups in range(most, places - 1, -1) if self._demand(groups) <= places)
+
+    @property
+    def _kept_share(self) -> float:
+        """Of the groups that the filter sees; 1 before it saw any."""
+        return (self._recently_kept + 1) / (self._recently_filtered + 1)
