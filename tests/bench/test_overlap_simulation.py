@@ -250,9 +250,15 @@ def test_a_comparison_of_a_large_cluster_has_a_row_for_each_method():
     found = run(None, ["train.prompts_per_step=32", "filter.generation_prompts=64"], answers=1000)
     assert found["simulated"] and found["steps"] == 2
     assert [row["method"] for row in found["rows"]] == list(METHODS)
-    assert [row["gpus"] for row in found["rows"]] == [64, 128, 128, 128, 128]
+    assert [row["gpus"] for row in found["rows"]] == [128] * 5
     assert all(row["answers"] == 1024 and 0 <= row["engines_idle"] < 1 for row in found["rows"])
-    assert found["rows"][1]["speed"] == 1.0
+    assert found["rows"][1]["speed"] == 1.0 and not found["left_out"]
+
+
+def test_a_cluster_whose_gpus_cannot_be_shared_has_no_row_for_it():
+    found = run(None, ["rollout.nodes=7", "rollout.engines=28", "train.prompts_per_step=32"], answers=500)
+    assert [row["method"] for row in found["rows"]] == list(METHODS)[1:]
+    assert "make the number of ranks a multiple of 16" in found["left_out"]["sync, shared GPUs"]
 
 
 def test_the_command_prints_json_and_names_the_setting_that_it_lacks(capsys):
