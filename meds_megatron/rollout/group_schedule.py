@@ -69,8 +69,7 @@ class GroupSchedule:
     @property
     def is_complete(self) -> bool:
         """Whether the open step is full, or as full as `filter.max_batches` allows, and no group's last chance."""
-        is_full = self.missing == 0 and not any(map(self._is_due, self._admitted))
-        return is_full or not (self.unfinished or self.room)
+        return (self.missing == 0 and not self._due(self.version)) or not (self.unfinished or self.room)
 
     @property
     def room(self) -> int:
@@ -102,7 +101,7 @@ class GroupSchedule:
         if self.max_staleness == 0:
             return [] if self._generating else finished
         if self.missing == 0:
-            return [number for number in finished if self._is_due(number)]
+            return [number for number in finished if number in self._due(self.version)]
         chunk = self._within_deadlines(finished)[: self.missing]
         is_last = not self._generating and not self.room
         return chunk if is_last or len(chunk) >= min(self._chunk, self.missing) else []
@@ -127,8 +126,9 @@ class GroupSchedule:
         """Version of admission of each group that was not examined."""
         return self._generating | self._finished
 
-    def _is_due(self, number: int) -> bool:
-        return self._is_open and self._admitted[number] + self.max_staleness <= self.version
+    def _due(self, d: int) -> set[int]:
+        """Groups that no step after that of version d may train on."""
+        return {number for number, version in self._admitted.items() if version + self.max_staleness <= d}
 
     def _within_deadlines(self, numbers: Sequence[int]) -> list[int]:
         """Those of `numbers` that can be examined together and leave every other group a place before its deadline."""
@@ -144,9 +144,8 @@ class GroupSchedule:
         return chosen
 
     def _slack(self, d: int) -> float:
-        latest = d - self.max_staleness
-        due = sum(version <= latest for version in self._admitted.values())
-        return self.missing + (d - self.version) * self.prompts_per_step - self._demand(due)
+        places = self.missing + (d - self.version) * self.prompts_per_step
+        return places - self._demand(len(self._due(d)))
 
     def _demand(self, groups: int) -> float:
         """Places that so many groups are likely to need at most."""
