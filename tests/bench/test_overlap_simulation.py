@@ -81,6 +81,14 @@ def test_a_step_one_off_takes_the_longer_of_generation_and_training_and_the_weig
     assert all(step["staleness/mixed_share"] == 0 for step in found.log.steps)
 
 
+def test_engines_on_the_trainers_gpus_wait_for_the_copies_of_its_memory():
+    config = config_of(staleness=0)
+    config.rollout.nodes = None
+    found = simulate(config, DECODE, replace(TRAINER, copy_seconds=4.0), EQUAL)
+    expected = LENGTH * 0.01 + TOKENS * (1e-4 + 5e-4) + 1.0 + 4.0
+    assert [step["time/step"] for step in found.log.steps] == pytest.approx([expected] * 6)
+
+
 def test_grading_delays_the_step_once():
     found = simulate(config_of(staleness=0), DECODE, replace(TRAINER, grading_seconds=3.0), EQUAL)
     assert [step["time/reward"] for step in found.log.steps] == pytest.approx([3.0] * 6)
