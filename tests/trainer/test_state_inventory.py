@@ -104,7 +104,8 @@ CHANGING = {
     "GroupSchedule": {
         **dict.fromkeys(("_finished", "_generating"), IN_FLIGHT),
         **dict.fromkeys(("_batches", "_examined", "_is_open", "_kept", "_later_steps"), STEP),
-        "_admitted": "of one step; a resumed run may generate as much for its first step",
+        "_drawn": "of one step; a resumed run may generate as much again for its first step",
+        **dict.fromkeys(("_recently_filtered", "_recently_kept"), "estimated anew by a resumed run's first steps"),
         "version": CHECKPOINT,
     },
     "RolloutManager": {
