@@ -169,7 +169,8 @@ class RolloutConfig:
     on_update: Literal["continue", "finish"] = "continue"
     """Responses under way when the engines get new weights (train.max_staleness above 0). `continue`: an engine stops
     between two tokens, takes the weights, computes the KV cache anew with them and goes on; each token keeps the
-    version that it was drawn with. `finish`: the update waits for them, and nothing new starts meanwhile."""
+    version that it was drawn with. `finish`: the update waits until the engines are idle, and they get no new
+    requests meanwhile."""
     deterministic: bool = False
     """True: the same seed, machine and engines give the same responses; the requests of a generation batch start
     together in a fixed order. False: each request goes to the least loaded engine as soon as that one can take it."""
@@ -279,7 +280,8 @@ class FilterConfig:
     generation_prompts: int | None = setting(None, gt=0)
     """Prompts of one generation batch; default: train.prompts_per_step."""
     max_batches: int = setting(10, gt=0)
-    """Generation batches tried to fill one step."""
+    """Generation batches tried to fill one step. With train.max_staleness above 0, where dropped prompts are replaced
+    one by one, as many prompts as these batches would have."""
     when_short: Literal["continue", "stop"] = "continue"
     """Too few groups after max_batches: `continue` trains on fewer, with a warning. Departure: the published code
     stops."""

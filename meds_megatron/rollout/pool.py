@@ -92,7 +92,9 @@ class EnginePool:
         self._disk_version, self._evaluation = disk_version, evaluation
         self._actor_class = ray.remote(concurrency_groups={WAITING: 1})(RolloutEngine)
         self._arguments = (config, model_dir, use_gpu)
-        self._most_in_flight = IN_FLIGHT * config.rollout.max_num_seqs
+        # An update that waits for what an engine has should not wait for more than it generates at once.
+        finishes = config.train.max_staleness > 0 and config.rollout.on_update == "finish"
+        self._most_in_flight = (1.0 if finishes else IN_FLIGHT) * config.rollout.max_num_seqs
         # vLLM can sleep on GPUs only; there is no need where engines have nodes of their own.
         self._sleeps = use_gpu and config.rollout.nodes is None and not evaluation
         self.asleep = False
@@ -131,7 +133,7 @@ class EnginePool:
         """Queues prompts (token ids), each with its sampling or all with one; returns their request numbers.
 
         With a seed the completions are repeatable: give every call of a step another. `first` puts them before those
-        that wait already.
+        that wait in the pool.
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
         batch = next(self._batches)

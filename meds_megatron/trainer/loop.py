@@ -14,6 +14,7 @@ from meds_megatron.trainer.report import (
     sampling_metrics,
     staleness_metrics,
     throughput_metrics,
+    token_ages,
     training_metrics,
 )
 from meds_megatron.trainer.rollout_manager import RolloutManager
@@ -66,7 +67,7 @@ def train(
         # The memory remembers and reclusters while the policy learns and, with `train.max_staleness`, the engines
         # generate for later steps.
         memory.remember(*rollouts.lookup_arguments(rollouts.rows_to_remember(config), config))
-        staleness = staleness_metrics(rollouts, state.policy_version) if overlaps else {}
+        ages_R = token_ages(rollouts, state.policy_version)
         updates = []
         if len(batch):
             with timer("sync"):
@@ -75,8 +76,9 @@ def train(
                 updates = rollout_manager.wait_for(policy.update(batch, minibatches_B, state.step - 1))
         rollout_manager.update_weights(updated=bool(updates))
 
-        metrics = sampling_metrics(rollouts) | rollout_manager.metrics() | staleness | advantage_metrics
-        metrics |= training_metrics(batch, updates, config.penalty.target)
+        metrics = sampling_metrics(rollouts) | rollout_manager.metrics() | advantage_metrics
+        metrics |= training_metrics(batch, updates, config.penalty.target, ages_R)
+        metrics |= staleness_metrics(rollouts, batch, ages_R) if overlaps else {}
         if validation_due(state.step, config):
             metrics |= validation_metrics(rollout_manager.validate(), config)
         if export_due(state.step, config):

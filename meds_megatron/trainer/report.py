@@ -41,28 +41,39 @@ def sampling_metrics(rollouts: RolloutBatch) -> dict[str, float]:
     }
 
 
-def staleness_metrics(rollouts: RolloutBatch, policy_version: int) -> dict[str, float]:
-    """Age, in updates of the policy, of the tokens that the step trains on, when it has `policy_version`: the mean over
-    tokens and the highest; and the share of responses during which the weights changed."""
-    completions = [
-        sample.completion for sample, trained in zip(rollouts.samples, rollouts.trained_B, strict=True) if trained
-    ]
-    if not completions:
+def token_ages(rollouts: RolloutBatch, policy_version: int) -> np.ndarray:
+    """int64 [R] age of each token that the step trains on when the policy has `policy_version`: how many updates lie
+    between the weights that drew it and the policy's."""
+    samples = zip(rollouts.samples, rollouts.trained_B, strict=True)
+    versions = [sample.completion.policy_versions_R for sample, trained in samples if trained]
+    return policy_version - np.concatenate([np.zeros(0, dtype=np.int64), *versions])
+
+
+def staleness_metrics(rollouts: RolloutBatch, batch: TrainBatch, ages_R: np.ndarray) -> dict[str, float]:
+    """Age of the tokens that the step trains on, mean and highest; the share of responses during which the weights
+    changed; and how far the policy has moved away from the weights that drew the tokens, fresh ones included: the mean
+    distance of log-probs in nats."""
+    if not len(batch):
         return {}
-    ages_R = policy_version - np.concatenate([completion.policy_versions_R for completion in completions])
+    samples = zip(rollouts.samples, rollouts.trained_B, strict=True)
+    mixed = [bool(sample.completion.later_versions) for sample, trained in samples if trained]
     return {
         "staleness/mean": float(ages_R.mean()),
         "staleness/max": int(ages_R.max()),
-        "staleness/mixed_share": float(np.mean([bool(completion.later_versions) for completion in completions])),
+        "staleness/mixed_share": float(np.mean(mixed)),
+        "staleness/logprob_abs_mean": _mismatch(batch, ages_R >= 0)["logprob_abs_mean"],
     }
 
 
-def training_metrics(batch: TrainBatch, updates: list[UpdateOutput], target: str) -> dict[str, float]:
-    """Of the responses that are trained on; the mean penalty is of those that `penalty.target` names."""
+def training_metrics(
+    batch: TrainBatch, updates: list[UpdateOutput], target: str, ages_R: np.ndarray
+) -> dict[str, float]:
+    """Of the responses that are trained on; the mean penalty is of those that `penalty.target` names, the mismatch of
+    the tokens that the policy's own weights drew."""
     if not len(batch):
         return {}
     targeted_B = np.isin(batch.correct_B, TARGETS[target])
-    mismatch = logprob_mismatch(torch.from_numpy(batch.logprobs_R), torch.from_numpy(batch.rollout_logprobs_R))
+    mismatch = _mismatch(batch, ages_R == 0)
     return {
         "accuracy/kept_mean": float(batch.correct_B.mean()),
         "reward/mean": float(batch.scores_B.mean()),
@@ -72,6 +83,14 @@ def training_metrics(batch: TrainBatch, updates: list[UpdateOutput], target: str
         **{f"mismatch/{name}": value for name, value in mismatch.items()},
         **update_metrics(updates),
     }
+
+
+def _mismatch(batch: TrainBatch, chosen_R: np.ndarray) -> dict[str, float]:
+    """`logprob_mismatch` of the chosen tokens; nothing where there are none."""
+    if not chosen_R.any():
+        return {}
+    logprobs_R, rollout_logprobs_R = batch.logprobs_R[chosen_R], batch.rollout_logprobs_R[chosen_R]
+    return logprob_mismatch(torch.from_numpy(logprobs_R), torch.from_numpy(rollout_logprobs_R))
 
 
 def update_metrics(updates: list[UpdateOutput]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import logging
 from collections import deque
+from concurrent.futures import Future
 from typing import Literal, TypeVar
 
 from meds_megatron.config import Config
@@ -32,8 +33,8 @@ class RolloutManager:
     """Generates, grades and filters the responses that steps train on, as the `GroupSchedule` says.
 
     Without staleness all methods but `collect` and `validate` find the engines idle. With it, prompts are submitted
-    ahead of the steps that train on them, and whatever waits for the trainer passes `wait_for`, which starts the
-    grading of what is finished meanwhile.
+    ahead of the steps that train on them, and forward passes and updates are waited for with `wait_for`, in which
+    groups finish.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class RolloutManager:
         generation batches do not fill the step and `filter.when_short` is stop, and Stopped when a stop is requested.
         """
         config, schedule, parts = self._config, self._schedule, []
-        schedule.open_step(self._state.policy_version)
+        schedule.open_step(self._state.policy_version, later_steps=config.train.steps - self._state.step)
         while not schedule.is_complete:
             with self._timer("sync"):
                 self._wake("weights")
@@ -111,20 +112,30 @@ class RolloutManager:
             self._pool.sleep(keep_weights=False)
 
     def wait_for(self, pending: Pending[T]) -> T:
-        """The result of a call of the trainer's ranks, while the engines generate."""
-        futures = pending.futures() if self._producer.busy else []
-        while self._producer.busy and (under_way := [future for future in futures if not future.done()]):
+        """The result of a call of the trainer's ranks, while the engines generate. An error of one rank is raised at
+        once: the others may wait for it."""
+        under_way = pending.futures() if self._producer.busy else []
+        while self._producer.busy and under_way:
             self._advance(*under_way)
+            done = [future for future in under_way if future.done()]
+            under_way = [] if any(map(Future.exception, done)) else [one for one in under_way if one not in done]
         return pending.result()
 
     def update_weights(self, updated: bool) -> None:
-        """Gives the engines the policy's weights, if they were `updated`, and those on the trainer's GPUs theirs."""
+        """Gives the engines the policy's weights, if they were `updated`, and those on the trainer's GPUs theirs.
+
+        A stop that is requested while responses under way are waited for leaves the engines as they are: they are not
+        needed any more.
+        """
         finishes = updated and self._overlaps and self._config.rollout.on_update == "finish"
         if finishes:
             with self._timer("rollout"):
                 self._pool.hold()
-                while self._pool.running:
-                    self._advance()
+                while self._pool.running and not self._interruption.requested.done():
+                    self._advance(self._interruption.requested)
+            if self._pool.running:
+                self._state.policy_version = self._weight_sync.skip_update()
+                return
         with self._timer("sync"):
             self._wake("weights")
             if updated:
@@ -141,8 +152,8 @@ class RolloutManager:
         be finished in time."""
         prompts, sampling = self._prompts.validation, Sampling.validation(self._config.rollout)
         with self._timer("validation"):
-            # The same draws every time, so that two validations differ by the policy alone; where other requests are
-            # under way no draws can be repeated.
+            # The same draws every time, so that two validations differ by the policy alone; beside other requests no
+            # draws can be repeated.
             seed = None if self._overlaps else self._config.train.seed
             numbers = self._producer.submit(prompts, sampling, seed, first=self._overlaps)
             while not self._finished.keys() >= set(numbers):
@@ -155,7 +166,7 @@ class RolloutManager:
 
     def metrics(self) -> dict[str, float]:
         """`rollout/...` since the last call."""
-        return self._pool.metrics() | ({"rollout/unfinished": len(self._indices)} if self._overlaps else {})
+        return self._pool.metrics() | ({"rollout/unfinished": len(self.unfinished_prompts)} if self._overlaps else {})
 
     def _submit(self) -> None:
         """Submits the prompts that the schedule has room for."""
@@ -172,6 +183,7 @@ class RolloutManager:
 
     def _wait_for_chunk(self) -> list[int]:
         """Groups that the schedule has the step examine next."""
+        self._interruption.check()
         with self._timer("rollout"):
             while self._producer.generating and not self._schedule.examinable():
                 self._advance_step()

@@ -34,6 +34,8 @@ class TrainerState:
         """Continues where `state` was taken. Raises UserError when it was taken over other data, KeyError when a key is
         missing."""
         self.sampler.load_state_dict(state["sampler"])
+        # A state without the key is of a run without staleness.
+        state = {"unfinished": []} | state
         for name in self._counters():
             setattr(self, name, state[name])
 

@@ -75,10 +75,18 @@ def test_a_step_one_off_takes_the_longer_of_generation_and_training_and_the_weig
     found = simulate(config_of(staleness=1, on_update="finish"), DECODE, rates, EQUAL)
     generation, training = LENGTH * 0.01, TOKENS * (1e-4 + update_seconds)
     # From the second step on, its responses are there, and those of the next are generated while it trains.
-    expected = [generation + training] + 5 * [max(generation, training)]
+    expected = [generation + training] + 4 * [max(generation, training)] + [training]
     assert [step["time/step"] - 1.0 for step in found.log.steps] == pytest.approx(expected)
     assert [step["staleness/mean"] for step in found.log.steps] == [0, 1, 1, 1, 1, 1]
     assert all(step["staleness/mixed_share"] == 0 for step in found.log.steps)
+
+
+def test_engines_on_the_trainers_gpus_wait_for_the_copies_of_its_memory():
+    config = config_of(staleness=0)
+    config.rollout.nodes = None
+    found = simulate(config, DECODE, replace(TRAINER, copy_seconds=4.0), EQUAL)
+    expected = LENGTH * 0.01 + TOKENS * (1e-4 + 5e-4) + 1.0 + 4.0
+    assert [step["time/step"] for step in found.log.steps] == pytest.approx([expected] * 6)
 
 
 def test_grading_delays_the_step_once():
@@ -250,9 +258,15 @@ def test_a_comparison_of_a_large_cluster_has_a_row_for_each_method():
     found = run(None, ["train.prompts_per_step=32", "filter.generation_prompts=64"], answers=1000)
     assert found["simulated"] and found["steps"] == 2
     assert [row["method"] for row in found["rows"]] == list(METHODS)
-    assert [row["gpus"] for row in found["rows"]] == [64, 128, 128, 128, 128]
+    assert [row["gpus"] for row in found["rows"]] == [128] * 5
     assert all(row["answers"] == 1024 and 0 <= row["engines_idle"] < 1 for row in found["rows"])
-    assert found["rows"][1]["speed"] == 1.0
+    assert found["rows"][1]["speed"] == 1.0 and not found["left_out"]
+
+
+def test_a_cluster_whose_gpus_cannot_be_shared_has_no_row_for_it():
+    found = run(None, ["rollout.nodes=7", "rollout.engines=28", "train.prompts_per_step=32"], answers=500)
+    assert [row["method"] for row in found["rows"]] == list(METHODS)[1:]
+    assert "make the number of ranks a multiple of 16" in found["left_out"]["sync, shared GPUs"]
 
 
 def test_the_command_prints_json_and_names_the_setting_that_it_lacks(capsys):

@@ -255,6 +255,12 @@ def test_a_run_calibrates_its_own_prediction_exactly(tmp_path):
     assert half.seconds["rollout"] > 300
 
 
+def test_a_run_whose_phases_overlap_cannot_calibrate(tmp_path):
+    save_config(load_config(CONFIGS / "quickstart.yaml", ["train.max_staleness=1"]), tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="phases of a run with train.max_staleness = 1 overlap"):
+        make_plan(load_config(CONFIGS / "quickstart.yaml"), calibrate=tmp_path)
+
+
 def test_a_run_without_steps_cannot_calibrate(tmp_path):
     config = load_config(CONFIGS / "quickstart.yaml")
     with pytest.raises(UserError, match="there is no such config file"):

@@ -13,7 +13,7 @@ from meds_megatron.rollout.group_schedule import GroupSchedule
 def schedule_of(prompts: int, staleness: int, chunk: int = 1, max_batches: int = 10, batch: int | None = None):
     config = Config()
     config.train.prompts_per_step, config.train.mini_batch_prompts = prompts, chunk
-    config.train.max_staleness = staleness
+    config.train.max_staleness, config.train.steps = staleness, 10**6
     config.filter.max_batches, config.filter.generation_prompts = max_batches, batch
     return GroupSchedule(config)
 
@@ -27,7 +27,10 @@ class Driver:
         self.generating: list[int] = []
         self.trained: dict[int, int] = {}
         self.dropped: list[int] = []
+        self.too_many = 0
+        """Of those, groups that were examined when the step was full."""
         self.version = self.next_number = 0
+        self.later_steps = 10**6
         self.steps: list[list[int]] = []
 
     def admit(self) -> None:
@@ -49,7 +52,7 @@ class Driver:
 
     def step(self, kept_share: float | None = None) -> list[int]:
         schedule = self.schedule
-        schedule.open_step(self.version)
+        schedule.open_step(self.version, self.later_steps)
         taken: list[int] = []
         for _ in range(100_000):
             self.admit()
@@ -61,6 +64,7 @@ class Driver:
                 continue
             missing = schedule.missing
             for number in chunk:
+                self.too_many += missing == 0
                 kept = missing > 0 and self.choice.random() < (self.kept_share if kept_share is None else kept_share)
                 missing -= kept
                 schedule.examined(number, kept)
@@ -116,20 +120,25 @@ def test_no_group_is_lost_trained_twice_or_too_old(
     assert all(version - driver.admitted[number] <= staleness for number, version in driver.trained.items())
     everything = sorted([*driver.trained, *driver.dropped, *schedule.unfinished])
     assert everything == sorted(driver.admitted)
-    if kept_share == 1.0 and (staleness or batch is None or batch * max_batches >= prompts):
+    if kept_share == 1.0 and (batch is None or batch * max_batches >= prompts):
         assert {len(step) for step in driver.steps} == {prompts}
-    # A filter that keeps everything again: all that waited is trained on within its staleness.
+    # A filter that keeps everything again: all that waited is trained on within its staleness, or where more was
+    # generated than a step trains on, is dropped as one too many.
     waiting = set(schedule.unfinished)
     driver.skip_share = 0.0
-    for _ in range(staleness + 1):
+    for later in range(staleness, -1, -1):
+        driver.later_steps = later
         driver.step(kept_share=1.0)
-    assert waiting <= driver.trained.keys()
+    assert waiting <= driver.trained.keys() | set(driver.dropped)
+    if batch is None or batch <= prompts or kept_share == 1.0:
+        assert waiting <= driver.trained.keys()
+        assert schedule.unfinished == [], "nothing is generated for steps after the last one"
 
 
 def test_without_staleness_a_step_takes_whole_batches_and_leaves_nothing_over():
     schedule = schedule_of(prompts=3, staleness=0, chunk=1, max_batches=2, batch=4)
     assert schedule.room == 0
-    schedule.open_step(0)
+    schedule.open_step(0, later_steps=10)
     assert schedule.room == 4
     schedule.admit([0, 1, 2, 3])
     assert schedule.room == 0
@@ -152,7 +161,7 @@ def test_without_staleness_a_step_takes_whole_batches_and_leaves_nothing_over():
 
 def test_prompts_are_admitted_between_steps_and_late_groups_are_waited_for():
     schedule = schedule_of(prompts=2, staleness=1)
-    schedule.open_step(0)
+    schedule.open_step(0, later_steps=10)
     assert schedule.room == 4
     schedule.admit([0, 1, 2, 3])
     schedule.finish(3)
@@ -163,7 +172,7 @@ def test_prompts_are_admitted_between_steps_and_late_groups_are_waited_for():
     assert schedule.is_complete and schedule.room == 0
     schedule.close_step()
     assert schedule.room == 0, "0 and 1 are the next step's"
-    schedule.open_step(1)
+    schedule.open_step(1, later_steps=9)
     assert schedule.room == 2
     schedule.admit([4, 5])
     schedule.finish(4)
@@ -177,7 +186,7 @@ def test_prompts_are_admitted_between_steps_and_late_groups_are_waited_for():
 
 def test_groups_are_examined_in_chunks_of_a_mini_batch_until_the_last():
     schedule = schedule_of(prompts=5, staleness=1, chunk=2)
-    schedule.open_step(0)
+    schedule.open_step(0, later_steps=10)
     schedule.admit(range(schedule.room))
     schedule.finish(7)
     assert schedule.examinable() == []
@@ -199,3 +208,31 @@ def test_a_step_is_short_when_max_batches_do_not_fill_it(staleness):
     driver = Driver(schedule, random.Random(0), kept_share=0.0, skip_share=0.0)
     assert driver.step() == [] and len(driver.dropped) >= 8
     assert schedule.unfinished == [] or staleness
+
+
+def test_a_step_draws_no_more_prompts_than_its_generation_batches_would_have():
+    schedule = schedule_of(prompts=4, staleness=1, max_batches=2)
+    driver = Driver(schedule, random.Random(0), kept_share=0.3, skip_share=0.0)
+    for step in range(1, 31):
+        driver.step()
+        # 4 are ahead from the beginning on, and 4 of what is drawn now are the next step's.
+        assert driver.next_number <= 8 * step + 4 + 4
+    assert driver.next_number > 30 * 7
+
+
+def steps_of_a_steady_filter(batch: int | None) -> Driver:
+    schedule = schedule_of(prompts=60, staleness=1, batch=batch)
+    driver = Driver(schedule, random.Random(0), kept_share=0.5, skip_share=0.0)
+    for _ in range(30):
+        driver.step()
+    return driver
+
+
+def test_what_the_filter_will_drop_is_replaced_ahead_with_larger_generation_batches():
+    plain, ahead = steps_of_a_steady_filter(None), steps_of_a_steady_filter(180)
+    assert len(plain.schedule.unfinished) == 60
+    places = 60 + 2 * 60 * 0.1
+    assert places <= len(ahead.schedule.unfinished) <= 2 * 60, "under way for the next step, half of which is dropped"
+    assert {len(step) for step in ahead.steps} == {60}
+    # Two deviations: more than has a place is kept once in a while only.
+    assert plain.too_many == 0 and ahead.too_many < 0.05 * len(ahead.admitted)

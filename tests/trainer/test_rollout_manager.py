@@ -1,5 +1,6 @@
 """Steps filled by the group filter, one that cannot be filled, and prompts that are generated ahead of their step."""
 
+import signal
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from meds_megatron.config import Config
 from meds_megatron.data.problems import Problem
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.data.sampler import PromptSampler
-from meds_megatron.errors import UserError
+from meds_megatron.errors import Stopped, UserError
 from meds_megatron.memory import Match
 from meds_megatron.reward.grading import Grade
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
@@ -198,3 +199,26 @@ def test_groups_finish_while_the_trainer_is_waited_for():
     producer.advance = advance
     assert manager.wait_for(SimpleNamespace(futures=lambda: [update], result=lambda: "updates")) == "updates"
     assert producer.busy, "the call is done first"
+
+
+def test_a_stop_is_honoured_even_if_all_groups_of_a_step_are_there():
+    config = overlapping(wanted=2, metric="none")
+    manager, _, producer, _ = manager_of(config, [1] * 20)
+    manager.collect()
+    while producer.busy:
+        manager._advance()
+    manager._interruption.requested.set_result(signal.SIGTERM)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        manager.collect()
+
+
+def test_an_error_of_one_rank_is_raised_while_others_hang_and_requests_are_under_way():
+    config = overlapping(wanted=2, metric="none")
+    manager, _, producer, _ = manager_of(config, [1] * 20)
+    manager.collect()
+    failed, hangs = Future(), Future()
+    failed.set_exception(UserError("rank 0 failed"))
+    pending = SimpleNamespace(futures=lambda: [failed, hangs], result=failed.result)
+    with pytest.raises(UserError, match="rank 0 failed"):
+        manager.wait_for(pending)
+    assert producer.busy

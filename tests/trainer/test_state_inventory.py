@@ -103,7 +103,9 @@ CHANGING = {
     "_Grading": {"_unfinished": IN_FLIGHT},
     "GroupSchedule": {
         **dict.fromkeys(("_finished", "_generating"), IN_FLIGHT),
-        **dict.fromkeys(("_batches", "_dropped", "_is_open", "_kept"), STEP),
+        **dict.fromkeys(("_batches", "_examined", "_is_open", "_kept", "_later_steps"), STEP),
+        "_drawn": "of one step; a resumed run may generate as much again for its first step",
+        **dict.fromkeys(("_recently_filtered", "_recently_kept"), "estimated anew by a resumed run's first steps"),
         "version": CHECKPOINT,
     },
     "RolloutManager": {

@@ -142,6 +142,7 @@ class SimulatedPolicy:
     def __init__(self, clock: Clock, rates: TrainerRates) -> None:
         self._clock, self._rates = clock, rates
         self.busy_seconds = 0.0
+        self._holds_memory = False
         self.trained: list[tuple[int, int]] = []
         """Responses and tokens of each update."""
 
@@ -158,7 +159,6 @@ class SimulatedPolicy:
         return self._call(tokens * self._rates.update_seconds, [updated])
 
     def free_memory(self) -> None:
-        """Called twice before engines generate, of which the second finds nothing to do."""
         if self._holds_memory:
             self._holds_memory = False
             self._copy()
@@ -166,8 +166,6 @@ class SimulatedPolicy:
     def restore_memory(self) -> None:
         self._holds_memory = True
         self._copy()
-
-    _holds_memory = True
 
     def _copy(self) -> None:
         self.busy_seconds += self._rates.copy_seconds / 2

@@ -52,7 +52,7 @@ class Workload:
         z_P1, z_PN = generator.standard_normal((prompts, 1)), generator.standard_normal((prompts, responses))
         shares_PN = _normal_shares(sqrt(correlation) * z_P1 + sqrt(1 - correlation) * z_PN)
         lengths_PN = np.interp(shares_PN, np.linspace(0, 1, len(quantiles)), quantiles)
-        scale = mean / np.trapezoid(quantiles, dx=1 / (len(quantiles) - 1))
+        scale = mean / mean_of(quantiles)
         self.lengths_PN = np.clip(np.rint(lengths_PN * scale), 1, most).astype(np.int64)
         """[prompt, response]"""
         self.kept_P = generator.random(prompts) < kept_share
@@ -86,6 +86,11 @@ class Workload:
 def _normal_shares(z: np.ndarray) -> np.ndarray:
     """The standard normal distribution's share below each value."""
     return np.vectorize(lambda value: erfc(-value / sqrt(2)) / 2)(z)
+
+
+def mean_of(quantiles: Sequence[float]) -> float:
+    """Mean of the distribution that has these quantiles at equal distances from 0 to 1, straight lines between them."""
+    return float(np.trapezoid(quantiles, dx=1 / (len(quantiles) - 1)))
 
 
 def read_lengths(path: str | Path) -> list[float]:
