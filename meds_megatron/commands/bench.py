@@ -84,6 +84,46 @@ def step(models: Sequence[str], layers: int, responses: int, rounds: int) -> dic
     return run(models, layers, responses, rounds)
 
 
+@bench.command(cls=Command, example="meds bench overlap --steps 30 --seeds 3 --json")
+@click.option("--steps", type=click.IntRange(min=1), default=30, help="Training steps of each run.")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, help="Pairs of runs.")
+@click.option("--max-staleness", type=click.IntRange(min=1), default=1, help="train.max_staleness of the second run.")
+@click.option("--directory", type=click.Path(file_okay=False), help="Where to keep the runs.  [default: nowhere]")
+@click.argument("overrides", nargs=-1)
+@with_json
+def overlap(steps: int, seeds: int, max_staleness: int, directory: str | None, overrides: Sequence[str]) -> dict:
+    """Time of training while the engine generates for later steps, against taking turns.
+
+    Trains the quickstart with one trainer rank and one engine, a core each, at train.max_staleness 0 and above.
+    OVERRIDES are key=value settings of both.
+    """
+    from meds_megatron.bench.overlap import run
+
+    return run(steps, seeds, max_staleness, list(overrides), directory)
+
+
+@bench.command("overlap-simulation", cls=Command, example="meds bench overlap-simulation --json")
+@click.option("--config", "config_file", type=click.Path(), help="A run's config.  [default: 32B, 64 + 64 GPUs]")
+@click.option("--answers", type=click.IntRange(min=1), default=100_000, help="Responses that each method trains on.")
+@click.option("--lengths", type=click.Path(), help="Response lengths: a file of numbers, or a run's directory.")
+@click.option("--mean-response", type=float, help="Tokens to scale them to.  [default: a quarter of the limit]")
+@click.option("--kept-share", type=click.FloatRange(0, 1, min_open=True), default=0.5, help="Groups the filter keeps.")
+@click.option("--correlation", type=click.FloatRange(0, 1), default=0.5, help="Of lengths within a prompt.")
+@click.option("--grading", "grading_seconds", type=click.FloatRange(0), default=0.1, help="Seconds of a grading.")
+@click.option("--seed", type=int, default=0, help="Of lengths and outcomes.")
+@click.argument("overrides", nargs=-1)
+@with_json
+def overlap_simulation(config_file: str | None, overrides: Sequence[str], lengths: str | None, **options) -> dict:
+    """Step time and idle share of ways to overlap generation and training, simulated.
+
+    The real training loop, schedule and engine pool in simulated time, over engines and GPUs that take as long as `meds
+    plan` assumes. Lengths are those of MATH-500's solutions, scaled, or given ones. OVERRIDES are key=value settings.
+    """
+    from meds_megatron.bench.overlap_simulation import run
+
+    return run(config_file, overrides, lengths_file=lengths, **options)
+
+
 @bench.command(cls=Command, example="meds bench fingerprint --responses 8 --tokens 64 --json")
 @click.option("--responses", type=click.IntRange(min=1), default=8, help="Responses with a fingerprint.")
 @click.option("--tokens", type=click.IntRange(min=4), default=64, help="Length of each sequence.")

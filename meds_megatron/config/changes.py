@@ -26,6 +26,7 @@ FREE_TO_CHANGE = {
     "rollout.threads",
     "rollout.max_num_seqs",
     "rollout.enforce_eager",
+    "rollout.on_update",
     "reward.workers",
     "memory.budget_gib",
     "memory.skip_damaged",

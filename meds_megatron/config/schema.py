@@ -166,6 +166,11 @@ class RolloutConfig:
     threads: int = setting(1, gt=0)
     """CPU threads of each engine rank without CUDA."""
     max_num_seqs: int = setting(256, gt=0)
+    on_update: Literal["continue", "finish"] = "continue"
+    """Responses under way when the engines get new weights (train.max_staleness above 0). `continue`: an engine stops
+    between two tokens, takes the weights, computes the KV cache anew with them and goes on; each token keeps the
+    version that it was drawn with. `finish`: the update waits until the engines are idle, and they get no new
+    requests meanwhile."""
     deterministic: bool = False
     """True: the same seed, machine and engines give the same responses; the requests of a generation batch start
     together in a fixed order. False: each request goes to the least loaded engine as soon as that one can take it."""
@@ -275,7 +280,8 @@ class FilterConfig:
     generation_prompts: int | None = setting(None, gt=0)
     """Prompts of one generation batch; default: train.prompts_per_step."""
     max_batches: int = setting(10, gt=0)
-    """Generation batches tried to fill one step."""
+    """Generation batches tried to fill one step. With train.max_staleness above 0, where dropped prompts are replaced
+    one by one, as many prompts as these batches would have."""
     when_short: Literal["continue", "stop"] = "continue"
     """Too few groups after max_batches: `continue` trains on fewer, with a warning. Departure: the published code
     stops."""
@@ -337,9 +343,9 @@ class PolicyConfig:
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
     """`token_mean`: over all tokens of the mini-batch (DAPO); `sequence_mean`: each response's mean, then the mean of
     responses (GRPO); `sequence_sum`: sum over tokens divided by max_response_tokens, mean of responses (Dr.GRPO)."""
-    importance: Literal["none", "token", "sequence"] = "none"
+    importance: Literal["auto", "none", "token", "sequence"] = "auto"
     """Importance weights pi_trainer_old / pi_rollout in the loss, of each token or of whole responses
-    (`algorithm.corrections`)."""
+    (`algorithm.corrections`). `auto`: `token` with train.max_staleness above 0, else `none`."""
     importance_cap: float | None = setting(2.0, gt=0)
     """Weights are truncated to it; null is off."""
     importance_low: float | None = setting(None, ge=0, le=1)
@@ -377,6 +383,11 @@ class TrainConfig:
     responses and their prompts, packed without padding between them."""
     forward_tokens: int = setting(16384, gt=0)
     """The same for passes that are forward only, which keep no activations."""
+    max_staleness: int = setting(0, ge=0)
+    """Updates of the policy that may lie between the draw of a response's first token and the step that trains on it.
+    0 (published): engines and trainer take turns. Above, engines generate for later steps while the trainer computes,
+    groups are trained on in the order in which they finish, and `rollout.nodes` gives the engines GPUs of their own
+    (`rollout.group_schedule`)."""
     offload_optimizer: bool | None = None
     """The optimizer's state is in the host's memory while engines on the same GPUs generate, and leaves room for their
     KV cache. Null: where the plan expects the step to be faster. Gradients are never there meanwhile."""

@@ -182,7 +182,17 @@ def _check_batches(config: Config) -> None:
 
 
 def _check_rollout(config: Config) -> None:
-    rollout, overlong = config.rollout, config.reward.overlong
+    rollout, overlong, staleness = config.rollout, config.reward.overlong, config.train.max_staleness
+    _require(
+        staleness == 0 or not rollout.deterministic,
+        f"train.max_staleness = {staleness} trains on groups in the order in which they finish, which "
+        "rollout.deterministic = true cannot repeat; set rollout.deterministic=false",
+    )
+    _require(
+        staleness == 0 or config.cluster.device != "cuda" or rollout.nodes is not None,
+        f"train.max_staleness = {staleness} generates while the trainer computes, but engines share its GPUs; reserve "
+        "nodes for the engines with rollout.nodes",
+    )
     _require(
         rollout.top_p == 1 and rollout.top_k == -1,
         f"rollout.top_p = {rollout.top_p} with rollout.top_k = {rollout.top_k} normalises the sampled log-probs over "

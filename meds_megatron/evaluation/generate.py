@@ -86,8 +86,8 @@ def generate(
     began = reported = time.monotonic()
     done = tokens = 0
     while producer.busy:
-        for group in producer.advance():
-            finished(group.index, group)
+        for number, group in producer.advance().items():
+            finished(number, group)
             done += 1
             tokens += sum(len(sample.completion.token_ids_R) for sample in group.samples)
         now = time.monotonic()

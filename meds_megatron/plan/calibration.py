@@ -25,10 +25,16 @@ def read_run(directory: str | Path, prompt_share: float) -> Measured:
     """Means over the lines of `directory`/metrics.jsonl that are training steps.
 
     Prompts, of which metrics have no length, have `prompt_share` of `rollout.max_prompt_tokens`. Raises UserError when
-    the directory has no config.yaml, no metrics.jsonl or fewer than two steps.
+    the directory has no config.yaml, no metrics.jsonl or fewer than two steps, and for a run whose engines generated
+    while the trainer computed: its metrics do not say how long generation took.
     """
     directory = Path(directory).expanduser()
     config = load_config(directory / "config.yaml")
+    if config.train.max_staleness > 0:
+        raise UserError(
+            f"{directory}: phases of a run with train.max_staleness = {config.train.max_staleness} overlap, and cannot "
+            "calibrate; give a run with train.max_staleness=0."
+        )
     lines = [line for line in _lines(directory / "metrics.jsonl") if "time/rollout" in line and "time/update" in line]
     if len(lines) < 2:
         raise UserError(

@@ -1,5 +1,5 @@
-"""Settings that a config leaves to the plan (null): whether the optimizer's state leaves the GPUs while engines
-generate, and the size of the KV cache."""
+"""Settings that a config leaves open (null or `auto`): whether the optimizer's state leaves the GPUs while engines
+generate, the size of the KV cache, and the correction of stale responses."""
 
 import copy
 
@@ -16,9 +16,11 @@ STEP_MIB = 2**20
 def with_choices(
     config: Config, shape: ModelShape, hardware: Hardware, on_gpu: bool, tokens: StepTokens | None = None
 ) -> Config:
-    """A copy of the config without null in these settings, except a KV cache for which there is no room. `tokens` are
-    those of a step, by default the assumed ones."""
+    """A copy of the config without null and `auto` in these settings, except a KV cache for which there is no room.
+    `tokens` are those of a step, by default the assumed ones."""
     config = copy.deepcopy(config)
+    if config.policy.importance == "auto":
+        config.policy.importance = "token" if config.train.max_staleness > 0 else "none"
     if config.train.offload_optimizer is None:
         config.train.offload_optimizer = _offload_pays(config, shape, hardware, on_gpu, tokens)
     layout = ParallelLayout.from_config(config)

@@ -3,7 +3,8 @@
 The backward pass costs twice the operations of the forward pass (Megatron-LM, arXiv 2104.04473, section 5.1; its fourth
 pass, the recomputation, only where that is on). A pipeline of p stages and v chunks idles (p - 1) / (v m) of the
 time of m micro-batches (same paper, section 2.2). Decoding reads all weights and the KV cache of its sequences once a
-step ("Efficiently Scaling Transformer Inference", arXiv 2211.05102, section 2). Nothing is assumed to overlap.
+step ("Efficiently Scaling Transformer Inference", arXiv 2211.05102, section 2). Within a phase
+nothing is assumed to overlap.
 """
 
 from dataclasses import dataclass

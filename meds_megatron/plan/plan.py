@@ -61,6 +61,13 @@ class Plan:
         """Of one optimizer update on one rank, of sequences of mean length."""
         return micro_batches(self.config, self.layout, self.tokens.prompt + self.tokens.response)
 
+    @property
+    def step_seconds(self) -> float:
+        """Of a whole step; with `train.max_staleness` above 0 engines generate while the trainer computes."""
+        rollout, sync = self.seconds["rollout"], self.seconds["sync"]
+        trainer = self.seconds["forward"] + self.seconds["update"]
+        return sync + (max(rollout, trainer) if self.config.train.max_staleness > 0 else rollout + trainer)
+
     def to_dict(self) -> dict:
         """All of it as plain values for JSON: bytes, seconds, counts."""
         layout = asdict(self.layout) | {"stage_sizes": self.layout.stage_sizes(self.shape.num_layers)}
@@ -95,14 +102,20 @@ class Plan:
             "engine": asdict(self.memory.engine) | {"full_sequences": self.memory.engine.full_sequences},
             "step": asdict(self.tokens),
             "traffic": asdict(self.traffic),
-            "seconds": self.seconds | {"step": sum(self.seconds.values())},
+            "seconds": self.seconds | {"step": self.step_seconds},
             "calibration": None if self.calibration is None else asdict(self.calibration),
             "assumptions": asdict(self.hardware),
         }
 
 
-def make_plan(config: Config, calibrate: str | Path | None = None, network_gbit: float | None = None) -> Plan:
-    """The plan of a run, with times calibrated by the run directory `calibrate`.
+def make_plan(
+    config: Config,
+    calibrate: str | Path | None = None,
+    network_gbit: float | None = None,
+    workload: Workload | None = None,
+) -> Plan:
+    """The plan of a run, with times calibrated by the run directory `calibrate`; without it its responses are assumed
+    to be like `workload`.
 
     Raises UserError for a config that no machine can run, in the words of `meds train`, and for a model whose shape is
     not known. A run that is only too large has a plan with a `refusal`.
@@ -115,7 +128,7 @@ def make_plan(config: Config, calibrate: str | Path | None = None, network_gbit:
     if network_gbit is not None:
         hardware = replace(hardware, network_gbit=network_gbit)
     if calibrate is None:
-        return _plan(config, shape, on_gpu, hardware, step_tokens(config, Workload()))
+        return _plan(config, shape, on_gpu, hardware, step_tokens(config, workload or Workload()))
     measured = read_run(calibrate, Workload.mean_prompt_share)
     theirs = _plan(measured.config, planned_shape(measured.config), on_gpu, hardware, measured.tokens)
     calibration = Calibration(str(calibrate), measured.steps, theirs.seconds, measured.seconds)

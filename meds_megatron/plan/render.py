@@ -118,7 +118,7 @@ def traffic_table(plan: Plan) -> Table:
 
 
 def time_table(plan: Plan) -> Table:
-    calibration, total = plan.calibration, sum(plan.seconds.values())
+    calibration, total = plan.calibration, plan.step_seconds
     columns = ["phase", "seconds", "share"]
     if calibration is not None:
         columns += ["predicted for the run", "measured in it", "factor"]
@@ -138,6 +138,8 @@ def notes(plan: Plan) -> list[str]:
     """What the figures rest on."""
     tokens, engine, hardware = plan.tokens, plan.memory.engine, plan.hardware
     source = "as in the run" if plan.calibration else "assumed"
+    overlaps = plan.config.train.max_staleness > 0
+    overlap = "rollout overlaps with forward and update" if overlaps else "nothing overlaps"
     lines = [
         f"A step ({source}): {tokens.generated:,.0f} responses generated, {tokens.trained:,.0f} trained on; mean "
         f"prompt {tokens.prompt:,.0f} and response {tokens.response:,.0f} tokens. An engine's KV cache holds "
@@ -145,7 +147,7 @@ def notes(plan: Plan) -> list[str]:
         "longest prompt and response.",
         f"Assumed: {hardware.tflops:g} TFLOP/s at {hardware.efficiency:.0%}, memory {hardware.memory_gbyte:g} GB/s at "
         f"{hardware.memory_efficiency:.0%}, {hardware.local_gbyte:g} GB/s within a node, {hardware.network_gbit:g} "
-        "Gbit/s of a node to others; nothing overlaps.",
+        f"Gbit/s of a node to others; {overlap}.",
     ]
     if plan.calibration:
         lines.append(f"Times are multiplied by what {plan.calibration.steps} steps of {plan.calibration.run_dir} took.")

@@ -72,7 +72,6 @@ class Request:
 class _Finished:
     number: int
     outputs: "list[CompletionOutput]"
-    policy_version: int
 
 
 def engine_log(index: int) -> str:
@@ -85,6 +84,10 @@ class RolloutEngine:
 
     All calls of vLLM are made on one thread, decode steps included. A decode step queues the next one behind the calls
     that arrived meanwhile, so that a call waits for one step at most and none overlaps another.
+
+    With `rollout.on_update: continue` a weight update interrupts the requests under way between two tokens. Nothing
+    that old weights computed is used with the new ones: the prefix cache is emptied and the requests' own KV cache is
+    computed anew when they go on.
 
     The actor is neither asynchronous nor has it several threads for its calls, since Ray would then not keep their
     order, which weights on the network need. `take_finished`, which waits, has a concurrency group of its own.
@@ -108,6 +111,10 @@ class RolloutEngine:
         self._version: int | None = None
         self._next_version: int | None = None
         self._update_failed = False
+        overlaps = config.train.max_staleness > 0 and config.rollout.on_update == "continue"
+        self._may_interrupt = overlaps and not evaluation
+        self._interrupted = False
+        """Whether unfinished requests wait for the end of a weight update."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vllm")
         self._numbers: dict[str, int] = {}
         """Numbers of the unfinished requests by vLLM's name for them."""
@@ -159,12 +166,13 @@ class RolloutEngine:
         self._on_ranks("init_weight_transfer_engine", init_info=dict(spec=spec, rendezvous=rendezvous, senders=senders))
 
     def begin_weight_update(self, version: int) -> None:
-        """Makes the weights stale; the buckets of `version` follow. Raises RuntimeError for an engine with unfinished
-        requests or a failed update."""
+        """Makes the weights stale and interrupts unfinished requests; the buckets of `version` follow. Raises
+        RuntimeError after a failed update, and for unfinished requests that may not be interrupted."""
         if self._update_failed:
             raise RuntimeError(f"engine {self._index} failed in a weight update: restart it")
-        if self._numbers:
+        if self._numbers and not self._may_interrupt:
             raise RuntimeError(f"engine {self._index} has unfinished requests: wait for them before a weight update")
+        self.on_vllm_thread(self._interrupt)
         self._version, self._next_version = None, version
         self._update("start_weight_update")
 
@@ -186,8 +194,7 @@ class RolloutEngine:
         Raises an error that names the parameters that were not received. The engine can then only be closed.
         """
         self._update("finish_weight_update")
-        self.on_vllm_thread(self._reset_prefix_cache)
-        self._version = self._next_version
+        self.on_vllm_thread(self._use_version, self._next_version)
         logger.info("weights of policy version %d are in use", self._version)
 
     def sleep(self, keep_weights: bool) -> None:
@@ -244,7 +251,8 @@ class RolloutEngine:
         list_files(self._shared, {*mapped_files(), *itertools.chain(*self.llm.collective_rpc(_mapped_files))})
         # Engines are built with one seed, with which all, and each after every restart, would draw alike.
         self._seed_sampling(self._config.train.seed, restarts)
-        self._version = self._disk_version
+        if self._disk_version is not None:
+            self._use_version(self._disk_version)
 
     def _add(self, requests: Sequence[Request], seed: int | None) -> None:
         from vllm import TokensPrompt
@@ -268,10 +276,29 @@ class RolloutEngine:
         if idle and self._numbers:
             self._thread.submit(self._decode_step)
 
+    def _interrupt(self) -> None:
+        self._interrupted = bool(self._numbers)
+        if self._interrupted:
+            # Waits for the device and leaves the requests in vLLM's scheduler.
+            self.llm.sleep(level=0, mode="keep")
+
+    def _use_version(self, version: int) -> None:
+        """Begins to generate with weights that have been loaded, with requests that were interrupted first of all."""
+        self._reset_prefix_cache()
+        # vLLM notes it for every token.
+        self.llm.llm_engine.set_weight_version(str(version))
+        self._version = version
+        if self._interrupted:
+            self._interrupted = False
+            self.llm.wake_up(tags=["scheduling"])
+            self._thread.submit(self._decode_step)
+
     def _decode_step(self) -> None:
+        if self._interrupted:
+            return
         try:
             for output in self.llm.llm_engine.step():
-                self._finished.put(_Finished(self._numbers.pop(output.request_id), output.outputs, self._version))
+                self._finished.put(_Finished(self._numbers.pop(output.request_id), output.outputs))
         except Exception as error:
             logger.info("a decode step failed", exc_info=True)
             self._finished.put(error)
@@ -302,14 +329,16 @@ class RolloutEngine:
         completions = []
         for output, text in zip(finished.outputs, texts, strict=True):
             token_ids = list(output.token_ids)
+            (first, _), *later = [(int(span.version), span.start) for span in output.weight_versions]
             completions.append(
                 Completion(
                     np.array(token_ids, dtype=np.int64),
                     np.array(output.logprobs.logprobs if output.logprobs else [], dtype=np.float32),
                     text,
                     output.finish_reason,
-                    finished.policy_version,
+                    first,
                     *self._answers.locate(token_ids),
+                    later_versions=tuple(later),
                 )
             )
         return completions
@@ -319,7 +348,8 @@ class RolloutEngine:
         self.llm.collective_rpc(_seed_sampling, args=(int(engine_seed),))
 
     def _reset_prefix_cache(self) -> None:
-        if not self.llm.reset_prefix_cache():
+        """Empties the prefix cache; requests that were interrupted lose their KV cache."""
+        if not self.llm.reset_prefix_cache(reset_running_requests=self._interrupted):
             raise RuntimeError(f"engine {self._index} could not reset its prefix cache: a request is still running")
 
     def _on_ranks(self, method: str | Callable, **arguments) -> list:

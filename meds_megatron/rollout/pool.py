@@ -92,11 +92,15 @@ class EnginePool:
         self._disk_version, self._evaluation = disk_version, evaluation
         self._actor_class = ray.remote(concurrency_groups={WAITING: 1})(RolloutEngine)
         self._arguments = (config, model_dir, use_gpu)
-        self._most_in_flight = IN_FLIGHT * config.rollout.max_num_seqs
+        # An update that waits for what an engine has should not wait for more than it generates at once.
+        finishes = config.train.max_staleness > 0 and config.rollout.on_update == "finish"
+        self._most_in_flight = (1.0 if finishes else IN_FLIGHT) * config.rollout.max_num_seqs
         # vLLM can sleep on GPUs only; there is no need where engines have nodes of their own.
         self._sleeps = use_gpu and config.rollout.nodes is None and not evaluation
         self.asleep = False
         """Whether the engines have left their GPUs' memory to the trainer."""
+        self._holds = False
+        """Whether queued requests stay in the queue."""
         self._queue: deque[Request] = deque()
         self._numbers, self._batches = count(), count()
         env_vars = engine_env_vars(config, use_gpu)
@@ -120,11 +124,16 @@ class EnginePool:
     # Requests.
 
     def submit(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling], seed: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | Sequence[Sampling],
+        seed: int | None = None,
+        first: bool = False,
     ) -> list[int]:
         """Queues prompts (token ids), each with its sampling or all with one; returns their request numbers.
 
-        With a seed the completions are repeatable: give every call of a step another.
+        With a seed the completions are repeatable: give every call of a step another. `first` puts them before those
+        that wait in the pool.
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
         batch = next(self._batches)
@@ -132,7 +141,10 @@ class EnginePool:
             Request(next(self._numbers), prompt, own, batch, seed)
             for prompt, own in zip(prompts, samplings, strict=True)
         ]
-        self._queue += requests
+        if first:
+            self._queue.extendleft(reversed(requests))
+        else:
+            self._queue += requests
         self._dispatch()
         return [request.number for request in requests]
 
@@ -161,6 +173,20 @@ class EnginePool:
         while len(completions) < len(numbers):
             completions |= self.wait()
         return [completions[number] for number in numbers]
+
+    @property
+    def running(self) -> bool:
+        """Whether an engine has unfinished requests."""
+        return any(engine.running for engine in self.engines)
+
+    def hold(self) -> None:
+        """Gives the engines no more requests until `release`; they finish those that they have."""
+        self._holds = True
+
+    def release(self) -> None:
+        """Gives the engines requests again."""
+        self._holds = False
+        self._dispatch()
 
     # Calls of the weight sync.
 
@@ -199,7 +225,7 @@ class EnginePool:
         """
         if not self._sleeps or self.asleep:
             return
-        if any(engine.running for engine in self.engines):
+        if self.running:
             raise RuntimeError("engines with unfinished requests cannot sleep: wait for the requests first")
         self._wait_until_started()
         self.asleep = True
@@ -259,7 +285,7 @@ class EnginePool:
 
     def _dispatch(self) -> None:
         fresh = [engine for engine in self.engines if engine.health.state is EngineState.FRESH]
-        if self.asleep or not fresh or not self._queue:
+        if self.asleep or self._holds or not fresh or not self._queue:
             return
         shares: dict[int, list[Request]] = {engine.number: [] for engine in fresh}
         running = [request for engine in self.engines for request in engine.running.values()]
@@ -339,9 +365,7 @@ class EnginePool:
             words := last_words(self._run_dir, engine_log(engine.number))
         ):
             reason += f"; the end of its log: {words}"
-        # An actor that still runs frees what it shares with its ranks.
-        ray.wait([engine.actor.close.remote()], timeout=CLOSE_SECONDS)
-        ray.kill(engine.actor)
+        self._end(engine)
         engine.health.failed(reason)
         logger.warning("engine %d on node %d failed and is restarted: %s", engine.number, engine.node, reason)
         logger.info("all that engine %d raised:\n%s", engine.number, error)
@@ -357,6 +381,11 @@ class EnginePool:
     def _make(self, engine: Engine) -> None:
         actor_class = self._actor_class.options(**engine.options)
         engine.actor = actor_class.remote(*self._arguments, engine.number, self._disk_version, self._evaluation)
+
+    def _end(self, engine: Engine) -> None:
+        # An actor that still runs frees what it shares with its ranks.
+        ray.wait([engine.actor.close.remote()], timeout=CLOSE_SECONDS)
+        ray.kill(engine.actor)
 
     def _start(self, engine: Engine) -> None:
         engine.starting = engine.actor.start.remote(engine.health.restarts).future()

@@ -22,8 +22,8 @@ class _Grading:
     One event a prompt, not one a response: a step has thousands of these, and a wait costs time for each.
     """
 
-    def __init__(self, index: int, prompt: Prompt, completions: list[Completion], graders: GraderPool) -> None:
-        self.index, self.prompt, self.completions = index, prompt, completions
+    def __init__(self, number: int, prompt: Prompt, completions: list[Completion], graders: GraderPool) -> None:
+        self.number, self.prompt, self.completions = number, prompt, completions
         self.done: Future[None] = Future()
         self._unfinished, self._lock = len(completions), Lock()
         self.grades = [graders.submit(completion.text, prompt.problem.answer) for completion in completions]
@@ -40,15 +40,15 @@ class _Grading:
 class GroupProducer:
     """Generates and grades the responses to submitted prompts, side by side.
 
-    `PromptGroup.index` counts the prompts in the order of submission. Sorted by it, groups do not depend on timing if
-    the completions do not (a seed). Dropping late groups instead would prefer short responses.
+    Groups have numbers, which count the prompts in the order of submission. In that order, groups do not depend on
+    timing if the completions do not (a seed). Dropping late groups instead would prefer short responses.
     """
 
     def __init__(self, pool: EnginePool, graders: GraderPool, config: Config) -> None:
         self._pool, self._graders, self._config = pool, graders, config
-        self._indices = count()
+        self._numbers = count()
         self._generating: dict[int, tuple[int, Prompt]] = {}
-        """Index and prompt by request number."""
+        """Group number and prompt by request number."""
         self._grading: list[_Grading] = []
 
     @property
@@ -62,25 +62,30 @@ class GroupProducer:
         return bool(self._generating or self._grading)
 
     def submit(
-        self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling], seed: int | None = None
-    ) -> None:
-        """Queues prompts in the pool, `sampling` and `seed` as in `EnginePool.submit`."""
-        numbers = self._pool.submit([prompt.token_ids for prompt in prompts], sampling, seed)
-        for number, prompt in zip(numbers, prompts, strict=True):
-            self._generating[number] = (next(self._indices), prompt)
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling],
+        seed: int | None = None,
+        first: bool = False,
+    ) -> list[int]:
+        """Queues prompts in the pool, arguments as of `EnginePool.submit`; returns the numbers of their groups."""
+        requests = self._pool.submit([prompt.token_ids for prompt in prompts], sampling, seed, first)
+        numbers = [next(self._numbers) for _ in requests]
+        self._generating |= zip(requests, zip(numbers, prompts, strict=True), strict=True)
+        return numbers
 
-    def advance(self, *others: Future) -> list[PromptGroup]:
+    def advance(self, *others: Future) -> dict[int, PromptGroup]:
         """Waits until a request or the grades of one are finished, an engine has started or failed, or one of `others`
         is done.
 
-        Returns the groups that became complete, if any.
+        Returns the groups that became complete, if any, by number.
         """
         if not any(grading.done.done() for grading in self._grading):
-            for number, completions in self._pool.wait(*(g.done for g in self._grading), *others).items():
-                self._grading.append(_Grading(*self._generating.pop(number), completions, self._graders))
-        finished = [grading for grading in self._grading if grading.done.done()]
-        self._grading = [grading for grading in self._grading if grading not in finished]
-        return [self._group(grading) for grading in finished]
+            for request, completions in self._pool.wait(*(g.done for g in self._grading), *others).items():
+                self._grading.append(_Grading(*self._generating.pop(request), completions, self._graders))
+        finished = {grading.number: grading for grading in self._grading if grading.done.done()}
+        self._grading = [grading for grading in self._grading if grading.number not in finished]
+        return {number: self._group(grading) for number, grading in finished.items()}
 
     def _group(self, grading: _Grading) -> PromptGroup:
         lengths_B = np.array([len(completion.token_ids_R) for completion in grading.completions])
@@ -92,7 +97,7 @@ class GroupProducer:
             grade = grading_result.result()
             score = np.nan if grade.failed else float(grade.correct) + float(penalty)
             samples.append(Sample(grading.prompt, completion, grade, score))
-        return PromptGroup(grading.prompt, samples, index=grading.index)
+        return PromptGroup(grading.prompt, samples)
 
 
 def first_failed_grading(groups: Sequence[PromptGroup]) -> str:

@@ -24,11 +24,21 @@ class Completion:
     """The tokens as text, special tokens left out."""
     finish_reason: Literal["stop", "length"]
     policy_version: int
-    """Version of the weights that generated it."""
+    """Version of the weights that drew its first token."""
     answer_position: int = -1
     """Index of the token that holds the `{` of the last `\\boxed{`; -1: no answer, and so no fingerprint."""
     no_answer_reason: str = ""
     """"no_box" or "box_at_end" (`rollout.answer_position`); empty with an answer."""
+    later_versions: tuple[tuple[int, int], ...] = ()
+    """(policy version, index of the first token that it drew) of each weight update during the generation."""
+
+    @property
+    def policy_versions_R(self) -> np.ndarray:
+        """int64 version of the weights that drew each token."""
+        versions_R = np.full(len(self.token_ids_R), self.policy_version, dtype=np.int64)
+        for version, start in self.later_versions:
+            versions_R[start:] = version
+        return versions_R
 
 
 @dataclass
@@ -55,8 +65,6 @@ class PromptGroup:
     samples: list[Sample]
     kept: bool = True
     """False where the group filter dropped it."""
-    index: int = 0
-    """Number of the prompt in the order of submission: groups become complete in another."""
 
     @property
     def accuracy(self) -> list[float]:

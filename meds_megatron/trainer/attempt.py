@@ -4,7 +4,7 @@ import logging
 import secrets
 import shutil
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from meds_megatron.config import Config
@@ -25,6 +25,7 @@ from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.trainer.prompts import Prompts
+from meds_megatron.trainer.rollout_manager import RolloutManager
 from meds_megatron.trainer.run_dir import RunDirectory
 from meds_megatron.trainer.run_log import RunLog
 from meds_megatron.trainer.state import TrainerState
@@ -41,21 +42,45 @@ def attempt(config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory
     """Trains from the newest checkpoint, or from the start, to the end. Raises RunFailed when a process died or hangs,
     and Stopped, after a checkpoint, when a signal asked for it."""
     with ExitStack() as stack:
-        _attempt(config, model_dir, prompts, run, interruption, stack)
+        console = stack.enter_context(Console(config))
+        stack.enter_context(process_logging(run.path, "driver", ConsoleHandler(console)))
+        logger.info("code: %s", ", ".join(f"{name} {value}" for name, value in code_version().items()))
+        if prompts.skipped:
+            logger.warning("%d prompts are longer than rollout.max_prompt_tokens and were left out", prompts.skipped)
+        checkpoint = run.newest_checkpoint()
+        run.rewind(checkpoint.step if checkpoint else None)
+        console.phase("starting engines and trainer ranks")
+        processes = start_processes(config, model_dir, run, console, interruption, stack)
+        state = TrainerState(PromptSampler(len(prompts.train), config.train.seed, config.data.shuffle))
+        if checkpoint:
+            state.load_state_dict(checkpoint.state)
+            resume(checkpoint, processes)
+        log = stack.enter_context(RunLog(run, config, console, state.wandb_id))
+        state.wandb_id = log.wandb_id
+        _train(config, model_dir, prompts, run, checkpoint, processes, state, log, interruption)
+        if config.train.export_hf:
+            console.note(f"the trained model is in {run.hf_export(state.step)}")
 
 
-def _attempt(
-    config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory, interruption: Interruption, stack: ExitStack
-) -> None:
-    """Starts the parts of a run side by side, trains, and ends them in reverse order."""
-    console = stack.enter_context(Console(config))
-    stack.enter_context(process_logging(run.path, "driver", ConsoleHandler(console)))
-    logger.info("code: %s", ", ".join(f"{name} {value}" for name, value in code_version().items()))
-    if prompts.skipped:
-        logger.warning("%d prompts are longer than rollout.max_prompt_tokens and were left out", prompts.skipped)
-    checkpoint = run.newest_checkpoint()
-    run.rewind(checkpoint.step if checkpoint else None)
-    console.phase("starting engines and trainer ranks")
+@dataclass(frozen=True)
+class Processes:
+    """The processes of an attempt, and what supervises them."""
+
+    policy: PolicyGroup
+    pool: EnginePool
+    memory: ErrorMemory
+    graders: GraderPool
+    supervisor: Supervisor
+    timer: PhaseTimer
+    shared_directory: Path
+    """For weights, in the shared memory of every node."""
+
+
+def start_processes(
+    config: Config, model_dir: Path, run: RunDirectory, console: Console, interruption: Interruption, stack: ExitStack
+) -> Processes:
+    """Starts all processes side by side and waits until they have loaded the model; `stack` ends them in reverse
+    order."""
     use_gpu = config.cluster.device == "cuda"
     # Last, when no process has anything in shared memory any more.
     stack.callback(remove_unclaimed)
@@ -79,55 +104,52 @@ def _attempt(
     stack.callback(memory.close)
     reward = config.reward
     graders = stack.enter_context(GraderPool(reward.workers, reward.timeout_seconds, reward.memory_gib, reward.grader))
-    state = TrainerState(PromptSampler(len(prompts.train), config.train.seed, config.data.shuffle))
-    if checkpoint:
-        state.load_state_dict(checkpoint.state)
-    log = stack.enter_context(RunLog(run, config, console, state.wandb_id))
-    state.wandb_id = log.wandb_id
     if not use_gpu:
         policy.start()
     pool.start()
-    if checkpoint:
-        resume(checkpoint, policy, pool, memory)
-    shape = ModelShape.from_hf(model_dir)
-    weight_sync = WeightSync(config, shape, policy, pool, str(shared_directory), state.policy_version)
+    return Processes(policy, pool, memory, graders, supervisor, timer, shared_directory)
+
+
+def _train(
+    config: Config,
+    model_dir: Path,
+    prompts: Prompts,
+    run: RunDirectory,
+    checkpoint: Checkpoint | None,
+    processes: Processes,
+    state: TrainerState,
+    log: RunLog,
+    interruption: Interruption,
+) -> None:
+    """Trains with the started, and perhaps resumed, processes. Raises Stopped after a checkpoint."""
+    policy, pool, memory, timer = processes.policy, processes.pool, processes.memory, processes.timer
+    shape, shared_directory = ModelShape.from_hf(model_dir), str(processes.shared_directory)
+    weight_sync = WeightSync(config, shape, policy, pool, shared_directory, state.policy_version)
     weight_sync.update()
-    producer = GroupProducer(pool, graders, config)
+    producer = GroupProducer(pool, processes.graders, config)
+    rollout_manager = RolloutManager(
+        config, state, prompts, producer, pool, weight_sync, policy, memory, timer, interruption
+    )
     checkpointer = Checkpointer(config, run, model_dir, policy, pool, memory, state, checkpoint)
-    supervisor.started()
+    processes.supervisor.started()
     timer.take()  # The start is no part of a step.
     try:
-        loop.train(
-            config,
-            state,
-            prompts,
-            policy,
-            pool,
-            weight_sync,
-            producer,
-            memory,
-            checkpointer,
-            run,
-            log,
-            timer,
-            interruption,
-        )
+        loop.train(config, state, rollout_manager, policy, memory, checkpointer, run, log, timer)
     except Stopped as stop:
         # Raised before the step changes the policy or the memory.
         path = checkpointer.save_last()
         saved = f"the run goes on from {path}" if path else "nothing is saved (checkpoint.every=0)"
         raise Stopped(f"{stop} after step {state.step - 1}: {saved}", stop.exit_code) from stop
     checkpointer.complete()
-    if config.train.export_hf:
-        console.note(f"the trained model is in {run.hf_export(state.step)}")
 
 
-def resume(checkpoint: Checkpoint, policy: PolicyGroup, pool: EnginePool, memory: ErrorMemory) -> None:
+def resume(checkpoint: Checkpoint, processes: Processes) -> None:
     """Continues from a checkpoint. Under another layout the random states start anew."""
+    policy = processes.policy
     same_layout = checkpoint.layout == asdict(policy.layout)
     policy.load(str(checkpoint.path), same_layout)
-    for damage in memory.restore(str(checkpoint.memory)):
+    for damage in processes.memory.restore(str(checkpoint.memory)):
         logger.warning("the error memory goes on without a part: %s", damage)
-    if not (restore_engines(checkpoint, pool) and same_layout):
+    if not (restore_engines(checkpoint, processes.pool) and same_layout):
         logger.warning("resumed under another layout: random states start anew")
     logger.info("resumed from %s", checkpoint.path)

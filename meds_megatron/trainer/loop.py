@@ -3,29 +3,28 @@
 import logging
 
 from meds_megatron.config import Config
-from meds_megatron.rollout.pool import EnginePool
-from meds_megatron.rollout.producer import GroupProducer, failed_gradings, first_failed_grading
+from meds_megatron.rollout.producer import failed_gradings, first_failed_grading
 from meds_megatron.trainer.checkpointer import Checkpointer
-from meds_megatron.trainer.collect import collect, shortfall, wake_engines
 from meds_megatron.trainer.error_memory import ErrorMemory
-from meds_megatron.trainer.interruption import Interruption
+from meds_megatron.trainer.filtering import shortfall
 from meds_megatron.trainer.policy_group import PolicyGroup
-from meds_megatron.trainer.prompts import Prompts
 from meds_megatron.trainer.report import (
     check_mismatch,
     check_updates,
     sampling_metrics,
+    staleness_metrics,
     throughput_metrics,
+    token_ages,
     training_metrics,
 )
+from meds_megatron.trainer.rollout_manager import RolloutManager
 from meds_megatron.trainer.rollout_table import rollout_columns
 from meds_megatron.trainer.run_dir import RunDirectory
 from meds_megatron.trainer.run_log import RunLog
 from meds_megatron.trainer.scoring import score, training_batch
 from meds_megatron.trainer.state import TrainerState
 from meds_megatron.trainer.timer import PhaseTimer
-from meds_megatron.trainer.validation import validate, validation_due
-from meds_megatron.trainer.weight_sync import WeightSync
+from meds_megatron.trainer.validation import validation_due, validation_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +32,13 @@ logger = logging.getLogger(__name__)
 def train(
     config: Config,
     state: TrainerState,
-    prompts: Prompts,
+    rollout_manager: RolloutManager,
     policy: PolicyGroup,
-    pool: EnginePool,
-    weight_sync: WeightSync,
-    producer: GroupProducer,
     memory: ErrorMemory,
     checkpointer: Checkpointer,
     run: RunDirectory,
     log: RunLog,
     timer: PhaseTimer,
-    interruption: Interruption,
 ) -> None:
     """Trains from `state.step` to `train.steps`; the engines have the policy's weights already.
 
@@ -52,45 +47,40 @@ def train(
     in a row without a finite loss and gradient. Raises Stopped, between two steps, when a stop is requested, and
     RunFailed when a rank or shard died or nothing progresses.
     """
-    if not run.started and validation_due(0, prompts, config):
-        log.log(0, validate(prompts.validation, config, producer, weight_sync, timer, interruption) | timer.take())
+    overlaps = config.train.max_staleness > 0
+    if not run.started and validation_due(0, config):
+        log.log(0, validation_metrics(rollout_manager.validate(), config) | timer.take())
 
     while state.step < config.train.steps:
         state.step += 1
-        # Rollout, reward and group filter, as often as it takes to fill the step.
-        rollouts = collect(
-            state, prompts.train, config, producer, weight_sync, pool, policy, memory, timer, interruption
-        )
+        # Rollout, reward and group filter, until the step is full.
+        rollouts = rollout_manager.collect()
 
-        # The GPUs are the trainer's until the engines wake. One forward pass gives the old log-probs and the
-        # fingerprints, one lookup the earlier mistakes of the same kind: mistakes that recur cost more.
-        with timer("sync"):
-            pool.sleep(keep_weights=False)
-        if config.filter.metric != "shaped":
-            score(rollouts, policy, memory, config, timer)
+        # GPUs that engines share with the trainer are the trainer's until the engines get new weights. One forward pass
+        # gives the old log-probs and the fingerprints, one lookup the earlier mistakes of the same kind: mistakes that
+        # recur cost more.
+        rollout_manager.free_gpus()
+        if not rollouts.is_scored:
+            score(rollouts, policy, memory, config, timer, rollout_manager.wait_for)
         batch, minibatches_B, advantage_metrics = training_batch(rollouts, config)
 
-        # The memory remembers and reclusters while the policy learns.
+        # The memory remembers and reclusters while the policy learns and, with `train.max_staleness`, the engines
+        # generate for later steps.
         memory.remember(*rollouts.lookup_arguments(rollouts.rows_to_remember(config), config))
+        ages_R = token_ages(rollouts, state.policy_version)
         updates = []
         if len(batch):
             with timer("sync"):
                 policy.restore_memory()
             with timer("update"):
-                updates = policy.update(batch, minibatches_B, state.step - 1)
-        with timer("sync"):
-            wake_engines("weights", pool, policy)
-            if updates:
-                weight_sync.update()
-                state.policy_version = weight_sync.version
-            else:
-                weight_sync.refill()
-            wake_engines("kv_cache", pool, policy)
+                updates = rollout_manager.wait_for(policy.update(batch, minibatches_B, state.step - 1))
+        rollout_manager.update_weights(updated=bool(updates))
 
-        metrics = sampling_metrics(rollouts) | pool.metrics() | advantage_metrics
-        metrics |= training_metrics(batch, updates, config.penalty.target)
-        if validation_due(state.step, prompts, config):
-            metrics |= validate(prompts.validation, config, producer, weight_sync, timer, interruption)
+        metrics = sampling_metrics(rollouts) | rollout_manager.metrics() | advantage_metrics
+        metrics |= training_metrics(batch, updates, config.penalty.target, ages_R)
+        metrics |= staleness_metrics(rollouts, batch, ages_R) if overlaps else {}
+        if validation_due(state.step, config):
+            metrics |= validation_metrics(rollout_manager.validate(), config)
         if export_due(state.step, config):
             with timer("export"):
                 policy.export(str(run.hf_export(state.step)))
@@ -98,6 +88,7 @@ def train(
             memory.wait()
             metrics |= memory.metrics()
 
+        state.unfinished = rollout_manager.unfinished_prompts
         state.prompts_seen += len(rollouts.groups)
         state.tokens_seen += len(batch.rollout_logprobs_R)
         metrics |= {"progress/prompts": state.prompts_seen, "progress/tokens": state.tokens_seen} | timer.take()
@@ -112,7 +103,7 @@ def train(
             )
         if skipped := sum(update.skipped for update in updates):
             logger.warning("step %d: loss or gradient not finite: %d updates skipped", state.step, skipped)
-        log.log(state.step, metrics | throughput_metrics(metrics))
+        log.log(state.step, metrics | throughput_metrics(metrics, overlaps))
         columns = rollout_columns(rollouts, batch.advantages_B)
         log.log_responses(state.step, columns)
         if config.train.save_rollouts:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import ray
@@ -13,8 +14,10 @@ from meds_megatron.config import Config, ModelShape
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.launch.placement import Placement, rank_places
 from meds_megatron.supervised import CONCURRENCY_GROUPS
-from meds_megatron.trainer.supervision import Supervisor
+from meds_megatron.trainer.supervision import Pending, Supervisor
 from meds_megatron.weights.resharding.types import SyncSpec
+
+T = TypeVar("T")
 
 CLOSE_SECONDS = 5
 LOCAL_LAYERS = (
@@ -49,25 +52,35 @@ class PolicyGroup:
         if self._config.cluster.device == "cuda" and not all(fused):
             logger.warning(LOCAL_LAYERS)
 
-    def forward(self, batch: TrainBatch, minibatches_B: np.ndarray) -> ForwardOutput:
-        """Results for all rows of `batch`; those of rows without a mini-batch are 0.
+    def forward(self, batch: TrainBatch, minibatches_B: np.ndarray) -> Pending[ForwardOutput]:
+        """Begins a forward pass. Results for all rows of `batch`; those of rows without a mini-batch are 0.
 
         A response's micro-batch has responses of its own mini-batch alone: what it is computed with does not depend on
         others.
         """
         work = self._schedule(batch, minibatches_B, self._config.train.forward_tokens)
         flat = [[rows for micro_batches in minibatches for rows in micro_batches] for minibatches in work.micro_batches]
-        replicas = self._on_shards("forward", batch, work, flat)
-        outputs = [next(output for output in replica if output is not None) for replica in replicas]
-        return scatter(outputs, work.rows, batch.response_lengths_B)
 
-    def update(self, batch: TrainBatch, minibatches_B: np.ndarray, step: int) -> list[UpdateOutput]:
-        """The optimizer steps of training step `step`, one a mini-batch."""
+        def combine(results: list[ForwardOutput | None]) -> ForwardOutput:
+            outputs = [
+                next(output for output in replica if output is not None) for replica in self._by_replica(results)
+            ]
+            return scatter(outputs, work.rows, batch.response_lengths_B)
+
+        return Pending(self._supervisor, self._on_shards("forward", batch, work, flat), combine)
+
+    def update(self, batch: TrainBatch, minibatches_B: np.ndarray, step: int) -> Pending[list[UpdateOutput]]:
+        """Begins the optimizer steps of training step `step`, one a mini-batch."""
         work = self._schedule(batch, minibatches_B, self._config.train.micro_batch_tokens)
-        replicas = self._on_shards("update", batch, work, work.micro_batches, step)
-        # Of each replica only ranks of the last stage have sums, and all of them the same.
-        outputs = [max(replica, key=lambda updates: len(updates[0].token_sums)) for replica in replicas]
-        return [add_up(of_replicas) for of_replicas in zip(*outputs, strict=True)]
+
+        def combine(results: list[list[UpdateOutput]]) -> list[UpdateOutput]:
+            # Of each replica only ranks of the last stage have sums, and all of them the same.
+            replicas = self._by_replica(results)
+            outputs = [max(replica, key=lambda updates: len(updates[0].token_sums)) for replica in replicas]
+            return [add_up(of_replicas) for of_replicas in zip(*outputs, strict=True)]
+
+        calls = self._on_shards("update", batch, work, work.micro_batches, step)
+        return Pending(self._supervisor, calls, combine)
 
     def prepare_weight_sync(self, spec: SyncSpec) -> None:
         """Makes every rank ready to send its share of the weights."""
@@ -127,18 +140,23 @@ class PolicyGroup:
     def _on_all(self, method: str, *args) -> list:
         return self.results([getattr(worker, method).remote(*args) for worker in self._workers])
 
-    def _on_shards(self, method: str, batch: TrainBatch, work: Schedule, micro_batches: list, *args) -> list[list]:
-        """Calls `method` on every rank with its data-parallel rank's rows and micro-batches; results by data-parallel
-        rank."""
+    def _on_shards(
+        self, method: str, batch: TrainBatch, work: Schedule, micro_batches: list, *args
+    ) -> list[ray.ObjectRef]:
+        """Calls `method` on every rank with its data-parallel rank's rows and micro-batches."""
         shards = [ray.put(batch.select(rows)) for rows in work.rows]
         calls = []
         for rank, worker in enumerate(self._workers):
             data = self.layout.coordinates(rank).data
             calls.append(getattr(worker, method).remote(shards[data], micro_batches[data], *args))
-        results: list[list] = [[] for _ in shards]
-        for rank, result in enumerate(self.results(calls)):
-            results[self.layout.coordinates(rank).data].append(result)
-        return results
+        return calls
+
+    def _by_replica(self, results: list[T]) -> list[list[T]]:
+        """Results of all ranks by data-parallel rank."""
+        replicas: list[list[T]] = [[] for _ in range(self.layout.data)]
+        for rank, result in enumerate(results):
+            replicas[self.layout.coordinates(rank).data].append(result)
+        return replicas
 
 
 def scatter(outputs: list[ForwardOutput], rows: list[np.ndarray], lengths_B: np.ndarray) -> ForwardOutput:

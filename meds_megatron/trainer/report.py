@@ -41,12 +41,39 @@ def sampling_metrics(rollouts: RolloutBatch) -> dict[str, float]:
     }
 
 
-def training_metrics(batch: TrainBatch, updates: list[UpdateOutput], target: str) -> dict[str, float]:
-    """Of the responses that are trained on; the mean penalty is of those that `penalty.target` names."""
+def token_ages(rollouts: RolloutBatch, policy_version: int) -> np.ndarray:
+    """int64 [R] age of each token that the step trains on when the policy has `policy_version`: how many updates lie
+    between the weights that drew it and the policy's."""
+    samples = zip(rollouts.samples, rollouts.trained_B, strict=True)
+    versions = [sample.completion.policy_versions_R for sample, trained in samples if trained]
+    return policy_version - np.concatenate([np.zeros(0, dtype=np.int64), *versions])
+
+
+def staleness_metrics(rollouts: RolloutBatch, batch: TrainBatch, ages_R: np.ndarray) -> dict[str, float]:
+    """Age of the tokens that the step trains on, mean and highest; the share of responses during which the weights
+    changed; and how far the policy has moved away from the weights that drew the tokens, fresh ones included: the mean
+    distance of log-probs in nats."""
+    if not len(batch):
+        return {}
+    samples = zip(rollouts.samples, rollouts.trained_B, strict=True)
+    mixed = [bool(sample.completion.later_versions) for sample, trained in samples if trained]
+    return {
+        "staleness/mean": float(ages_R.mean()),
+        "staleness/max": int(ages_R.max()),
+        "staleness/mixed_share": float(np.mean(mixed)),
+        "staleness/logprob_abs_mean": _mismatch(batch, ages_R >= 0)["logprob_abs_mean"],
+    }
+
+
+def training_metrics(
+    batch: TrainBatch, updates: list[UpdateOutput], target: str, ages_R: np.ndarray
+) -> dict[str, float]:
+    """Of the responses that are trained on; the mean penalty is of those that `penalty.target` names, the mismatch of
+    the tokens that the policy's own weights drew."""
     if not len(batch):
         return {}
     targeted_B = np.isin(batch.correct_B, TARGETS[target])
-    mismatch = logprob_mismatch(torch.from_numpy(batch.logprobs_R), torch.from_numpy(batch.rollout_logprobs_R))
+    mismatch = _mismatch(batch, ages_R == 0)
     return {
         "accuracy/kept_mean": float(batch.correct_B.mean()),
         "reward/mean": float(batch.scores_B.mean()),
@@ -56,6 +83,14 @@ def training_metrics(batch: TrainBatch, updates: list[UpdateOutput], target: str
         **{f"mismatch/{name}": value for name, value in mismatch.items()},
         **update_metrics(updates),
     }
+
+
+def _mismatch(batch: TrainBatch, chosen_R: np.ndarray) -> dict[str, float]:
+    """`logprob_mismatch` of the chosen tokens; nothing where there are none."""
+    if not chosen_R.any():
+        return {}
+    logprobs_R, rollout_logprobs_R = batch.logprobs_R[chosen_R], batch.rollout_logprobs_R[chosen_R]
+    return logprob_mismatch(torch.from_numpy(logprobs_R), torch.from_numpy(rollout_logprobs_R))
 
 
 def update_metrics(updates: list[UpdateOutput]) -> dict[str, float]:
@@ -84,14 +119,15 @@ def _update_means(update: UpdateOutput) -> dict[str, float]:
     return means | {"loss": update.loss, "grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
 
 
-def throughput_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """Generated tokens a second, of the step without validation and export, and of generation alone."""
+def throughput_metrics(metrics: dict[str, float], overlaps: bool) -> dict[str, float]:
+    """Generated tokens a second, of the step without validation and export, and of generation alone, unless it
+    `overlaps` with training: `time/rollout` is then what the trainer waits."""
     generated = metrics["response/length_mean"] * metrics["response/count"]
     training_s = metrics["time/step"] - metrics.get("time/validation", 0.0) - metrics.get("time/export", 0.0)
-    return {
-        "throughput/tokens_per_second": generated / training_s,
-        "throughput/rollout_tokens_per_second": generated / metrics["time/rollout"],
-    }
+    rates = {"throughput/tokens_per_second": generated / training_s}
+    if not overlaps:
+        rates["throughput/rollout_tokens_per_second"] = generated / metrics["time/rollout"]
+    return rates
 
 
 def check_mismatch(step: int, metrics: dict[str, float], config: Config) -> None:

@@ -24,7 +24,7 @@ class RolloutBatch:
 
     @classmethod
     def of_groups(cls, groups: list[PromptGroup], config: Config) -> "RolloutBatch":
-        """The groups of one generation batch."""
+        """Finished groups, none of them filtered yet."""
         samples = [sample for group in groups for sample in group.samples]
         batch = TrainBatch.of_responses(
             prompts=[sample.prompt.token_ids for sample in samples],
@@ -38,8 +38,8 @@ class RolloutBatch:
         return cls(groups, batch, [lookup_key(sample, config) for sample in samples])
 
     @classmethod
-    def joined(cls, parts: Sequence["RolloutBatch"]) -> "RolloutBatch":
-        """Several generation batches as one; at least one."""
+    def joined(cls, parts: Sequence["RolloutBatch"], generation_batches: int) -> "RolloutBatch":
+        """Several parts of a step as one; at least one."""
         layers = max((part.batch.fingerprints_BL.shape[1] for part in parts if part.is_scored), default=0)
         for part in parts:
             if part.is_scored and part.batch.fingerprints_BL.shape[1] < layers:
@@ -48,7 +48,7 @@ class RolloutBatch:
         batch = TrainBatch.concatenate([part.batch for part in parts])
         groups = [group for part in parts for group in part.groups]
         batch.groups_B = np.repeat(np.arange(len(groups)), [len(group.samples) for group in groups])
-        return cls(groups, batch, [key for part in parts for key in part.keys_B], len(parts))
+        return cls(groups, batch, [key for part in parts for key in part.keys_B], generation_batches)
 
     @property
     def is_scored(self) -> bool:

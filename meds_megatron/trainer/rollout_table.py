@@ -41,6 +41,7 @@ def rollout_columns(rollouts: RolloutBatch, advantages_K: np.ndarray) -> dict[st
         "advantage": _where(rollouts.trained_B, advantages_B),
         "fingerprint": _where(has_fingerprint_B, batch.fingerprints_BL),
         "policy_version": [completion.policy_version for completion in completions],
+        "later_versions": [list(map(list, completion.later_versions)) for completion in completions],
         "kept": rollouts.kept_B,
     }
 

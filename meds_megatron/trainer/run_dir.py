@@ -39,7 +39,8 @@ ROLLOUT_SCHEMA = pa.schema(
         ("shaped_score", pa.float32()),
         ("advantage", pa.float32()),
         ("fingerprint", pa.list_(pa.float32())),  # one value a layer
-        ("policy_version", pa.int64()),  # of the weights that generated it
+        ("policy_version", pa.int64()),  # of the weights that drew its first token
+        ("later_versions", pa.list_(pa.list_(pa.int64()))),  # others, each with the first token that it drew
         ("kept", pa.bool_()),  # by the group filter
     ]
 )

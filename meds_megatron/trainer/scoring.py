@@ -1,10 +1,12 @@
 """Scores of a step's responses: forward pass, memory lookup, penalty, and from the shaped scores the advantages."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from meds_megatron.actor.schedule import NOT_SCHEDULED, minibatches_of
-from meds_megatron.actor.train_batch import TrainBatch
+from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch
 from meds_megatron.algorithm.advantages import AdvantageInputs, compute_advantages
 from meds_megatron.algorithm.aggregation import aggregation_weights
 from meds_megatron.config import Config
@@ -12,15 +14,24 @@ from meds_megatron.reward.scores import penalties, shape_scores
 from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.trainer.rollout_batch import RolloutBatch
+from meds_megatron.trainer.supervision import Pending
 from meds_megatron.trainer.timer import PhaseTimer
 
 
-def score(rollouts: RolloutBatch, policy: PolicyGroup, memory: ErrorMemory, config: Config, timer: PhaseTimer) -> None:
+def score(
+    rollouts: RolloutBatch,
+    policy: PolicyGroup,
+    memory: ErrorMemory,
+    config: Config,
+    timer: PhaseTimer,
+    wait_for: Callable[[Pending[ForwardOutput]], ForwardOutput],
+) -> None:
     """Fills the batch: log-probs, entropies and fingerprints by one forward pass, cluster sizes by one lookup, and the
     shaped scores that follow (NaN for groups that are neither kept nor remembered, and where the grading failed).
 
     Of responses that are remembered but not trained on, only those with both a key and an answer take a forward pass,
-    and none with `memory.method: answer`, which needs no fingerprints.
+    and none with `memory.method: answer`, which needs no fingerprints. `wait_for` waits for the forward pass
+    (`RolloutManager.wait_for`).
     """
     batch, trained_B = rollouts.batch, rollouts.trained_B
     rows = rollouts.rows_to_remember(config)
@@ -30,7 +41,7 @@ def score(rollouts: RolloutBatch, policy: PolicyGroup, memory: ErrorMemory, conf
     minibatches_B[others] = minibatches_B.max(initial=NOT_SCHEDULED) + 1
     if (minibatches_B != NOT_SCHEDULED).any():
         with timer("forward"):
-            output = policy.forward(batch, minibatches_B)
+            output = wait_for(policy.forward(batch, minibatches_B))
         batch.logprobs_R, batch.entropy_R = output.logprobs_R, output.entropy_R
         batch.fingerprints_BL = output.fingerprints_BL
         batch.fingerprints_BL[(minibatches_B == NOT_SCHEDULED) | (batch.answer_positions_B < 0)] = np.nan

@@ -1,6 +1,6 @@
 """Everything that a restart needs besides weights, optimizer and error memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from meds_megatron.data.sampler import PromptSampler
@@ -8,8 +8,7 @@ from meds_megatron.data.sampler import PromptSampler
 
 @dataclass
 class TrainerState:
-    """Position of a run; only the training loop changes it. Dynamic sampling leaves nothing over: groups beyond a full
-    step are dropped, as published."""
+    """Position of a run; only the training loop and its RolloutManager change it."""
 
     sampler: PromptSampler
     step: int = 0
@@ -21,6 +20,10 @@ class TrainerState:
     """Response tokens trained on."""
     bad_updates: int = 0
     """Consecutive optimizer updates, up to now, that were skipped because loss or gradient was not finite."""
+    unfinished: list[int] = field(default_factory=list)
+    """Prompts, as indices, that were drawn and not trained on or dropped when a step ended, in order: with
+    `train.max_staleness` above 0 their responses were under way, and a resumed run generates them again, with its
+    present weights. Without staleness a step leaves nothing over."""
     wandb_id: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -31,6 +34,8 @@ class TrainerState:
         """Continues where `state` was taken. Raises UserError when it was taken over other data, KeyError when a key is
         missing."""
         self.sampler.load_state_dict(state["sampler"])
+        # A state without the key is of a run without staleness.
+        state = {"unfinished": []} | state
         for name in self._counters():
             setattr(self, name, state[name])
 

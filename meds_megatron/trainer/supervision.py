@@ -2,11 +2,11 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import ray
 
@@ -14,6 +14,8 @@ from meds_megatron.errors import RunFailed, Stopped, UserError
 from meds_megatron.logs import last_words
 from meds_megatron.supervised import SUPERVISION, failed_process, failure_reason, may_run
 from meds_megatron.trainer.interruption import Interruption
+
+T = TypeVar("T")
 
 TICK_SECONDS = 0.25
 SETTLE_SECONDS = 0.75
@@ -67,6 +69,24 @@ class Process:
         if self.place:
             return "process {1} on {0}".format(*self.place)
         return failed_process(self.ended.exception()) if self.ended.done() else "process unknown"
+
+
+@dataclass(frozen=True)
+class Pending(Generic[T]):
+    """Calls of supervised actors that are under way."""
+
+    supervisor: "Supervisor"
+    references: Sequence[ray.ObjectRef]
+    combine: Callable[[list[Any]], T]
+    """Their results, in order, as one."""
+
+    def futures(self) -> list[Future]:
+        """Done when the calls are, each with its result or error."""
+        return [reference.future() for reference in self.references]
+
+    def result(self) -> T:
+        """Waits for the calls. Raises what `Supervisor.results` raises."""
+        return self.combine(self.supervisor.results(self.references))
 
 
 class Supervisor(AbstractContextManager):

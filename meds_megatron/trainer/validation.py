@@ -18,45 +18,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from meds_megatron.config import Config
-from meds_megatron.data.prompts import Prompt
 from meds_megatron.evaluation.statistics import accuracy_metrics
-from meds_megatron.rollout.producer import GroupProducer, failed_gradings
+from meds_megatron.rollout.producer import failed_gradings
 from meds_megatron.rollout.samples import PromptGroup
-from meds_megatron.rollout.settings import Sampling
-from meds_megatron.trainer.interruption import Interruption
-from meds_megatron.trainer.prompts import Prompts
-from meds_megatron.trainer.timer import PhaseTimer
-from meds_megatron.trainer.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
 
 
-def validation_due(step: int, prompts: Prompts, config: Config) -> bool:
-    """Before the first step, every `train.validate_every` steps and after the last one, if there are prompts for it."""
+def validation_due(step: int, config: Config) -> bool:
+    """Before the first step, every `train.validate_every` steps and after the last one, if there is data for it."""
     every = config.train.validate_every
-    return bool(every and prompts.validation) and (step % every == 0 or step == config.train.steps)
+    return bool(every and config.data.validation) and (step % every == 0 or step == config.train.steps)
 
 
-def validate(
-    prompts: Sequence[Prompt],
-    config: Config,
-    producer: GroupProducer,
-    weight_sync: WeightSync,
-    timer: PhaseTimer,
-    interruption: Interruption,
-) -> dict[str, float]:
-    """The metrics of one validation, in which every prompt is generated once; none of a validation during which a stop
-    is requested, so that the step under way can be finished in time."""
-    groups: list[PromptGroup] = []
-    with timer("validation"):
-        # The same draws every time, so that two validations differ by the policy alone.
-        producer.submit(prompts, Sampling.validation(config.rollout), config.train.seed)
-        while producer.busy:
-            if interruption.requested.done():
-                logger.warning("a validation was abandoned: its step has no validation metrics")
-                return {}
-            weight_sync.refill()
-            groups += producer.advance(interruption.requested)
+def validation_metrics(groups: Sequence[PromptGroup], config: Config) -> dict[str, float]:
+    """The metrics of one validation, in which every prompt was generated once; none without groups."""
+    if not groups:
+        return {}
     failed = failed_gradings(groups)
     lengths = [len(sample.completion.token_ids_R) for group in groups for sample in group.samples]
     if failed:

@@ -41,6 +41,14 @@ def test_every_number_has_a_range_and_its_default_lies_in_it():
     ("settings", "expected"),
     [
         (dict(train__steps=0), "train.steps is 0, expected a number above 0"),
+        (
+            dict(train__max_staleness=1, rollout__deterministic=True),
+            "train.max_staleness = 1 trains on groups in the order in which they finish, which rollout.deterministic",
+        ),
+        (
+            dict(train__max_staleness=1, cluster__device="cuda"),
+            "train.max_staleness = 1 generates while the trainer computes, but engines share its GPUs; reserve nodes",
+        ),
         (dict(penalty__alpha=-0.1), "penalty.alpha is -0.1, expected 0 or more"),
         (dict(penalty__alpha=float("nan")), "penalty.alpha is nan"),
         (dict(optimizer__lr=float("inf")), "optimizer.lr is inf"),

@@ -1,4 +1,4 @@
-"""Settings that a config leaves to the plan: the KV cache, and whether the optimizer leaves the GPUs meanwhile."""
+"""Settings that a config leaves open: the KV cache, whether the optimizer leaves the GPUs meanwhile, corrections."""
 
 from pathlib import Path
 
@@ -64,3 +64,13 @@ def test_a_run_that_fits_only_so_moves_its_optimizer():
     assert make_plan(config).refusal is None
     config.train.offload_optimizer = False
     assert "in the phase `generate`" in make_plan(config).refusal
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [([], "none"), (["train.max_staleness=1"], "token"), (["train.max_staleness=1", "policy.importance=none"], "none")],
+)
+def test_stale_responses_are_corrected_unless_the_config_says_otherwise(settings, chosen):
+    config = load_config(CONFIGS / "quickstart.yaml", ["rollout.deterministic=false", *settings])
+    chosen_config = with_choices(config, QWEN["Qwen2.5-0.5B"], CPU, on_gpu=False)
+    assert chosen_config.policy.importance == chosen

@@ -255,6 +255,12 @@ def test_a_run_calibrates_its_own_prediction_exactly(tmp_path):
     assert half.seconds["rollout"] > 300
 
 
+def test_a_run_whose_phases_overlap_cannot_calibrate(tmp_path):
+    save_config(load_config(CONFIGS / "quickstart.yaml", ["train.max_staleness=1"]), tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="phases of a run with train.max_staleness = 1 overlap"):
+        make_plan(load_config(CONFIGS / "quickstart.yaml"), calibrate=tmp_path)
+
+
 def test_a_run_without_steps_cannot_calibrate(tmp_path):
     config = load_config(CONFIGS / "quickstart.yaml")
     with pytest.raises(UserError, match="there is no such config file"):
@@ -285,3 +291,15 @@ def test_a_problem_names_the_kv_cache_where_engines_have_none():
     assert "rollout.kv_cache_gib = 0.1 gives an engine rank 0.1 GiB of KV cache" in make_plan(given).refusal
     left = load_config(CONFIGS / "meds_qwen2.5_32b.yaml", ["rollout.tensor=2", "cluster.gpu_memory_gib=45"])
     assert "the trainer leaves an engine rank 0.0 GiB of KV cache" in problem(left, make_plan(left).memory)
+
+
+def test_engines_that_generate_ahead_shorten_the_step_to_the_longer_half():
+    path = CONFIGS / "meds_qwen2.5_72b.yaml"
+    turns, ahead = (
+        make_plan(load_config(path, ["rollout.nodes=4", "rollout.engines=4", f"train.max_staleness={s}"]))
+        for s in (0, 1)
+    )
+    assert turns.seconds == ahead.seconds
+    trainer = turns.seconds["forward"] + turns.seconds["update"]
+    assert turns.step_seconds == pytest.approx(sum(turns.seconds.values()))
+    assert ahead.step_seconds == pytest.approx(max(trainer, turns.seconds["rollout"]) + turns.seconds["sync"])

@@ -42,10 +42,11 @@ def parts(ray_cluster, tmp_path_factory):
 
 
 def all_groups(producer):
-    groups = []
+    """In the order of submission."""
+    groups = {}
     while producer.busy:
-        groups += producer.advance()
-    return groups
+        groups |= producer.advance()
+    return [groups[number] for number in sorted(groups)]
 
 
 @pytest.mark.parametrize("seed", [1, None])
@@ -53,10 +54,9 @@ def test_groups_hold_graded_completions_of_their_prompts(parts, seed):
     config, pool, graders = parts
     producer = GroupProducer(pool, graders, config)
     assert not producer.busy
-    producer.submit(PROMPTS, SAMPLING, seed)
-    groups = sorted(all_groups(producer), key=lambda group: group.index)
+    assert producer.submit(PROMPTS, SAMPLING, seed) == list(range(30))
+    groups = all_groups(producer)
     assert [group.prompt for group in groups] == PROMPTS
-    assert [group.index for group in groups] == list(range(30))
     for group in groups:
         assert len(group.samples) == 3 and group.kept
         texts = [sample.completion.text for sample in group.samples]
@@ -75,7 +75,7 @@ def test_groups_of_a_seed_are_those_of_one_call_of_the_pool(parts):
     config, pool, graders = parts
     producer = GroupProducer(pool, graders, config)
     producer.submit(PROMPTS, SAMPLING, seed=1)
-    groups = sorted(all_groups(producer), key=lambda group: group.index)
+    groups = all_groups(producer)
     expected = pool.generate([prompt.token_ids for prompt in PROMPTS], SAMPLING, seed=1)
     made = [[sample.completion for sample in group.samples] for group in groups]
     assert comparable(made) == comparable(expected)
@@ -86,7 +86,7 @@ def test_groups_are_graded_while_others_are_decoded(parts):
     producer = GroupProducer(pool, graders, config)
     producer.submit(PROMPTS, SAMPLING, seed=2)
     graders.texts.clear()
-    first = []
+    first = {}
     while not first:
         first = producer.advance()
     assert len(graders.texts) < 3 * len(PROMPTS)

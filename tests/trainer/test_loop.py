@@ -19,6 +19,7 @@ from meds_megatron.trainer import loop
 from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.prompts import Prompts
+from meds_megatron.trainer.rollout_manager import RolloutManager
 from meds_megatron.trainer.state import TrainerState
 from meds_megatron.trainer.supervision import Supervisor
 from meds_megatron.trainer.timer import PhaseTimer
@@ -35,9 +36,11 @@ class ScriptedProducer:
         self._script, self._state, self._graders, self._calls, self._drawn = script, state, graders, calls, 0
         self._submitted: list[Prompt] = []
 
-    def submit(self, prompts, sampling, seed) -> None:
+    def submit(self, prompts, sampling, seed) -> list[int]:
         self._calls.append("generate")
         self._submitted = list(prompts)
+        self._numbers = range(self._drawn * 100, self._drawn * 100 + len(prompts))
+        return list(self._numbers)
 
     @property
     def busy(self) -> bool:
@@ -45,9 +48,9 @@ class ScriptedProducer:
 
     generating = busy
 
-    def advance(self, *_) -> list[PromptGroup]:
+    def advance(self, *_) -> dict[int, PromptGroup]:
         prompts, self._submitted = self._submitted, []
-        return [self._group(prompt) for prompt in prompts]
+        return {number: self._group(prompt) for number, prompt in zip(self._numbers, prompts, strict=True)}
 
     def _group(self, prompt: Prompt) -> PromptGroup:
         letters = self._script(self._state.step, prompt.token_ids[0])
@@ -74,12 +77,12 @@ class ScriptedPolicy:
         """Responses of each forward pass."""
         self.updated: list[int] = []
 
-    def forward(self, batch: TrainBatch, minibatches_B: np.ndarray) -> ForwardOutput:
+    def forward(self, batch: TrainBatch, minibatches_B: np.ndarray) -> SimpleNamespace:
         self.calls.append("forward")
         self.forwarded.append(int((minibatches_B >= 0).sum()))
         zeros_R = np.zeros(len(batch.rollout_logprobs_R), dtype=np.float32)
         fingerprints_BL = np.stack([fingerprint(*tokens) for tokens in batch.tokens_T.reshape(-1, 3)[:, 1:]])
-        return ForwardOutput(zeros_R, zeros_R, fingerprints_BL.astype(np.float32))
+        return done(ForwardOutput(zeros_R, zeros_R, fingerprints_BL.astype(np.float32)))
 
     def free_memory(self) -> None:
         self.calls.append("free")
@@ -87,12 +90,12 @@ class ScriptedPolicy:
     def restore_memory(self) -> None:
         self.calls.append("restore")
 
-    def update(self, batch: TrainBatch, minibatches_B: np.ndarray, step: int) -> list[UpdateOutput]:
+    def update(self, batch: TrainBatch, minibatches_B: np.ndarray, step: int) -> SimpleNamespace:
         assert batch.logprobs_R is not None and np.isfinite(batch.advantages_B).all() and (minibatches_B >= 0).all()
         self.calls.append("update")
         self.updated.append(len(batch))
         sums = dict.fromkeys(("tokens", "kl", "ratio", "clip_fraction", "dual_clip_fraction"), 1.0)
-        return [UpdateOutput(0.0, sums, 0.0, 0.0, skipped=False)]
+        return done([UpdateOutput(0.0, sums, 0.0, 0.0, skipped=False)])
 
 
 class RecordedPool:
@@ -121,6 +124,11 @@ class WeightSyncWithoutEngines:
 
     def refill(self) -> None:
         self._calls.append("refill")
+
+
+def done(result) -> SimpleNamespace:
+    """A call of the ranks that has ended."""
+    return SimpleNamespace(futures=list, result=lambda: result)
 
 
 def fingerprint(habit: int, place: int) -> np.ndarray:
@@ -162,20 +170,29 @@ def train(memories, request):
         state, policy = TrainerState(PromptSampler(problems, seed=0, shuffle=False)), ScriptedPolicy(calls := [])
         rollouts, metrics = [], []
         with GraderPool(1, 5.0) as graders:
-            loop.train(
+            memory, timer = memories(config), PhaseTimer()
+            rollout_manager = RolloutManager(
                 config,
                 state,
                 Prompts(train_prompts, [], 0),
-                policy,
+                ScriptedProducer(script, state, graders, calls),
                 RecordedPool(calls),
                 WeightSyncWithoutEngines(calls),
-                ScriptedProducer(script, state, graders, calls),
-                memories(config),
+                policy,
+                memory,
+                timer,
+                Interruption(),
+            )
+            loop.train(
+                config,
+                state,
+                rollout_manager,
+                policy,
+                memory,
                 SimpleNamespace(step_finished=lambda state: None),
                 SimpleNamespace(started=False, save_rollouts=lambda step, columns: rollouts.append(columns)),
                 SimpleNamespace(log=lambda step, values: metrics.append(values), log_responses=lambda *_: None),
-                PhaseTimer(),
-                Interruption(),
+                timer,
             )
         return rollouts, policy
 

@@ -5,15 +5,28 @@ import pytest
 
 from meds_megatron.actor.train_batch import TrainBatch, UpdateOutput
 from meds_megatron.config import Config
+from meds_megatron.data.problems import Problem
+from meds_megatron.data.prompts import Prompt
 from meds_megatron.errors import UserError
+from meds_megatron.reward.grading import Grade
+from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 from meds_megatron.trainer.checkpoint_files import mark_complete, write_state
-from meds_megatron.trainer.report import check_mismatch, check_updates, training_metrics, update_metrics
+from meds_megatron.trainer.report import (
+    check_mismatch,
+    check_updates,
+    staleness_metrics,
+    token_ages,
+    training_metrics,
+    update_metrics,
+)
+from meds_megatron.trainer.rollout_batch import RolloutBatch
 from meds_megatron.trainer.run_dir import RunDirectory
 
 UPDATES = [
     UpdateOutput(1.5, {"tokens": 10.0, "kl": 0.0, "ratio": 10.0, "clip_fraction": 1.0}, 2.0, 1e-6, skipped=False),
     UpdateOutput(0.5, {"tokens": 30.0, "kl": 3.0, "ratio": 33.0, "clip_fraction": 6.0}, 4.0, 1e-6, skipped=False),
 ]
+AGES_R = np.zeros(3, dtype=np.int64)
 
 
 def batch() -> TrainBatch:
@@ -29,14 +42,42 @@ def batch() -> TrainBatch:
 
 @pytest.mark.parametrize(("target", "mean"), [("wrong", 0.25), ("right", 0.1), ("both", 0.2), ("none", 0.0)])
 def test_the_mean_penalty_is_that_of_the_targeted_responses(target, mean):
-    assert training_metrics(batch(), UPDATES, target)["reward/penalty_mean"] == pytest.approx(mean)
+    assert training_metrics(batch(), UPDATES, target, AGES_R)["reward/penalty_mean"] == pytest.approx(mean)
 
 
 def test_trainer_and_engine_are_compared_token_by_token():
-    metrics = training_metrics(batch(), UPDATES, "wrong")
+    metrics = training_metrics(batch(), UPDATES, "wrong", AGES_R)
     assert metrics["mismatch/logprob_abs_max"] == pytest.approx(0.5)
     assert metrics["mismatch/logprob_abs_mean"] == pytest.approx(0.5 / 3)
-    assert metrics["policy/entropy"] == pytest.approx(0.2)
+
+
+def test_tokens_of_older_weights_are_no_mismatch():
+    metrics = training_metrics(batch(), UPDATES, "wrong", np.array([0, 1, 0]))
+    assert metrics["mismatch/logprob_abs_max"] == 0
+    assert "mismatch/logprob_abs_mean" not in training_metrics(batch(), UPDATES, "wrong", AGES_R + 1)
+
+
+def test_the_age_of_tokens_is_counted_from_the_weights_that_drew_each():
+    prompt = Prompt(Problem("1", "?", "7", "test"), [1])
+    grades = [Grade(True, "graded"), Grade(False, "graded"), Grade(False, "error")]
+    later = [((5, 2), (6, 3)), (), ()]
+    samples = [
+        Sample(
+            prompt, Completion(np.arange(4), np.zeros(4, np.float32), "", "stop", 4, later_versions=changes), grade, 1.0
+        )
+        for changes, grade in zip(later, grades, strict=True)
+    ]
+    rollouts = RolloutBatch.of_groups([PromptGroup(prompt, samples)], Config())
+    ages_R = token_ages(rollouts, policy_version=6)
+    assert ages_R.tolist() == [2, 2, 1, 0, 2, 2, 2, 2]
+    trained = rollouts.batch.select(np.array([0, 1]))
+    trained.logprobs_R = trained.rollout_logprobs_R - np.array([0, 0, 0, 0.8, 0, 0, 0, 0.8], np.float32)
+    assert staleness_metrics(rollouts, trained, ages_R) == {
+        "staleness/mean": pytest.approx(13 / 8),
+        "staleness/max": 2,
+        "staleness/mixed_share": 0.5,
+        "staleness/logprob_abs_mean": pytest.approx(0.2),
+    }
 
 
 def test_every_metric_of_a_loss_is_reported_as_a_mean_over_tokens():
@@ -58,7 +99,7 @@ def test_skipped_updates_are_counted_and_left_out_of_the_means():
     del expected["policy/kl_first_update"]
     assert metrics == expected | {"policy/skipped_updates": 2}
     assert update_metrics([skipped()]) == {"policy/updates": 0, "policy/skipped_updates": 1}
-    assert all(map(math.isfinite, training_metrics(batch(), [*UPDATES, skipped()], "wrong").values()))
+    assert all(map(math.isfinite, training_metrics(batch(), [*UPDATES, skipped()], "wrong", AGES_R).values()))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +127,7 @@ def test_bad_updates_in_a_row_stop_the_run_with_the_last_checkpoint(before, made
 
 
 def test_a_step_that_trains_on_nothing_reports_no_training_metrics():
-    assert training_metrics(batch().select(np.zeros(0, dtype=np.int64)), [], "wrong") == {}
+    assert training_metrics(batch().select(np.zeros(0, dtype=np.int64)), [], "wrong", AGES_R[:0]) == {}
 
 
 def test_engines_that_differ_too_much_stop_the_run():

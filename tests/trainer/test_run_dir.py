@@ -37,6 +37,7 @@ def columns_of(count: int) -> dict:
         "advantage": [None] * count,
         "fingerprint": [np.arange(4, dtype=np.float32)] + [None] * (count - 1),
         "policy_version": np.full(count, 5),
+        "later_versions": [[[6, 2], [7, 3]]] + [[]] * (count - 1),
         "kept": np.zeros(count, dtype=bool),
     }
 

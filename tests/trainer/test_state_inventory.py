@@ -27,6 +27,7 @@ NOT_IN_A_RUN = (
 CHECKPOINT = "in the checkpoint"
 STEP = "empty between two steps"
 START = "made anew when the process starts, from the config and the checkpoint"
+IN_FLIGHT = "empty between two steps or, with train.max_staleness, generated again: the prompts are in the checkpoint"
 NO_EFFECT = "does not change what is learned"
 
 RANDOMNESS = {
@@ -84,20 +85,33 @@ CHANGING = {
         **dict.fromkeys(("_answers", "_claim", "_shared", "_stop_token_ids", "_tokenizer"), START),
         "llm": CHECKPOINT,  # its weights, by the first weight update, and its generators
         "_version": CHECKPOINT,
-        **dict.fromkeys(("_finished", "_next_version", "_numbers"), STEP),
+        **dict.fromkeys(("_finished", "_numbers"), IN_FLIGHT),
+        **dict.fromkeys(("_interrupted", "_next_version"), STEP),
         "_update_failed": START,
     },
     "EngineHealth": dict.fromkeys(("failures_in_a_row", "restarts", "state"), START),
     "EnginePool": {
-        **dict.fromkeys(("_queue", "asleep", "regenerated_prompts", "restarts"), STEP),
+        **dict.fromkeys(("_holds", "asleep", "regenerated_prompts", "restarts"), STEP),
+        "_queue": IN_FLIGHT,
         "finished_requests": NO_EFFECT,
     },
     "CompletenessCheck": {"_received": STEP},
     "Console": dict.fromkeys(("_rows", "_accuracy", "_validation", "_progress"), NO_EFFECT),
     "Interruption": {"_received": START},
     "HostCopies": {"_tensors": NO_EFFECT},
-    "GroupProducer": {"_generating": STEP, "_grading": STEP},
-    "_Grading": {"_unfinished": STEP},
+    "GroupProducer": {"_generating": IN_FLIGHT, "_grading": IN_FLIGHT},
+    "_Grading": {"_unfinished": IN_FLIGHT},
+    "GroupSchedule": {
+        **dict.fromkeys(("_finished", "_generating"), IN_FLIGHT),
+        **dict.fromkeys(("_batches", "_examined", "_is_open", "_kept", "_later_steps"), STEP),
+        "_drawn": "of one step; a resumed run may generate as much again for its first step",
+        **dict.fromkeys(("_recently_filtered", "_recently_kept"), "estimated anew by a resumed run's first steps"),
+        "version": CHECKPOINT,
+    },
+    "RolloutManager": {
+        "_finished": IN_FLIGHT,
+        **dict.fromkeys(("_again", "_indices", "_weight_sync"), CHECKPOINT),
+    },
     "Checkpointer": {"_newest": START, "_state": CHECKPOINT, "_under_way": START},
     "ErrorMemory": {"_pending": STEP, "_saving": NO_EFFECT},
     "Recovery": dict.fromkeys(("furthest", "in_a_row", "progressed", "stopping"), NO_EFFECT),

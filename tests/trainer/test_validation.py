@@ -1,7 +1,5 @@
 """Metrics of a validation: by data set, unbiased in k, and without what could not be graded."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
@@ -10,37 +8,21 @@ from meds_megatron.data.problems import Problem
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.reward.grading import Grade
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
-from meds_megatron.trainer.interruption import Interruption
-from meds_megatron.trainer.timer import PhaseTimer
-from meds_megatron.trainer.validation import validate
+from meds_megatron.trainer.validation import validation_metrics
 
 OUTCOMES = {"R": Grade(True, "graded"), "w": Grade(False, "graded"), "t": Grade(False, "timeout")}
 
 
-class ScriptedProducer:
-    """Groups whose responses are right, wrong or ungraded (R, w, t) as each problem's question spells it."""
-
-    def submit(self, prompts, sampling, seed):
-        self.busy, self._prompts = True, prompts
-        assert all(len(prompt.problem.question) == sampling.responses for prompt in prompts)
-        assert seed is not None, "two validations draw the same samples"
-
-    def advance(self, *_):
-        self.busy = False
-        completion = Completion(np.array([1, 2, 3]), np.zeros(3, np.float32), "", "stop", 0)
-        return [
-            PromptGroup(p, [Sample(p, completion, OUTCOMES[letter], 0.0) for letter in p.problem.question])
-            for p in self._prompts
-        ]
-
-
 def validated(*spelled: tuple[str, str]) -> dict[str, float]:
-    """Metrics of problems given as (data set, outcomes)."""
+    """Metrics of problems given as (data set, outcomes): responses that are right, wrong or ungraded (R, w, t)."""
     config = Config()
     config.rollout.validation_responses = len(spelled[0][1])
-    prompts = [Prompt(Problem(f"{dataset}:{i}", o, "7", dataset), [i]) for i, (dataset, o) in enumerate(spelled)]
-    weight_sync = SimpleNamespace(refill=lambda: None)
-    metrics = validate(prompts, config, ScriptedProducer(), weight_sync, PhaseTimer(), Interruption())
+    completion = Completion(np.array([1, 2, 3]), np.zeros(3, np.float32), "", "stop", 0)
+    groups = []
+    for number, (dataset, letters) in enumerate(spelled):
+        prompt = Prompt(Problem(f"{dataset}:{number}", letters, "7", dataset), [number])
+        groups.append(PromptGroup(prompt, [Sample(prompt, completion, OUTCOMES[letter], 0.0) for letter in letters]))
+    metrics = validation_metrics(groups, config)
     return {name.removeprefix("validation/"): value for name, value in metrics.items()}
 
 

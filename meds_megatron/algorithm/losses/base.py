@@ -60,7 +60,7 @@ def weighted_sum(loss_T: Tensor, inputs: LossInputs, config: PolicyConfig, **met
     `importance_square` and `importance_dropped` describe. `tokens` and `kl`, the (never negative) k3 estimate of
     KL(old || new) in nats, are reported for every loss.
     """
-    if config.importance != "none":
+    if config.importance in ("token", "sequence"):
         importance_T = importance_weights(inputs.old_logprobs_T, inputs.rollout_logprobs_T, inputs.lengths_B, config)
         loss_T = loss_T * importance_T
         metrics_T["importance_weight"] = importance_T

@@ -12,6 +12,7 @@ const GROUPS = [
     { title: "Response length (tokens)", match: /^response\/(length_mean)$/ },
     { title: "Truncated responses", match: /^response\/(truncated_share)$/ },
     { title: "Mismatch of trainer and engine log-probs", match: /^mismatch\/(.+)$/ },
+    { title: "Age of the tokens trained on (policy updates)", match: /^staleness\/(mean|max)$/ },
   ]],
   ["The error memory", [
     { title: "Keys", match: /^memory\/(keys)$/ },

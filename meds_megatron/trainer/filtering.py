@@ -1,0 +1,32 @@
+"""Dynamic sampling: the groups that a step keeps."""
+
+import torch
+
+from meds_megatron.algorithm.group_filter import keep_groups
+from meds_megatron.config import Config, FilterConfig
+from meds_megatron.trainer.rollout_batch import RolloutBatch
+
+
+def mark_kept(rollouts: RolloutBatch, config: FilterConfig, missing: int) -> None:
+    """Keeps the first `missing` groups that have a spread in the filter's metric, and no other. Responses whose grading
+    failed have no metric."""
+    batch = rollouts.batch
+    keep = [True] * len(rollouts.groups)
+    if config.metric != "none":
+        values_B = batch.correct_B if config.metric == "accuracy" else batch.shaped_scores_B
+        keep_B = keep_groups(*map(torch.from_numpy, (values_B, batch.groups_B, rollouts.graded_B)))
+        keep = [bool(keep_B[batch.groups_B == number].all()) for number in range(len(rollouts.groups))]
+    for group, wanted in zip(rollouts.groups, keep, strict=True):
+        group.kept = wanted and missing > 0
+        missing -= group.kept
+
+
+def shortfall(rollouts: RolloutBatch, config: Config) -> str | None:
+    """Half a sentence when the step trains on fewer prompts than it should."""
+    kept, wanted = len(rollouts.kept_groups), config.train.prompts_per_step
+    if kept == wanted:
+        return None
+    return (
+        f"{rollouts.generation_batches} generation batches gave {kept} of {wanted} prompts that pass the filter "
+        f"(filter.metric={config.filter.metric})"
+    )
