@@ -1,10 +1,16 @@
-"""Real ranks for tests: a process group of fresh processes for every case, forked from one that has torch imported."""
+"""Real ranks for tests: a process group of fresh processes for every case, on CPUs forked from one that has torch
+imported."""
 
 import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+
+from meds_megatron.actor.worker import rank_env_vars
+from meds_megatron.bench.processes import placed_on
+from meds_megatron.config import Config
+from tests.devices import rank_gpus
 
 TIMEOUT_SECONDS = 240
 EXIT_SECONDS = 10
@@ -14,13 +20,17 @@ class RankPool:
     """Starts ranks quickly: a server process imports torch and megatron-core once, and every rank is a fork of it.
 
     A rank lives for one case only. gloo keeps threads for every process group that megatron-core makes, so ranks that
-    stayed alive would drown in them.
+    stayed alive would drown in them. Ranks on GPUs are not forks: libraries that the server has imported may have
+    initialised CUDA, which does not survive a fork.
     """
 
-    def __init__(self):
+    def __init__(self, gpus: int):
+        """Cases of up to `gpus` ranks have a GPU for each, all others compute on the CPU."""
         os.environ["OMP_NUM_THREADS"] = "1"
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["meds_megatron.actor.policy", "tests.rank_pool"])
+        self._gpus = gpus
+        self._on_cpu = multiprocessing.get_context("forkserver")
+        self._on_cpu.set_forkserver_preload(["meds_megatron.actor.policy", "tests.rank_pool"])
+        self._on_gpu = multiprocessing.get_context("spawn")
 
     def run(self, world_size: int, function: Callable, *args) -> list:
         """Runs `function(rank, *args)` on ranks 0..world_size-1 of a process group; their results by rank.
@@ -31,11 +41,13 @@ class RankPool:
 
         store = open_store("127.0.0.1", world_size)
         processes, pipes = [], []
-        for rank in range(world_size):
-            ours, theirs = self._context.Pipe()
+        for rank, gpu in enumerate(rank_gpus(world_size, self._gpus)):
+            context = self._on_cpu if gpu is None else self._on_gpu
+            ours, theirs = context.Pipe()
             task = (rank, world_size, store.port, function, args)
-            process = self._context.Process(target=_serve, args=(theirs, task), daemon=True)
-            process.start()
+            process = context.Process(target=_serve, args=(theirs, gpu, task), daemon=True)
+            with placed_on(gpu):
+                process.start()
             theirs.close()
             processes.append(process)
             pipes.append(ours)
@@ -64,9 +76,12 @@ def _receive(pipe: Connection) -> tuple[bool, object]:
         return False, "the process died"
 
 
-def _serve(pipe: Connection, task: tuple) -> None:
-    # Ranks of tests compute on the CPU, also where there are GPUs.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+def _serve(pipe: Connection, gpu: int | None, task: tuple) -> None:
+    if gpu is None:
+        # The server may have been started by others, who see GPUs.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        os.environ.update(rank_env_vars(Config()))
     import torch
 
     from meds_megatron.actor.process_group import join

@@ -18,6 +18,7 @@ from meds_megatron.actor.background_save import HostCopies
 from meds_megatron.actor.checkpoint import PolicySave
 from meds_megatron.actor.process_group import form_groups, join
 from meds_megatron.actor.worker import rank_env_vars
+from meds_megatron.bench.processes import placed_on
 from meds_megatron.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from meds_megatron.config.model_shape import QWEN, ModelShape
 from meds_megatron.model.gpt import build_chunks, transformer_config
@@ -45,7 +46,8 @@ def run(
             ours, theirs = context.Pipe()
             arguments = (theirs, store.port, rank, pipeline, rounds, shape, target)
             ranks.append(context.Process(target=_rank, args=arguments, daemon=True))
-            ranks[-1].start()
+            with placed_on(None):
+                ranks[-1].start()
             theirs.close()
             pipes.append(ours)
         reports = [pipe.recv() for pipe in pipes]

@@ -18,9 +18,9 @@ from meds_megatron.actor.fingerprint import FingerprintCollector
 from meds_megatron.actor.pipeline import run_pipeline
 from meds_megatron.actor.process_group import form_groups, join
 from meds_megatron.actor.train_batch import TrainBatch
+from meds_megatron.bench.processes import placed_on
 from meds_megatron.config import ModelConfig, ParallelConfig
 from meds_megatron.config.model_shape import QWEN, ModelShape
-from meds_megatron.launch.device import take_gpu
 from meds_megatron.model.gpt import PolicyModel, build_chunks, chunk_layers, transformer_config
 from meds_megatron.weights.store import open_store
 
@@ -51,7 +51,8 @@ def run(
         ours, theirs = context.Pipe()
         settings = (gpus > 0, pipeline, responses, tokens, rounds, published_rounds, shape)
         ranks.append(context.Process(target=_rank, args=(theirs, store.port, rank, *settings), daemon=True))
-        ranks[-1].start()
+        with placed_on(rank if gpus else None):
+            ranks[-1].start()
         theirs.close()
         pipes.append(ours)
     reports = [pipe.recv() for pipe in pipes]
@@ -90,8 +91,6 @@ def _rank(
     shape: ModelShape,
 ) -> None:
     torch.set_num_threads(1)
-    if on_gpu:
-        take_gpu(rank)
     device = join("127.0.0.1", port, rank, pipeline)
     parallel = ParallelConfig(pipeline=pipeline)
     form_groups(parallel, seed=0)

@@ -3,22 +3,24 @@
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-from meds_megatron.launch.device import take_gpu
+from meds_megatron.launch.placement import Place, visible_gpus
 
 
 class Member:
     """A process that runs `function(pipe, *arguments)`; the two ends of the pipe exchange what they like."""
 
     def __init__(self, gpu: int | None, function: Callable, *arguments: Any) -> None:
-        """`gpu` is the number of the only GPU that it sees, None for the CPU."""
+        """`gpu` is the number of its GPU, None for the CPU."""
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_run, args=(theirs, gpu, function, arguments), daemon=True)
-        self.process.start()
+        self.process = context.Process(target=_run, args=(theirs, function, arguments), daemon=True)
+        with placed_on(gpu):
+            self.process.start()
         theirs.close()
 
     def call(self, *message: Any) -> Any:
@@ -57,11 +59,37 @@ class _Failure:
         self.text = text
 
 
-def _run(pipe: Connection, gpu: int | None, function: Callable, arguments: tuple) -> None:
-    if gpu is None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    else:
-        take_gpu(gpu)
+@contextmanager
+def placed_on(gpu: int | None) -> Iterator[None]:
+    """While open, processes that are started are on this GPU, counted from 0, as the actors of a run are: the first
+    that they see, followed by the others, whose memory they may open. With None they see none.
+
+    They have the variables from the start: a library that looks for GPUs while it is imported, as the functions that a
+    process runs are, leaves later ones without effect. Float32 matrices are not multiplied in TF32, which Transformer
+    Engine takes for them whatever torch is set to (`cublaslt_gemm.cu`).
+    """
+    visible = "" if gpu is None else ",".join(visible_gpus(Place(0, (gpu,)), _gpu_names()))
+    variables = {"CUDA_VISIBLE_DEVICES": visible, "NVIDIA_TF32_OVERRIDE": "0"}
+    before = {name: os.environ[name] for name in variables if name in os.environ}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def _gpu_names() -> list[str]:
+    """Of this process's GPUs, as CUDA_VISIBLE_DEVICES has them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(number) for number in range(count)] if named is None else named.split(",")[:count]
+
+
+def _run(pipe: Connection, function: Callable, arguments: tuple) -> None:
     try:
         function(pipe, *arguments)
     except EOFError:

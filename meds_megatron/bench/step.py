@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -66,6 +67,8 @@ def _of_model(whole: ModelShape, layers: int, responses: int, rounds: int) -> di
             theirs.close()
             found[form] = ours.recv()
             process.join()
+            # A round of one form takes minutes on a CPU.
+            print(f"meds: {form}: {found[form]['tokens_per_second']:.1f} tokens/s", file=sys.stderr, flush=True)
     speeds = {form: report["tokens_per_second"] for form, report in found.items()}
     over = {f"over_{form}": speeds["packed"] / speeds[form] for form in FORMS[1:]}
     return {**found, **over, "layers": layers, "vocabulary": vocabulary}

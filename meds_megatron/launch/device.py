@@ -2,7 +2,6 @@
 
 import os
 import socket
-from collections.abc import MutableMapping
 
 from meds_megatron.config import ClusterConfig
 from meds_megatron.errors import UserError
@@ -25,12 +24,6 @@ def resolve_device(cluster: ClusterConfig) -> str:
 
     with ray_cluster(cluster):
         return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
-
-
-def take_gpu(number: int, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Leaves a process that has not used CUDA yet only one of its GPUs, counted from 0."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    environment["CUDA_VISIBLE_DEVICES"] = str(number) if visible is None else visible.split(",")[number]
 
 
 def require_gpu() -> None:

@@ -12,6 +12,7 @@ from meds_megatron.actor import checkpoint, optimizer_state
 from meds_megatron.actor.background_save import HostCopies
 from meds_megatron.weights.chunks import local_parameters, local_table, rank_parameters
 from meds_megatron.weights.table import canonical_name
+from tests.devices import this_device
 from tests.model import qwen_cases as cases
 
 State = dict[str, np.ndarray]
@@ -99,8 +100,9 @@ def load_error(rank: int, directory: str, parallel: dict, target: str) -> str:
 
 def draw_random_numbers() -> list[float]:
     with get_cuda_rng_tracker().fork():
-        megatron = torch.rand(()).item()
-    return [random.random(), float(np.random.rand()), torch.rand(()).item(), megatron]
+        megatron = torch.rand((), device=this_device()).item()
+    device = torch.rand((), device=this_device()).item()
+    return [random.random(), float(np.random.rand()), torch.rand(()).item(), device, megatron]
 
 
 def make_policy(directory: str, parallel: dict, dtype: str = "float32"):
@@ -120,14 +122,14 @@ def whole_state(policy) -> State:
     table = local_table(policy.shape, tp_size)
     names = {parameter: row for row, parameter in local_parameters(policy.chunks, table, tp_size)}
     for name, parameter in rank_parameters(policy.chunks, policy.shape, tp_size).items():
-        local[f"weight {name}"] = parameter.detach().float().numpy()
+        local[f"weight {name}"] = parameter.detach().float().cpu().numpy()
     for optimizer in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
         gathered = optimizer.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
         for number, buffer in enumerate(optimizer.buffers):
             (flat,) = gathered[number].values()
             for parameter, (first, stop, _) in buffer.param_index_map.items():
                 for state in optimizer_state.STATES:
-                    values = flat[state][first:stop].view(parameter.shape).numpy()
+                    values = flat[state][first:stop].view(parameter.shape).cpu().numpy()
                     if not names[parameter].copy:
                         local[f"{state} {names[parameter].name}"] = values
     everyone: list = [None] * torch.distributed.get_world_size()

@@ -55,10 +55,10 @@ def test_state_is_the_same_under_another_layout(ranks, tmp_path_factory, tmp_pat
 
 
 @pytest.mark.parametrize("layout", ["TP2xDP2", "PP2xVPP2", "CP2xDP2"])
-def test_training_continues_with_the_same_bits(ranks, tmp_path_factory, tmp_path, layout):
+def test_training_continues_with_the_same_bits(cpu_ranks, tmp_path_factory, tmp_path, layout):
     directory, parallel = str(cases.cached_model(tmp_path_factory, "qwen3 tied")), LAYOUTS[layout]
-    whole = ranks.run(cases.world_size(parallel), on_rank.losses_uninterrupted, directory, parallel, str(tmp_path))
-    resumed = ranks.run(cases.world_size(parallel), on_rank.losses_resumed, directory, parallel, str(tmp_path))
+    whole = cpu_ranks.run(cases.world_size(parallel), on_rank.losses_uninterrupted, directory, parallel, str(tmp_path))
+    resumed = cpu_ranks.run(cases.world_size(parallel), on_rank.losses_resumed, directory, parallel, str(tmp_path))
     assert [losses[2:] for losses in whole] == resumed
     assert whole[0][2] != whole[0][3]
 
@@ -69,9 +69,9 @@ def test_random_states_continue_on_every_rank(ranks, tmp_path_factory, tmp_path)
     assert ranks.run(2, on_rank.random_numbers, *arguments, True) == expected
 
 
-def test_a_rank_that_cannot_write_fails_the_save_on_all(ranks, tmp_path_factory, tmp_path):
+def test_a_rank_that_cannot_write_fails_the_save_on_all(cpu_ranks, tmp_path_factory, tmp_path):
     directory = str(cases.cached_model(tmp_path_factory, "qwen2 tied"))
-    raised = ranks.run(2, on_rank.save_where_one_rank_cannot, directory, dict(tensor=2), str(tmp_path), 50_000)
+    raised = cpu_ranks.run(2, on_rank.save_where_one_rank_cannot, directory, dict(tensor=2), str(tmp_path), 50_000)
     assert raised[1] == f"UserError: {tmp_path} cannot be written (File too large): make space or access there"
     assert raised[0].startswith(f"UserError: saving {tmp_path} failed on rank 1: ")
     assert not (tmp_path / "metadata.json").exists()
@@ -107,11 +107,11 @@ def with_a_program(directory: Path) -> None:
         (with_a_program, "needs "),
     ],
 )
-def test_a_damaged_or_foreign_checkpoint_is_one_sentence(ranks, tmp_path_factory, tmp_path, damage, sentence):
+def test_a_damaged_or_foreign_checkpoint_is_one_sentence(cpu_ranks, tmp_path_factory, tmp_path, damage, sentence):
     directory = str(cases.cached_model(tmp_path_factory, "qwen2 tied"))
-    ranks.run(1, on_rank.train_and_save, directory, {}, str(tmp_path), 0)
+    cpu_ranks.run(1, on_rank.train_and_save, directory, {}, str(tmp_path), 0)
     damage(tmp_path)
-    (raised,) = ranks.run(1, on_rank.load_error, directory, {}, str(tmp_path))
+    (raised,) = cpu_ranks.run(1, on_rank.load_error, directory, {}, str(tmp_path))
     assert raised.startswith(f"UserError: {tmp_path}") and sentence in raised
     assert "\n" not in raised
     assert not Path("owned").exists()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from meds_megatron.actor import logprobs
+from tests.devices import this_device, tolerance
 
 TOKENS, HIDDEN, VOCAB = 37, 16, 50
 
@@ -24,7 +25,7 @@ def in_blocks(rank: int, tensor: int, block_tokens: int, temperature: float) -> 
     from meds_megatron.config import ParallelConfig
 
     form_groups(ParallelConfig(tensor=tensor), seed=0)
-    hidden_RH, head_VH, targets_R = inputs(padded_rows=2)
+    hidden_RH, head_VH, targets_R = (tensor.to(this_device()) for tensor in inputs(padded_rows=2))
     mine_VH = head_VH.chunk(tensor)[parallel_state.get_tensor_model_parallel_rank()].clone().requires_grad_()
     hidden_RH.requires_grad_()
     values_R, entropy_R = logprobs.logprobs_and_entropy(
@@ -35,8 +36,8 @@ def in_blocks(rank: int, tensor: int, block_tokens: int, temperature: float) -> 
         vocab_size=VOCAB,
         block_tokens=block_tokens,
     )
-    (values_R * torch.linspace(-1, 1, TOKENS)).sum().backward()
-    return [t.detach().numpy() for t in (values_R, entropy_R, hidden_RH.grad, mine_VH.grad)]
+    (values_R * torch.linspace(-1, 1, TOKENS, device=values_R.device)).sum().backward()
+    return [t.detach().cpu().numpy() for t in (values_R, entropy_R, hidden_RH.grad, mine_VH.grad)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -52,11 +53,11 @@ def test_values_and_gradients_are_those_of_log_softmax(ranks, tensor, block_toke
 
     found = ranks.run(tensor, in_blocks, tensor, block_tokens, temperature)
     for values_R, entropies_R, grad_hidden_RH, _ in found:
-        assert torch.from_numpy(values_R) == pytest.approx(expected_R.detach(), abs=1e-5)
-        assert torch.from_numpy(entropies_R) == pytest.approx(entropy_R.detach(), abs=1e-5)
-        assert torch.allclose(torch.from_numpy(grad_hidden_RH), hidden_RH.grad, atol=1e-5)
+        assert torch.from_numpy(values_R) == pytest.approx(expected_R.detach(), abs=tolerance(1e-5))
+        assert torch.from_numpy(entropies_R) == pytest.approx(entropy_R.detach(), abs=tolerance(1e-5))
+        assert torch.allclose(torch.from_numpy(grad_hidden_RH), hidden_RH.grad, atol=tolerance(1e-5))
     grad_VH = torch.cat([torch.from_numpy(result[3]) for result in found])
-    assert torch.allclose(grad_VH, head_VH.grad, atol=1e-5)
+    assert torch.allclose(grad_VH, head_VH.grad, atol=tolerance(1e-5))
 
 
 def bfloat16_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -74,10 +75,10 @@ def in_bfloat16(rank: int, tensor: int, with_buffer: bool) -> list[torch.Tensor]
     from meds_megatron.config import ParallelConfig
 
     form_groups(ParallelConfig(tensor=tensor), seed=0)
-    hidden_RH, head_VH, targets_R = bfloat16_inputs()
+    hidden_RH, head_VH, targets_R = (tensor.to(this_device()) for tensor in bfloat16_inputs())
     mine_VH = head_VH.chunk(tensor)[parallel_state.get_tensor_model_parallel_rank()].clone().requires_grad_()
     if with_buffer:
-        mine_VH.main_grad = torch.ones(mine_VH.shape)
+        mine_VH.main_grad = torch.ones(mine_VH.shape, device=mine_VH.device)
     hidden_RH.requires_grad_()
     values_R, _ = logprobs.logprobs_and_entropy(
         tensor_parallel.copy_to_tensor_model_parallel_region(hidden_RH),
@@ -87,11 +88,11 @@ def in_bfloat16(rank: int, tensor: int, with_buffer: bool) -> list[torch.Tensor]
         vocab_size=VOCAB,
         block_tokens=5,
     )
-    (values_R * torch.linspace(-1, 1, TOKENS)).sum().backward()
+    (values_R * torch.linspace(-1, 1, TOKENS, device=values_R.device)).sum().backward()
     if with_buffer:
         assert mine_VH.grad is None
     head_grad_VH = mine_VH.main_grad - 1 if with_buffer else mine_VH.grad
-    return [t.detach().float().numpy() for t in (values_R, hidden_RH.grad, head_grad_VH)]
+    return [t.detach().float().cpu().numpy() for t in (values_R, hidden_RH.grad, head_grad_VH)]
 
 
 @pytest.mark.parametrize(("tensor", "with_buffer"), [(1, True), (2, True), (1, False)])
@@ -105,7 +106,7 @@ def test_bfloat16_weights_have_logits_and_the_heads_gradient_in_float32(ranks, t
     found = ranks.run(tensor, in_bfloat16, tensor, with_buffer)
     grad_VH = torch.cat([torch.from_numpy(result[2]) for result in found])
     for values_R, grad_hidden_RH, _ in found:
-        assert torch.from_numpy(values_R) == pytest.approx(expected_R.detach().float(), abs=1e-5)
+        assert torch.from_numpy(values_R) == pytest.approx(expected_R.detach().float(), abs=tolerance(1e-5))
         error_RH = torch.from_numpy(grad_hidden_RH) - hidden_RH.grad
         assert error_RH.norm() < 2**-8 * hidden_RH.grad.norm()
     # The gradients of single logits are bfloat16; their sums are rounded again only where there is no buffer.
@@ -144,9 +145,9 @@ def peak_bytes(rank: int, tokens: int) -> int:
     return peak_bytes(lambda: logprobs.logprobs_and_entropy(hidden_RH, head_VH, targets_R, **options))
 
 
-def test_no_logits_outlive_their_block(ranks):
+def test_no_logits_outlive_their_block(cpu_ranks):
     """Ten times the tokens must not take ten times the memory: only what is kept a token grows."""
-    (few,), (many,) = (ranks.run(1, peak_bytes, tokens) for tokens in (128, 1280))
+    (few,), (many,) = (cpu_ranks.run(1, peak_bytes, tokens) for tokens in (128, 1280))
     block = 64 * 2000 * 4
     assert block <= few <= 5 * block
     assert many - few < 1280 * 8 * 8

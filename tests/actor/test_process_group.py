@@ -5,6 +5,8 @@ from datetime import timedelta
 import pytest
 import torch
 
+from tests.devices import this_device
+
 LAYOUTS = [(2, 1), (1, 2)]
 
 
@@ -18,7 +20,7 @@ def groups(rank: int, tensor: int, pipeline: int) -> tuple[set[timedelta], list[
 
     form_groups(ParallelConfig(tensor=tensor, pipeline=pipeline), seed=0, timeout_minutes=7)
     made = [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
-    timeouts = {group._get_backend(torch.device("cpu")).options._timeout for group in made}
+    timeouts = {group._get_backend(torch.device(this_device())).options._timeout for group in made}
     gloo = [name for name, value in vars(parallel_state).items() if name.endswith("_GLOO") and value is not None]
     return timeouts, gloo
 

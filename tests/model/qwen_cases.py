@@ -8,6 +8,7 @@ import torch
 from meds_megatron.actor.schedule import Schedule, schedule
 from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch
 from meds_megatron.algorithm.aggregation import aggregation_weights
+from tests.devices import this_device
 
 MODELS = ["qwen2 tied", "qwen2 untied", "qwen3 tied", "qwen3 untied"]
 VOCAB = 260
@@ -97,7 +98,8 @@ def bytes_sent(rank: int, directory: str, parallel: dict) -> int:
     """Bytes that the fingerprints send from this rank to other stages."""
     from meds_megatron.actor.fingerprint import FingerprintCollector
 
-    collector = FingerprintCollector(make_policy(directory, parallel).chunks, train_batch(), "last", "cpu")
+    policy = make_policy(directory, parallel)
+    collector = FingerprintCollector(policy.chunks, train_batch(), "last", policy.device)
     collector.gather(RESPONSES)
     return collector.sent_bytes
 
@@ -166,7 +168,7 @@ def loss_weights(batch: TrainBatch, aggregation: str) -> np.ndarray:
     return weights_B
 
 
-def add_up(results: list[list[dict]]) -> list[dict]:
+def add_up(results: list[list[dict]], parallel: dict) -> list[dict]:
     """Each update's sums over the ranks that have some, and the gradient norm that all ranks must share."""
     whole = []
     for updates in zip(*results, strict=True):
@@ -174,9 +176,9 @@ def add_up(results: list[list[dict]]) -> list[dict]:
         assert max(norms) - min(norms) <= 1e-6 * max(norms)
         of_last_stage = [update for update in updates if "loss" in update]
         total = {name: sum(update[name] for update in of_last_stage) for name in of_last_stage[0]}
-        # Tensor-parallel ranks of the last stage all have the same sums.
-        replicas = len({tuple(update.items()) for update in of_last_stage})
-        whole.append({**total, "grad_norm": max(norms), "loss": total["loss"] * replicas / len(of_last_stage)})
+        # The ranks of a replica's last stage all have the same sums.
+        copies = len(of_last_stage) // parallel.get("data", 1)
+        whole.append({**total, "grad_norm": max(norms), "loss": total["loss"] / copies})
     return whole
 
 
@@ -203,7 +205,7 @@ def make_policy(
     config.optimizer.lr, config.optimizer.warmup_steps = 1e-3, 1
     if not parallel_state.model_parallel_is_initialized():
         form_groups(config.parallel, seed=0)
-    return Policy(config, directory, "cpu")
+    return Policy(config, directory, this_device())
 
 
 _models: dict[str, Path] = {}

@@ -27,9 +27,9 @@ def config_of(parallel: dict, dtype: str) -> Config:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("parallel", [{}, dict(tensor=2), dict(tensor=2, sequence=True)], ids=str)
 @pytest.mark.parametrize("model", MODELS)
-def test_a_layer_keeps_the_predicted_bytes_for_the_backward_pass(ranks, model, parallel, dtype):
+def test_a_layer_keeps_the_predicted_bytes_for_the_backward_pass(cpu_ranks, model, parallel, dtype):
     config = config_of(parallel, dtype)
-    (found,) = ranks.run(1, kept_bytes, MODELS[model], config)
+    (found,) = cpu_ranks.run(1, kept_bytes, MODELS[model], config)
     assert layer_bytes(config, MODELS[model], sum(LENGTHS), on_gpu=False) == found
 
 

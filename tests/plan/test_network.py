@@ -39,16 +39,16 @@ def traffic_of(config: Config, tokens: float):
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("sequence", [False, True])
-def test_tensor_parallel_layers_send_what_is_predicted(ranks, sequence, recompute):
+def test_tensor_parallel_layers_send_what_is_predicted(cpu_ranks, sequence, recompute):
     config = config_of(dict(tensor=2, sequence=sequence), recompute, ranks=2)
-    (found,) = ranks.run(1, sent_by_layers, config)
+    (found,) = cpu_ranks.run(1, sent_by_layers, config)
     traffic = traffic_of(config, tokens=SEQUENCE * ROWS)
     assert (traffic.tensor_forward, traffic.tensor_update) == found
 
 
-def test_context_parallel_layers_send_what_is_predicted(ranks):
+def test_context_parallel_layers_send_what_is_predicted(cpu_ranks):
     config = config_of(dict(context=2), ranks=2)
-    ((forward, update),) = ranks.run(1, sent_by_layers, config)
+    ((forward, update),) = cpu_ranks.run(1, sent_by_layers, config)
     traffic = traffic_of(config, tokens=SEQUENCE * ROWS)
     assert traffic.context_forward == forward
     # These layers keep the keys and values that they have gathered; Transformer Engine's send them again.

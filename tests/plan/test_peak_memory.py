@@ -12,14 +12,14 @@ from meds_megatron.plan.plan import make_plan
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 
-def test_the_quickstarts_ranks_need_what_is_predicted(ranks, tmp_path):
+def test_the_quickstarts_ranks_need_what_is_predicted(cpu_ranks, tmp_path):
     from meds_megatron.embedded import arithmetic_model
 
     tokenizer = arithmetic_model.build_tokenizer()
     arithmetic_model.build_model(tokenizer, 0).save_pretrained(tmp_path)
     config = load_config(QUICKSTART, ["cluster.device=cpu"])
     memory = make_plan(config).memory
-    found = ranks.run(2, peak_bytes, config, str(tmp_path))
+    found = cpu_ranks.run(2, peak_bytes, config, str(tmp_path))
     for stage, measured in enumerate(found):
         predicted = max(demand.total for demand in memory.demands if demand.device.stage == stage)
         assert predicted == pytest.approx(measured, rel=0.25)

@@ -39,7 +39,7 @@ def parts(layout: dict) -> tuple[ParallelConfig, ParallelLayout]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_ranks_bytes_are_those_of_megatron_on_the_meta_device(ranks, model):
+def test_a_ranks_bytes_are_those_of_megatron_on_the_meta_device(cpu_ranks, model):
     shape, cases, expected = QWEN[model], [], []
     for settings in layouts_of(model):
         parallel, layout = parts(settings)
@@ -57,7 +57,7 @@ def test_a_ranks_bytes_are_those_of_megatron_on_the_meta_device(ranks, model):
                             optimizer=sizes.optimizer_bytes(dtype),
                         )
                     )
-    (found,) = ranks.run(1, meta_rank.rank_bytes, cases)
+    (found,) = cpu_ranks.run(1, meta_rank.rank_bytes, cases)
     assert found == expected
 
 
@@ -67,13 +67,13 @@ def test_a_ranks_bytes_are_those_of_megatron_on_the_meta_device(ranks, model):
     ids=str,
 )
 @pytest.mark.parametrize("model", ["qwen2 untied", "qwen3 tied"])
-def test_a_small_models_bytes_are_those_of_real_ranks_with_their_padding(ranks, tmp_path_factory, model, settings):
+def test_a_small_models_bytes_are_those_of_real_ranks_with_their_padding(cpu_ranks, tmp_path_factory, model, settings):
     from meds_megatron.config import ModelShape
 
     directory = qwen_cases.cached_model(tmp_path_factory, model)
     parallel, layout = parts({"data": 1} | settings)
     shape = ModelShape.from_hf(directory)
-    found = ranks.run(layout.ranks, real_bytes, str(directory), {k: v for k, v in settings.items() if k != "data"})
+    found = cpu_ranks.run(layout.ranks, real_bytes, str(directory), {k: v for k, v in settings.items() if k != "data"})
     for rank, bytes_of_rank in enumerate(found):
         where = layout.coordinates(rank)
         sizes = rank_sizes(shape, layout, where.pipeline, where.context + layout.context * where.data)

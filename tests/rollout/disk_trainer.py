@@ -14,9 +14,9 @@ from meds_megatron.weights.resharding.types import StagedBucket, SyncSpec
 
 
 class DiskTrainer:
-    """Gives engines the weights of `directory` through files in `shared`."""
+    """Gives engines the weights of `directory` through files in `shared`, on a GPU through its memory."""
 
-    def __init__(self, directory: Path, shared: Path, engine_tensor: int):
+    def __init__(self, directory: Path, shared: Path, engine_tensor: int, device: str = "cpu"):
         shape = ModelShape.from_hf(directory)
         self.spec = SyncSpec(shape, ParallelLayout(), engine_tensor, "float32", str(shared))
         self.plan = self.spec.plan()
@@ -24,7 +24,8 @@ class DiskTrainer:
         for parameter in self.plan.table.stored:
             parameters[parameter.name] = torch.empty(parameter.local_shape(1))
             weights.fill(parameters[parameter.name], parameter, 0, 1)
-        self._sender = WeightSender(self.spec, 0, parameters, "cpu", "127.0.0.1")
+        parameters = {name: tensor.to(device) for name, tensor in parameters.items()}
+        self._sender = WeightSender(self.spec, 0, parameters, device, "127.0.0.1")
 
     def connect(self, pool: EnginePool) -> None:
         assert len(pool.outcomes(pool.call(pool.ready(), "connect", self.spec, None, {}))) == len(pool.engines)

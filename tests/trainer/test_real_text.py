@@ -8,12 +8,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.devices import gpu_count
+
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, shared_data, cpu_engines):
+def run(tmp_path_factory, shared_data, engine_device):
     directory = tmp_path_factory.mktemp("smoke") / "run"
-    command = [sys.executable, "-m", "meds_megatron.cli", "train", "configs/gsm8k_smoke.yaml", "cluster.device=cpu"]
+    # Two ranks, or one on a machine with one GPU; the engine is on the first one's.
+    ranks = 1 if gpu_count() == 1 else 2
+    command = [sys.executable, "-m", "meds_megatron.cli", "train", "configs/gsm8k_smoke.yaml"]
     command += [
+        f"cluster.device={engine_device(ranks)}",
+        f"cluster.ranks_per_node={ranks}",
+        f"parallel.pipeline={ranks}",
+        "rollout.kv_cache_gib=1",
         f"run_dir={directory}",
         f"cache_dir={tmp_path_factory.mktemp('cache')}",
         f"model.random.tokenizer={shared_data / 'qwen2-tokenizer'}",

@@ -142,7 +142,7 @@ def test_only_the_first_tensor_rank_gets_tensors(ranks, sources, tmp_path):
     assert found == [[1, *layers], [0] * 5, [*layers, 1], [0] * 5]
 
 
-def test_loading_needs_little_more_memory_than_the_weights(ranks, tmp_path):
+def test_loading_needs_little_more_memory_than_the_weights(cpu_ranks, tmp_path):
     sizes = dict(hidden_size=512, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=64)
     names = dict(architectures=["Qwen3ForCausalLM"], tie_word_embeddings=False, rope_theta=1e6)
     config = dict(**sizes, **names, intermediate_size=1024, vocab_size=60_000)
@@ -152,14 +152,14 @@ def test_loading_needs_little_more_memory_than_the_weights(ranks, tmp_path):
         {name: torch.zeros(s, dtype=torch.bfloat16) for name, s in shapes.items()}, tmp_path / "model.safetensors"
     )
     case = Case(tmp_path, tmp_path / "none", dict(tensor=2), "bfloat16")
-    for own_bytes, peak_bytes in ranks.run(2, round_trip.memory_of_loading, case):
+    for own_bytes, peak_bytes in cpu_ranks.run(2, round_trip.memory_of_loading, case):
         assert own_bytes > 60e6
         assert peak_bytes < 1.3 * own_bytes
 
 
-def test_a_failed_export_fails_on_all_ranks_and_leaves_nothing(ranks, sources, tmp_path):
+def test_a_failed_export_fails_on_all_ranks_and_leaves_nothing(cpu_ranks, sources, tmp_path):
     case = Case(sources["qwen3 untied"], tmp_path / "out", dict(tensor=2, pipeline=2))
-    found = ranks.run(4, round_trip.failing_exports, case)
+    found = cpu_ranks.run(4, round_trip.failing_exports, case)
     assert [existing for existing, _ in found][1:] == [f"the export failed on rank 0: {found[0][0]}"] * 3
     assert found[0][0].endswith("out exists already: choose another directory or remove it")
     assert found[2][1].startswith(f"writing the export {case.target / 'other'} failed: ")

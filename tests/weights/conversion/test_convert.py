@@ -50,18 +50,18 @@ def test_there_and_back_is_bit_for_bit(sources, checkpoints, model, tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_chunks_of_any_layout_load_the_checkpoint(ranks, sources, checkpoints, layout):
+def test_chunks_of_any_layout_load_the_checkpoint(cpu_ranks, sources, checkpoints, layout):
     parallel = LAYOUTS[layout]
     cases = [Case(sources[model], checkpoints[model], parallel) for model in MODELS]
-    found = ranks.run(ranks_of(parallel), checkpoint_ranks.differences, cases)
+    found = cpu_ranks.run(ranks_of(parallel), checkpoint_ranks.differences, cases)
     assert found == [[]] * ranks_of(parallel)
 
 
 @pytest.mark.parametrize("layout", SAVED)
-def test_what_ranks_saved_converts_with_its_padding_cut_off(ranks, sources, tmp_path, layout):
+def test_what_ranks_saved_converts_with_its_padding_cut_off(cpu_ranks, sources, tmp_path, layout):
     parallel = SAVED[layout]
     cases = [Case(sources[model], tmp_path / model.replace(" ", "-"), parallel) for model in MODELS]
-    ranks.run(ranks_of(parallel), checkpoint_ranks.save, cases)
+    cpu_ranks.run(ranks_of(parallel), checkpoint_ranks.save, cases)
     for case in cases:
         back = tmp_path / f"{case.target.name}-back"
         to_hf(case.target, back)

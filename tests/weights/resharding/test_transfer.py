@@ -18,6 +18,7 @@ from meds_megatron.weights.resharding.plan import engine_slices
 from meds_megatron.weights.resharding.transfer import WeightReceiver, WeightSender, checksum
 from meds_megatron.weights.resharding.transport import SharedMemory, TransferGroup, open_rendezvous
 from meds_megatron.weights.resharding.types import Rendezvous, SyncSpec
+from tests.devices import this_device
 
 QWEN2 = ModelShape("qwen2", 16, 4, 8, 4, 4, 24, 134, False, 1e6, 1e-6, 64)
 QWEN3 = ModelShape("qwen3", 16, 4, 8, 4, 4, 24, 134, True, 1e6, 1e-6, 64)
@@ -53,8 +54,9 @@ def share(spec: SyncSpec, rank: int) -> dict[str, Tensor]:
     return parameters
 
 
-def sender_of(spec: SyncSpec, rank: int) -> WeightSender:
-    return WeightSender(spec, rank, share(spec, rank), "cpu", "127.0.0.1")
+def sender_of(spec: SyncSpec, rank: int, device: str = "cpu") -> WeightSender:
+    parameters = {name: tensor.to(device) for name, tensor in share(spec, rank).items()}
+    return WeightSender(spec, rank, parameters, device, "127.0.0.1")
 
 
 def wrong_tensors(spec: SyncSpec, engine_rank: int, received: dict[str, Tensor]) -> list[str]:
@@ -62,7 +64,7 @@ def wrong_tensors(spec: SyncSpec, engine_rank: int, received: dict[str, Tensor])
     wrong = []
     for name, whole in hf_tensors(spec).items():
         part = engine_slices(spec.shape, name, tuple(whole.shape), engine_rank, spec.engine_tensor)
-        same = torch.equal(received[name][part], whole[part].to(getattr(torch, spec.dtype)))
+        same = torch.equal(received[name].cpu()[part], whole[part].to(getattr(torch, spec.dtype)))
         if received[name].shape != whole.shape or not same:
             wrong.append(name)
     return wrong
@@ -116,7 +118,7 @@ def send_or_receive(rank: int, spec: SyncSpec, rendezvous: Rendezvous):
     checksums."""
     plan = spec.plan()
     if rank < rendezvous.senders:
-        sender, sums = sender_of(spec, rank), {}
+        sender, sums = sender_of(spec, rank, this_device()), {}
         assert sender.join_group(0, rendezvous, rank)
         for bucket in plan.buckets:
             if spec.layout.coordinates(rank).pipeline == plan.stage(bucket):
@@ -126,7 +128,8 @@ def send_or_receive(rank: int, spec: SyncSpec, rendezvous: Rendezvous):
         (place.pipeline, place.tensor): r for r in range(rendezvous.senders) for place in [spec.layout.coordinates(r)]
     }
     engine_rank = rank - rendezvous.senders
-    receiver = WeightReceiver(spec, engine_rank, "cpu", TransferGroup(rendezvous, rank, "cpu"), members)
+    device = this_device()
+    receiver = WeightReceiver(spec, engine_rank, device, TransferGroup(rendezvous, rank, device), members)
     received, sums = {}, {}
     for bucket in plan.buckets:
         received |= dict(receiver.receive(bucket, {}, checksums=True))
@@ -134,10 +137,10 @@ def send_or_receive(rank: int, spec: SyncSpec, rendezvous: Rendezvous):
     return wrong_tensors(spec, engine_rank, received), sums
 
 
-def test_a_sender_survives_the_loss_of_its_engine(tmp_path, ranks):
+def test_a_sender_survives_the_loss_of_its_engine(tmp_path, cpu_ranks):
     spec = spec_of(CASES[0], tmp_path)
     rendezvous, store = open_rendezvous("127.0.0.1", 1, 1)
-    sent, _ = ranks.run(2, send_to_an_engine_that_leaves, spec, rendezvous)
+    sent, _ = cpu_ranks.run(2, send_to_an_engine_that_leaves, spec, rendezvous)
     assert sent[0] > 0 and sent[-1] == 0
     del store
 
@@ -166,9 +169,12 @@ def test_an_engine_that_does_not_join_is_logged(tmp_path, monkeypatch, caplog):
     assert "bucket 0 is not sent to engine 3: it is not connected" in caplog.text
 
 
-def test_an_engine_that_joins_and_falls_silent_fails_the_connection_in_time(ranks):
+def test_an_engine_that_joins_and_falls_silent_fails_the_connection_in_time(cpu_ranks):
     rendezvous, store = open_rendezvous("127.0.0.1", 1, 1)
-    assert ranks.run(2, connect_to_a_silent_engine, rendezvous) == ["member 0 of the transfer group is gone", "silent"]
+    assert cpu_ranks.run(2, connect_to_a_silent_engine, rendezvous) == [
+        "member 0 of the transfer group is gone",
+        "silent",
+    ]
     del store
 
 
