@@ -271,8 +271,8 @@ def table_of(results: dict[str, Any]) -> str:
             cells = [_cell(*method["summary"][measure]) for measure in MEASURES]
             lines.append(f"| {name} | {len(method['runs'])} | " + " | ".join(cells) + " |")
         lines.append("")
-    if results["unfinished"]:
-        lines += [f"Not finished: {len(results['unfinished'])} runs.", ""]
+        if missing := results["missing"].get(task):
+            lines += [f"Not run yet: {', '.join(f'{name} ({count})' for name, count in missing.items())}.", ""]
     return "\n".join(lines)
 
 
