@@ -109,7 +109,7 @@ def write_plan(
     directory: Path, runs: Path, steps: int, seeds: int, concurrent: int, methods: list[str], more: list[str]
 ) -> None:
     """A sweep file for each task, whose runs are in `runs`. `more` are `key=value` settings of all runs."""
-    shared = SHARED | {"train.steps": steps, "train.validate_every": -(-steps // 4)}
+    shared = SHARED | {"train.steps": steps, "train.validate_every": -(-steps // 2)}
     for setting in more:
         key, equals, value = setting.partition("=")
         if not equals:
@@ -333,7 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (plan, run):
         command.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     plan.add_argument("--runs", type=Path, default=Path("runs/study"), help="directory of the runs")
-    plan.add_argument("--steps", type=int, default=120)
+    plan.add_argument("--steps", type=int, default=60)
     plan.add_argument("--seeds", type=int, default=5)
     plan.add_argument("--concurrent", type=int, default=1, help="runs at a time")
     plan.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all runs")

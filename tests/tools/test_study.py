@@ -184,8 +184,7 @@ def test_the_repositorys_study_has_the_methods_configs_as_they_are(tmp_path):
     study.main(["plan", str(tmp_path)])
     for task in study.TASKS:
         planned, committed = (
-            [(run.name, study.digest(run)) for run in runs_of(directory, task)]
-            for directory in (tmp_path, SOURCE.parents[1] / "assets" / "study")
+            load_sweep(directory / f"{task}.yaml") for directory in (tmp_path, SOURCE.parents[1] / "assets" / "study")
         )
         assert committed == planned
 
