@@ -261,16 +261,13 @@ def table_of(results: dict[str, Any]) -> str:
     """The results as Markdown, a table for each task."""
     lines = []
     for task, methods in results["tasks"].items():
-        lines += [
-            f"### {task}",
-            "",
-            "| method | seeds | " + " | ".join(MEASURES) + " |",
-            "|---" * (2 + len(MEASURES)) + "|",
-        ]
+        lines += [f"### {task}", ""]
+        if methods:
+            lines += ["| method | seeds | " + " | ".join(MEASURES) + " |", "|---" * (2 + len(MEASURES)) + "|"]
         for name, method in methods.items():
             cells = [_cell(*method["summary"][measure]) for measure in MEASURES]
             lines.append(f"| {name} | {len(method['runs'])} | " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += [""] if methods else []
         if missing := results["missing"].get(task):
             lines += [f"Not run yet: {', '.join(f'{name} ({count})' for name, count in missing.items())}.", ""]
     return "\n".join(lines)
@@ -283,17 +280,19 @@ def _cell(mean: float | None, interval: float | None) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """pass@1 against pass@n of every method with their intervals, a panel for each task."""
+    """pass@1 against pass@n of every method with their intervals, a panel for each task that was run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(results["tasks"]), 5), layout="constrained")
-    panels = figure.subplots(1, len(results["tasks"]), squeeze=False)[0]
-    for panel, (task, methods) in zip(panels, results["tasks"].items(), strict=True):
+    drawn = {task: methods for task, methods in results["tasks"].items() if methods}
+    figure = Figure(figsize=(7 * max(len(drawn), 1), 5), layout="constrained")
+    panels = figure.subplots(1, max(len(drawn), 1), squeeze=False)[0]
+    for panel, (task, methods) in zip(panels, drawn.items(), strict=False):
         for name, method in methods.items():
             (x, x_interval), (y, y_interval) = (method["summary"][measure] for measure in ("pass@1", "pass@n"))
-            panel.errorbar(x, y, xerr=x_interval, yerr=y_interval, fmt="o", capsize=2)
-            panel.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            seeds = len(method["runs"])
+            panel.errorbar(x, y, xerr=x_interval, yerr=y_interval, fmt="o", capsize=2, label=f"{name} ({seeds})")
         panel.set(title=task, xlabel="pass@1", ylabel="pass@n")
+        panel.legend(fontsize=8, title="method (seeds)", loc="center left", bbox_to_anchor=(1.0, 0.5))
     unfinished = path.with_name(f".{path.name}")
     figure.savefig(unfinished, format="png", dpi=120)
     os.replace(unfinished, path)
