@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ MEASURED_BY = {
 }
 """Settings that a run may be resumed with and that change its measures."""
 RECORDS = "runs.jsonl"
+RUNS, STEPS, SEEDS = Path("runs/study"), 60, 5
 
 
 def method_settings(method: str) -> dict[str, Any]:
@@ -105,33 +106,46 @@ def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def write_plan(
-    directory: Path, runs: Path, steps: int, seeds: int, concurrent: int, methods: list[str], more: list[str]
-) -> None:
-    """A sweep file for each task, whose runs are in `runs`. `more` are `key=value` settings of all runs."""
-    shared = SHARED | {"train.steps": steps, "train.validate_every": -(-steps // 2)}
+def write_plan(directory: Path, runs: Path, steps: int, more: list[str], **options: Any) -> None:
+    """A sweep file for each task. `more` are `key=value` settings of all runs, the others as in `planned_sweep`."""
+    settings: dict[str, Any] = {}
     for setting in more:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"{setting}: expected key=value, a setting of all runs.")
-        shared[key] = yaml.safe_load(value)
+        settings[key] = yaml.safe_load(value)
     directory.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         path = directory / f"{task}.yaml"
-        sweep = {
-            "name": f"study_{task}",
-            "config": os.path.relpath(BASE, directory.resolve()),
-            "directory": str(runs / task),
-            "settings": shared | {"data.arithmetic_rules": task},
-            "runs": {method: method_settings(method) for method in methods},
-            "seeds": list(range(seeds)),
-            "metrics": [f"validation/pass@{k}" for k in (1, shared["rollout.validation_responses"])],
-            "concurrent": concurrent,
-            "retries": 2,
-            "job": {"nodes": 1, "gpus_per_node": 0, "exclusive": False},
-        }
+        sweep = planned_sweep(task, directory, runs, steps, settings, **options)
         _write(path, yaml.safe_dump(sweep, sort_keys=False))
         expand(load_sweep(path), path)  # Refuses what no run can use.
+
+
+def planned_sweep(
+    task: str,
+    directory: Path,
+    runs: Path = RUNS,
+    steps: int = STEPS,
+    more: dict[str, Any] | None = None,
+    seeds: int = SEEDS,
+    concurrent: int = 1,
+    methods: Sequence[str] = tuple(METHODS),
+) -> dict[str, Any]:
+    """A task's sweep file, which is to be in `directory`, with its runs in `runs` and the settings `more` for all."""
+    shared = SHARED | {"train.steps": steps, "train.validate_every": -(-steps // 2)} | (more or {})
+    return {
+        "name": f"study_{task}",
+        "config": os.path.relpath(BASE, directory.resolve()),
+        "directory": str(runs / task),
+        "settings": shared | {"data.arithmetic_rules": task},
+        "runs": {method: method_settings(method) for method in methods},
+        "seeds": list(range(seeds)),
+        "metrics": [f"validation/pass@{k}" for k in (1, shared["rollout.validation_responses"])],
+        "concurrent": concurrent,
+        "retries": 2,
+        "job": {"nodes": 1, "gpus_per_node": 0, "exclusive": False},
+    }
 
 
 def run_missing(directory: Path, tasks: list[str], methods: list[str], executor: Executor) -> bool:
@@ -309,7 +323,8 @@ def main(arguments: list[str]) -> int:
     directory = given.directory
     try:
         if given.command == "plan":
-            write_plan(directory, given.runs, given.steps, given.seeds, given.concurrent, given.methods, given.set)
+            options = {name: getattr(given, name) for name in ("seeds", "concurrent", "methods")}
+            write_plan(directory, given.runs, given.steps, given.set, **options)
         elif given.command == "run":
             return int(not run_missing(directory, given.tasks, given.methods, given.executor))
         else:
@@ -331,9 +346,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("directory", type=Path)
     for command in (plan, run):
         command.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    plan.add_argument("--runs", type=Path, default=Path("runs/study"), help="directory of the runs")
-    plan.add_argument("--steps", type=int, default=60)
-    plan.add_argument("--seeds", type=int, default=5)
+    plan.add_argument("--runs", type=Path, default=RUNS, help="directory of the runs")
+    plan.add_argument("--steps", type=int, default=STEPS)
+    plan.add_argument("--seeds", type=int, default=SEEDS)
     plan.add_argument("--concurrent", type=int, default=1, help="runs at a time")
     plan.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all runs")
     run.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
