@@ -1,49 +1,42 @@
 """Study of MEDS and its rivals on the two embedded tasks: runs, measures, a table and a picture.
 
     python tools/study.py plan DIR            # writes DIR/per_kind.yaml and DIR/remainder.yaml, sweep files
-    python tools/study.py run DIR             # trains what is not finished, here or as Slurm jobs (--executor slurm)
-    python tools/study.py results DIR         # writes DIR/results.json, DIR/results.md and DIR/results.png
+    python tools/study.py run DIR             # trains what is not recorded, here or as Slurm jobs (--executor slurm)
+    python tools/study.py results DIR         # writes DIR/results.md and DIR/results.png
 
-A sweep file can also be given to `meds sweep`. All runs of a task draw equally many responses: one generation batch a
-step, of which a group filter trains on a part. A study that was interrupted goes on where it stopped, and `results`
-takes what is finished.
+`DIR/runs.jsonl` has a line for every finished run: its measures (`study_measures.py`), a digest of its settings and the
+commit of its code. Runs themselves are in a directory of their own (`plan --runs`) and are not needed afterwards: `run`
+leaves out what is recorded with the same settings, `results` reads the records alone, and records of other settings
+count in neither. So the files of DIR carry a study from one machine to another. Runs of the first seed come first, then
+those of the second: whatever is finished compares all methods.
 
-Measures of a run, with wrong responses those that were graded and are not right:
-
-- `pass@1`, `pass@n`: of the validation after the last step, with n responses to a problem.
-- `wrong_answers`: different wrong final answers in a prompt's group, mean over the groups of the last quarter of steps.
-- `eigenvalue_ratio`: largest eigenvalue of the covariance of the wrong responses' fingerprints over the sum of all, in
-  the last quarter of steps.
-- `ari_fingerprint`, `ari_answer`: adjusted Rand index between the habits that the workings show and the clusters of
-  fingerprints (of the run's memory settings), or the final answers; mean over problems weighted by their responses.
-- `minutes`, `responses`: time of all steps without validation, and responses drawn.
+A sweep file can also be given to `meds sweep`; `run` then records what is finished. All runs of a task draw equally
+many responses: one generation batch a step, of which a group filter trains on a part.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 from scipy.stats import t as student_t
-from sklearn.metrics import adjusted_rand_score
+from study_measures import measure, validations
 
-from meds_megatron.config import Config, MemoryConfig, load_config
-from meds_megatron.embedded.arithmetic import habit_of
+from meds_megatron.config import Config, load_config
+from meds_megatron.config.changes import is_free_to_change
 from meds_megatron.errors import UserError
-from meds_megatron.latex import last_boxed
 from meds_megatron.launch.sweep_config import SEED, SweepRun, expand, load_sweep
-from meds_megatron.launch.sweep_runs import sweep_with_live_table
-from meds_megatron.memory import MemoryShard
-from meds_megatron.memory.statistics import Moments, top_eigenvalue_share
-from meds_megatron.report.run_files import RunFiles, read_columns, read_run, texts_of, vectors_of
-from meds_megatron.reward.answers import answer_class
+from meds_megatron.launch.sweep_runs import Executor, sweep
+from meds_megatron.report.run_files import read_run
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BASE = CONFIGS / "quickstart.yaml"
@@ -65,6 +58,33 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 """Config of each method, and what is changed in it."""
 MEASURES = ("pass@1", "pass@n", "wrong_answers", "eigenvalue_ratio", "ari_fingerprint", "ari_answer", "minutes")
 """Columns of the table."""
+SHARED: dict[str, Any] = {
+    "train.export_hf": False,
+    "filter.max_batches": 1,
+    "rollout.validation_responses": 32,
+    "data.limit_validation": 96,
+    "checkpoint.keep_last": 1,
+    "wandb.enabled": False,
+    # As cheap as may be without a change to what is learned: one process computes all layers.
+    "cluster.ranks_per_node": 1,
+    "parallel.pipeline": 1,
+    "train.micro_batch_tokens": 8192,
+    "train.forward_tokens": 16384,
+    "checkpoint.every": 40,
+    "sync.checksum_every": 0,
+}
+"""Settings of all runs."""
+MEASURED_BY = {
+    "train.steps",
+    "data.validation",
+    "data.limit_validation",
+    "rollout.validation_temperature",
+    "rollout.validation_top_p",
+    "rollout.validation_responses",
+}
+"""Settings that a run may be resumed with and that change its measures."""
+RECORDS = "runs.jsonl"
+RUNS, STEPS, SEEDS = Path("runs/study"), 60, 5
 
 
 def method_settings(method: str) -> dict[str, Any]:
@@ -86,138 +106,145 @@ def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def write_plan(directory: Path, steps: int, seeds: int, concurrent: int, methods: list[str], more: list[str]) -> None:
-    """A sweep file for each task. `more` are `key=value` settings of all runs."""
-    shared = {
-        "train.steps": steps,
-        "train.validate_every": steps,
-        "train.export_hf": False,
-        "filter.max_batches": 1,
-        "rollout.validation_responses": 32,
-        "checkpoint.keep_last": 1,
-        "wandb.enabled": False,
-    }
+def write_plan(directory: Path, runs: Path, steps: int, more: list[str], **options: Any) -> None:
+    """A sweep file for each task. `more` are `key=value` settings of all runs, the others as in `planned_sweep`."""
+    settings: dict[str, Any] = {}
     for setting in more:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"{setting}: expected key=value, a setting of all runs.")
-        shared[key] = yaml.safe_load(value)
+        settings[key] = yaml.safe_load(value)
     directory.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         path = directory / f"{task}.yaml"
-        sweep = {
-            "name": f"study_{task}",
-            "config": str(BASE),
-            "directory": str(directory.absolute() / task),
-            "settings": shared | {"data.arithmetic_rules": task},
-            "runs": {method: method_settings(method) for method in methods},
-            "seeds": list(range(seeds)),
-            "metrics": [f"validation/pass@{k}" for k in (1, shared["rollout.validation_responses"])],
-            "concurrent": concurrent,
-            "retries": 2,
-            "job": {"nodes": 1, "gpus_per_node": 0, "exclusive": False},
-        }
+        sweep = planned_sweep(task, directory, runs, steps, settings, **options)
         _write(path, yaml.safe_dump(sweep, sort_keys=False))
         expand(load_sweep(path), path)  # Refuses what no run can use.
 
 
-def measure(files: RunFiles) -> dict[str, float | None]:
-    """The measures of a finished run; null for one that no response counts in."""
-    last, config = files.metrics[-1], load_config(files.path / "config.yaml")
-    trained = [line for line in files.metrics if line["step"] > 0]
-    seconds = sum(line["time/step"] - line.get("time/validation", 0.0) for line in trained)
-    measures = {
-        "pass@1": last["validation/pass@1"],
-        "pass@n": last[f"validation/pass@{config.rollout.validation_responses}"],
-        "minutes": seconds / 60,
-        "responses": sum(line["response/count"] for line in trained),
+def planned_sweep(
+    task: str,
+    directory: Path,
+    runs: Path = RUNS,
+    steps: int = STEPS,
+    more: dict[str, Any] | None = None,
+    seeds: int = SEEDS,
+    concurrent: int = 1,
+    methods: Sequence[str] = tuple(METHODS),
+) -> dict[str, Any]:
+    """A task's sweep file, which is to be in `directory`, with its runs in `runs` and the settings `more` for all."""
+    shared = SHARED | {"train.steps": steps, "train.validate_every": -(-steps // 2)} | (more or {})
+    return {
+        "name": f"study_{task}",
+        "config": os.path.relpath(BASE, directory.resolve()),
+        "directory": str(runs / task),
+        "settings": shared | {"data.arithmetic_rules": task},
+        "runs": {method: method_settings(method) for method in methods},
+        "seeds": list(range(seeds)),
+        "metrics": [f"validation/pass@{k}" for k in (1, shared["rollout.validation_responses"])],
+        "concurrent": concurrent,
+        "retries": 2,
+        "job": {"nodes": 1, "gpus_per_node": 0, "exclusive": False},
     }
-    first_late = 3 * len(files.rollouts) // 4
-    late, agreement = WrongResponses(), WrongResponses()
-    for number, path in enumerate(files.rollouts):
-        table = read_columns(path, ["key", "group", "prompt", "response", "correct", "outcome", "fingerprint"])
-        agreement.add(table, number)
-        if number >= first_late:
-            late.add(table, number)
-    return measures | late.diversity() | agreement.agreement(config)
 
 
-class WrongResponses:
-    """The wrong responses of some steps."""
+def run_missing(directory: Path, tasks: list[str], methods: list[str], executor: Executor) -> bool:
+    """Trains what is planned and not recorded, and records each run as it ends. False if one failed."""
+    fine = True
+    for task in tasks:
+        path = directory / f"{task}.yaml"
+        recorded = read_records(directory)
+        runs = [run for run in expand(load_sweep(path), path) if method_of(run) in methods]
+        missing = {run.name: run for run in runs if digest(run) not in recorded}
 
-    def __init__(self) -> None:
-        self._group_answers: dict[tuple[int, int], set[str]] = {}
-        self._by_key: dict[str, list[tuple[str, str, np.ndarray]]] = defaultdict(list)
-        """Habit, final answer and fingerprint by memory key, of responses that have all three."""
+        def record_finished(_: Any = None, task: str = task, missing: dict[str, SweepRun] = missing) -> None:
+            for run in [run for run in missing.values() if _is_finished(run)]:
+                print(json.dumps(record(directory, task, missing.pop(run.name))), flush=True)
 
-    def add(self, table: Any, step: int) -> None:
-        """The responses of a step's rollout file."""
-        names = ("key", "prompt", "response", "outcome")
-        texts = zip(*(texts_of(table[name]) for name in names), strict=True)
-        numbers = zip(table["group"].to_pylist(), table["correct"].to_pylist(), strict=True)
-        rows = zip(texts, numbers, vectors_of(table["fingerprint"]), strict=True)
-        for (key, prompt, response, outcome), (group, correct), fingerprint_L in rows:
-            answers = self._group_answers.setdefault((step, group), set())
-            if correct or outcome in ("timeout", "error"):
-                continue
-            answer = answer_class(last_boxed(response) or "")
-            answers.add(answer)
-            habit = habit_of(prompt, response)
-            if habit is not None and np.isfinite(fingerprint_L).all() and len(fingerprint_L):
-                self._by_key[key].append((str(habit), answer, fingerprint_L))
-
-    def diversity(self) -> dict[str, float | None]:
-        """`wrong_answers` and `eigenvalue_ratio`."""
-        counts = [len(answers) for answers in self._group_answers.values()]
-        vectors = [fingerprint_L for rows in self._by_key.values() for *_, fingerprint_L in rows]
-        ratio = None
-        if vectors:
-            ratio = top_eigenvalue_share(*Moments.of_none(len(vectors[0])).plus(np.stack(vectors)))
-        return {"wrong_answers": float(np.mean(counts)), "eigenvalue_ratio": ratio}
-
-    def agreement(self, config: Config) -> dict[str, float | None]:
-        """`ari_fingerprint` and `ari_answer`, over the problems with two such responses or more."""
-        memory = replace(config.memory, method="hdbscan", window=None, budget_gib=None)
-        weights, by_fingerprint, by_answer = [], [], []
-        for rows in self._by_key.values():
-            if len(rows) < 2:
-                continue
-            habits, answers, fingerprints = zip(*rows, strict=True)
-            weights.append(len(rows))
-            by_fingerprint.append(adjusted_rand_score(habits, clusters_of(np.stack(fingerprints), memory)))
-            by_answer.append(adjusted_rand_score(habits, answers))
-        if not weights:
-            return {"ari_fingerprint": None, "ari_answer": None}
-        return {
-            "ari_fingerprint": float(np.average(by_fingerprint, weights=weights)),
-            "ari_answer": float(np.average(by_answer, weights=weights)),
-        }
+        record_finished()
+        if missing:
+            rows = sweep(path, executor, record_finished, only=set(missing))
+            record_finished()
+            fine &= all(row["state"] == "finished" for row in rows)
+    return fine
 
 
-def clusters_of(fingerprints_NL: np.ndarray, config: MemoryConfig) -> list[int]:
-    """Labels that the memory gives a problem's fingerprints; each noise vector is alone with `noise: ignore`."""
-    shard = MemoryShard(config)
-    shard.remember([""] * len(fingerprints_NL), fingerprints_NL)
-    shard.recluster()
-    labels = shard.labels("").tolist()
-    if config.noise == "cluster":
-        return labels
-    return [label if label >= 0 else -1 - place for place, label in enumerate(labels)]
+def record(directory: Path, task: str, run: SweepRun) -> dict[str, Any]:
+    """Adds a finished run to the records; its line."""
+    files = read_run(run.directory)
+    line = {
+        "task": task,
+        "method": method_of(run),
+        "seed": run.differences[SEED],
+        "steps": run.steps,
+        "settings": digest(run),
+        "code": _commit(),
+        "measures": {name: None if value is None else round(value, 5) for name, value in measure(files).items()},
+        "validation": validations(files),
+    }
+    path = directory / RECORDS
+    before = path.read_text() if path.exists() else ""
+    _write(path, before + json.dumps(line) + "\n")
+    return line
+
+
+def _commit() -> str:
+    """The present commit; with `-dirty` where files that decide a run differ from it."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", CONFIGS.parent, *arguments], capture_output=True, text=True)
+
+    unchanged = git("diff", "--quiet", "HEAD", "--", "meds_megatron", "configs").returncode == 0
+    return git("rev-parse", "HEAD").stdout.strip() + ("" if unchanged else "-dirty")
+
+
+def read_records(directory: Path) -> dict[str, dict[str, Any]]:
+    """The recorded runs by the digest of their settings."""
+    path = directory / RECORDS
+    records = {}
+    for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            line = json.loads(text)
+            records[line["settings"]] = {"steps": line["steps"], "measures": dict(line["measures"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} line {number}: expected a JSON object of a run; remove the line.") from error
+    return records
+
+
+def digest(run: SweepRun) -> str:
+    """Hash of the settings that decide a run's measures, those with the schema's default value aside: a setting that is
+    new and off changes nothing."""
+    defaults = dict(_leaves(asdict(Config())))
+    values = dict(_leaves(asdict(load_config(run.arguments[0], run.arguments[1:]))))
+    deciding = {
+        key: value
+        for key, value in values.items()
+        if value != defaults[key] and (key in MEASURED_BY or not is_free_to_change(key))
+    }
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def method_of(run: SweepRun) -> str:
+    return run.name.rpartition(",")[0]
 
 
 def collect_results(directory: Path) -> dict[str, Any]:
-    """By task and method: the measures of every finished run by seed, and mean and half-width of each measure's 95 %
-    interval over the seeds (Student's t; null with fewer than two). `unfinished` are the runs that are not."""
-    results: dict[str, Any] = {"tasks": {}, "unfinished": []}
+    """By task and method: the measures of every recorded run by seed, and mean and half-width of each measure's 95 %
+    interval over the seeds (Student's t; null with fewer than two). `missing` are the planned runs that are not
+    recorded, by task and method, how many."""
+    records = read_records(directory)
+    results: dict[str, Any] = {"tasks": {}, "missing": {}}
     for task in TASKS:
         path = directory / f"{task}.yaml"
         methods: dict[str, dict] = {}
         for run in expand(load_sweep(path), path):
-            if not _is_finished(run):
-                results["unfinished"].append(f"{task}/{run.name}")
+            found = records.get(digest(run))
+            if found is None:
+                of_task = results["missing"].setdefault(task, Counter())
+                of_task[method_of(run)] += 1
                 continue
-            runs = methods.setdefault(run.name.rpartition(",")[0], {"runs": {}})["runs"]
-            runs[str(run.differences[SEED])] = measure(read_run(run.directory))
+            runs = methods.setdefault(method_of(run), {"steps": found["steps"], "runs": {}})["runs"]
+            runs[str(run.differences[SEED])] = found["measures"]
         for method in methods.values():
             by_measure = {name: [run[name] for run in method["runs"].values()] for name in (*MEASURES, "responses")}
             method["summary"] = {name: mean_and_interval(values) for name, values in by_measure.items()}
@@ -248,18 +275,15 @@ def table_of(results: dict[str, Any]) -> str:
     """The results as Markdown, a table for each task."""
     lines = []
     for task, methods in results["tasks"].items():
-        lines += [
-            f"### {task}",
-            "",
-            "| method | seeds | " + " | ".join(MEASURES) + " |",
-            "|---" * (2 + len(MEASURES)) + "|",
-        ]
+        lines += [f"### {task}", ""]
+        if methods:
+            lines += ["| method | seeds | " + " | ".join(MEASURES) + " |", "|---" * (2 + len(MEASURES)) + "|"]
         for name, method in methods.items():
             cells = [_cell(*method["summary"][measure]) for measure in MEASURES]
             lines.append(f"| {name} | {len(method['runs'])} | " + " | ".join(cells) + " |")
-        lines.append("")
-    if results["unfinished"]:
-        lines += [f"Not finished: {len(results['unfinished'])} runs.", ""]
+        lines += [""] if methods else []
+        if missing := results["missing"].get(task):
+            lines += [f"Not run yet: {', '.join(f'{name} ({count})' for name, count in missing.items())}.", ""]
     return "\n".join(lines)
 
 
@@ -270,17 +294,19 @@ def _cell(mean: float | None, interval: float | None) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """pass@1 against pass@n of every method with their intervals, a panel for each task."""
+    """pass@1 against pass@n of every method with their intervals, a panel for each task that was run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(results["tasks"]), 5), layout="constrained")
-    panels = figure.subplots(1, len(results["tasks"]), squeeze=False)[0]
-    for panel, (task, methods) in zip(panels, results["tasks"].items(), strict=True):
+    drawn = {task: methods for task, methods in results["tasks"].items() if methods}
+    figure = Figure(figsize=(7 * max(len(drawn), 1), 5), layout="constrained")
+    panels = figure.subplots(1, max(len(drawn), 1), squeeze=False)[0]
+    for panel, (task, methods) in zip(panels, drawn.items(), strict=False):
         for name, method in methods.items():
             (x, x_interval), (y, y_interval) = (method["summary"][measure] for measure in ("pass@1", "pass@n"))
-            panel.errorbar(x, y, xerr=x_interval, yerr=y_interval, fmt="o", capsize=2)
-            panel.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            seeds = len(method["runs"])
+            panel.errorbar(x, y, xerr=x_interval, yerr=y_interval, fmt="o", capsize=2, label=f"{name} ({seeds})")
         panel.set(title=task, xlabel="pass@1", ylabel="pass@n")
+        panel.legend(fontsize=8, title="method (seeds)", loc="center left", bbox_to_anchor=(1.0, 0.5))
     unfinished = path.with_name(f".{path.name}")
     figure.savefig(unfinished, format="png", dpi=120)
     os.replace(unfinished, path)
@@ -293,36 +319,41 @@ def _write(path: Path, text: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    plan, run, results = (commands.add_parser(name) for name in ("plan", "run", "results"))
-    for command in (plan, run, results):
-        command.add_argument("directory", type=Path)
-    plan.add_argument("--steps", type=int, default=120)
-    plan.add_argument("--seeds", type=int, default=5)
-    plan.add_argument("--concurrent", type=int, default=1, help="runs at a time")
-    plan.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    plan.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all runs")
-    run.add_argument("--executor", choices=["auto", "local", "slurm"], default="local")
-    given = parser.parse_args(arguments)
+    given = _parser().parse_args(arguments)
+    directory = given.directory
     try:
         if given.command == "plan":
-            write_plan(given.directory, given.steps, given.seeds, given.concurrent, given.methods, given.set)
+            options = {name: getattr(given, name) for name in ("seeds", "concurrent", "methods")}
+            write_plan(directory, given.runs, given.steps, given.set, **options)
         elif given.command == "run":
-            rows = [
-                row for task in TASKS for row in sweep_with_live_table(given.directory / f"{task}.yaml", given.executor)
-            ]
-            return int(any(row["state"] == "failed" for row in rows))
+            return int(not run_missing(directory, given.tasks, given.methods, given.executor))
         else:
-            found = collect_results(given.directory)
-            _write(given.directory / "results.json", json.dumps(found, indent=1))
-            _write(given.directory / "results.md", table_of(found))
-            draw(found, given.directory / "results.png")
+            found = collect_results(directory)
+            _write(directory / "results.md", table_of(found))
+            draw(found, directory / "results.png")
             print(table_of(found))
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    plan, run, results = (commands.add_parser(name) for name in ("plan", "run", "results"))
+    for command in (plan, run, results):
+        command.add_argument("directory", type=Path)
+    for command in (plan, run):
+        command.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    plan.add_argument("--runs", type=Path, default=RUNS, help="directory of the runs")
+    plan.add_argument("--steps", type=int, default=STEPS)
+    plan.add_argument("--seeds", type=int, default=SEEDS)
+    plan.add_argument("--concurrent", type=int, default=1, help="runs at a time")
+    plan.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all runs")
+    run.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    run.add_argument("--executor", choices=["auto", "local", "slurm"], default="local")
+    return parser
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from rich.table import Table
 from meds_megatron.errors import UserError
 from meds_megatron.launch.job import run_job
 from meds_megatron.launch.slurm import SlurmJob
-from meds_megatron.launch.sweep_config import SweepConfig, SweepRun, expand, load_sweep
+from meds_megatron.launch.sweep_config import SEED, SweepConfig, SweepRun, expand, load_sweep
 
 POLL_SECONDS = {"local": 2.0, "slurm": 15.0}
 LOST_SECONDS = 30.0
@@ -40,14 +40,20 @@ Executor = Literal["auto", "slurm", "local"]
 State = Literal["waiting", "submitted", "finished", "failed"]
 
 
-def sweep(path: str | Path, executor: Executor = "auto", report: Callable[[Table], None] | None = None) -> list[dict]:
+def sweep(
+    path: str | Path,
+    executor: Executor = "auto",
+    report: Callable[[Table], None] | None = None,
+    only: Container[str] | None = None,
+) -> list[dict]:
     """Runs the sweep in a YAML file to its end; the rows of its table, which `directory`/results.csv holds too.
 
-    `auto` submits to Slurm where there is an sbatch. `report` is called with the table whenever it changes. Raises
-    UserError for a mistake in the file, before any run is submitted.
+    `auto` submits to Slurm where there is an sbatch. `report` is called with the table whenever it changes. `only` are
+    the names of the runs to take, by default all. Raises UserError for a mistake in the file, before any run is
+    submitted.
     """
     config = load_sweep(path)
-    runs = expand(config, path)
+    runs = [run for run in expand(config, path) if only is None or run.name in only]
     if executor == "auto":
         executor = "slurm" if shutil.which("sbatch") else "local"
     return Sweep(config, runs, executor).run(report or (lambda table: None))
@@ -137,7 +143,10 @@ class Sweep:
             elif tracked.state == "waiting" and not tracked.attempts and _is_complete(tracked):
                 tracked.state = "finished"
         free = self._concurrent - sum(tracked.state == "submitted" for tracked in self._tracked)
-        for tracked in [tracked for tracked in self._tracked if tracked.state == "waiting"][: max(free, 0)]:
+        waiting = [tracked for tracked in self._tracked if tracked.state == "waiting"]
+        # Seed by seed: what is finished then compares all settings.
+        waiting.sort(key=lambda tracked: self._config.seeds.index(tracked.run.differences[SEED]))
+        for tracked in waiting[: max(free, 0)]:
             self._submit(tracked)
 
     def _stop_local_runs(self) -> None:

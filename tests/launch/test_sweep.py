@@ -112,6 +112,29 @@ def test_local_runs_have_gpus_of_their_own(tmp_path, monkeypatch):
         Sweep(load_sweep(file), expand(load_sweep(file), file), "local")
 
 
+def test_the_runs_of_a_seed_are_submitted_before_those_of_the_next(tmp_path, monkeypatch):
+    file = write(tmp_path, "grid: {penalty.alpha: [0.1, 0.02]}\nseeds: [3, 1]\nconcurrent: 3\n")
+    runs = Sweep(load_sweep(file), expand(load_sweep(file), file), "local")
+    taken = []
+    monkeypatch.setattr(runs._executor, "submit", lambda _, arguments, visible: taken.append(arguments) or SimpleJob)
+    runs._update()
+    names = [next(entry for entry in arguments if entry.startswith("name=")) for arguments in taken]
+    assert [name.partition(".")[2].strip('"') for name in names] == [
+        "alpha=0.1,seed=3",
+        "alpha=0.02,seed=3",
+        "alpha=0.1,seed=1",
+    ]
+
+
+def test_only_the_named_runs_are_taken(tmp_path):
+    file = write(tmp_path, "settings: {train.steps: 7}\nseeds: [0, 1, 2]\n")
+    for seed in (0, 2):
+        directory = tmp_path / "runs" / f"seed={seed}"
+        directory.mkdir(parents=True)
+        (directory / "metrics.jsonl").write_text(json.dumps({"step": 7}) + "\n")
+    assert [row["run"] for row in sweep(file, executor="local", only={"seed=2", "seed=0"})] == ["seed=0", "seed=2"]
+
+
 class SimpleJob:
     job_id = "1"
 

@@ -1,13 +1,16 @@
-"""The study's plans, and its measures on runs that are written by hand."""
+"""The study's plans and records, and its measures on runs that are written by hand."""
 
 import importlib.util
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from scipy import stats
 
 from meds_megatron.config import load_config, save_config
@@ -20,7 +23,9 @@ from meds_megatron.trainer.run_dir import ROLLOUT_SCHEMA
 SOURCE = Path(__file__).parents[2] / "tools" / "study.py"
 specification = importlib.util.spec_from_file_location("study", SOURCE)
 study = importlib.util.module_from_spec(specification)
+sys.path.append(str(SOURCE.parent))  # Of study_measures.
 specification.loader.exec_module(study)
+study_measures = sys.modules["study_measures"]
 
 EXPRESSION = Expression(7, 6, 4, 5)
 
@@ -35,18 +40,29 @@ def test_a_methods_settings_make_its_config_of_the_base(method):
     assert other == [] and {line.partition(":")[0] for line in free} <= {"name", "run_dir"}
 
 
+METHODS = ("dapo", "meds_recommended")
+
+
+def plan(directory: Path, *settings: str, steps: int = 4) -> Path:
+    arguments = ["plan", str(directory), "--runs", str(directory / "runs"), "--steps", str(steps), "--seeds", "2"]
+    assert study.main([*arguments, "--methods", *METHODS, "--set", "rollout.validation_responses=8", *settings]) == 0
+    return directory
+
+
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("study")
-    arguments = ["plan", str(directory), "--steps", "4", "--seeds", "2", "--methods", "dapo", "meds_recommended"]
-    assert study.main([*arguments, "--set", "rollout.validation_responses=8"]) == 0
-    return directory
+    return plan(tmp_path_factory.mktemp("study"))
+
+
+def runs_of(directory: Path, task: str) -> list:
+    file = directory / f"{task}.yaml"
+    return expand(load_sweep(file), file)
 
 
 def test_a_plan_is_two_sweeps_whose_runs_draw_equally_many_responses(planned):
     for task in study.TASKS:
-        runs = expand(load_sweep(planned / f"{task}.yaml"), task)
-        names = [f"{method},seed={seed}" for method in ("dapo", "meds_recommended") for seed in (0, 1)]
+        runs = runs_of(planned, task)
+        names = [f"{method},seed={seed}" for method in METHODS for seed in (0, 1)]
         assert [run.name for run in runs] == names
         configs = [load_config(run.arguments[0], run.arguments[1:]) for run in runs]
         drawn = {(c.train.prompts_per_step, c.rollout.responses_per_prompt, c.filter.max_batches) for c in configs}
@@ -96,15 +112,28 @@ def finish(run, pass_1: float, steps: int) -> None:
     (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_results_of_finished_runs(planned, capsys):
+@pytest.fixture(scope="module")
+def recorded_once(planned) -> Path:
+    """A study whose runs of DAPO are finished, recorded and gone."""
     for task in study.TASKS:
-        runs = expand(load_sweep(planned / f"{task}.yaml"), task)
+        runs = runs_of(planned, task)
         finish(runs[0], 0.2, steps=4)
         finish(runs[1], 0.3, steps=4)
         finish(runs[2], 0.3, steps=3)  # of 4
-    assert study.main(["results", str(planned)]) == 0
-    results = json.loads((planned / "results.json").read_text())
-    assert results["unfinished"] == [f"{task}/meds_recommended,seed={seed}" for task in study.TASKS for seed in (0, 1)]
+    assert study.main(["run", str(planned), "--methods", "dapo"]) == 0
+    shutil.rmtree(planned / "runs")
+    return planned
+
+
+@pytest.fixture
+def recorded(recorded_once, tmp_path) -> Path:
+    """A copy of that study."""
+    return Path(shutil.copytree(recorded_once, tmp_path, dirs_exist_ok=True))
+
+
+def test_results_of_recorded_runs(recorded, capsys):
+    results = study.collect_results(recorded)
+    assert results["missing"] == {task: {"meds_recommended": 2} for task in study.TASKS}
     found = results["tasks"]["remainder"]["dapo"]
     run = found["runs"]["0"]
     assert (run["minutes"], run["responses"], run["pass@n"]) == (4.0, 104, 0.4)
@@ -117,10 +146,51 @@ def test_results_of_finished_runs(planned, capsys):
     mean, half = found["summary"]["pass@1"]
     low, high = stats.t.interval(0.95, 1, loc=0.25, scale=stats.sem([0.2, 0.3]))
     assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
-    assert (planned / "results.png").read_bytes().startswith(b"\x89PNG")
-    table = (planned / "results.md").read_text()
-    assert "| dapo | 2 | 0.250 ± 0.635 |" in table and "Not finished: 4 runs." in table
+    assert study.main(["results", str(recorded)]) == 0
+    assert (recorded / "results.png").read_bytes().startswith(b"\x89PNG")
+    table = (recorded / "results.md").read_text()
+    assert "| dapo | 2 | 0.250 ± 0.635 |" in table and "Not run yet: meds_recommended (2)." in table
     assert table in capsys.readouterr().out
+
+
+def test_what_is_recorded_is_not_run_again_and_the_file_is_enough_for_that(recorded):
+    """Nothing here could train a model: `run` would fail."""
+    lines = (recorded / study.RECORDS).read_text()
+    assert study.main(["run", str(recorded), "--methods", "dapo"]) == 0
+    assert (recorded / study.RECORDS).read_text() == lines and not (recorded / "runs").exists()
+    record = json.loads(lines.splitlines()[0])
+    assert (record["task"], record["method"], record["seed"], record["steps"]) == ("per_kind", "dapo", 0, 4)
+    assert record["validation"] == {"4": [0.2, 0.4]}
+    assert len(record["code"].removesuffix("-dirty")) == 40
+
+
+@pytest.mark.parametrize(
+    "setting, counts",
+    [
+        ("cluster.threads_per_rank=2", True),
+        ("checkpoint.every=7", True),
+        ("optimizer.lr=1e-3", False),
+        ("data.limit_validation=8", False),
+    ],
+)
+def test_records_count_where_the_settings_that_decide_a_run_are_the_same(recorded, setting, counts):
+    plan(recorded, setting)
+    found = {method for methods in study.collect_results(recorded)["tasks"].values() for method in methods}
+    assert found == ({"dapo"} if counts else set())
+
+
+def test_a_damaged_record_is_named(recorded, capsys):
+    with open(recorded / study.RECORDS, "a") as file:
+        file.write('{"task": "per_kind"\n')
+    assert study.main(["results", str(recorded)]) == 1
+    assert f"{study.RECORDS} line 5: expected a JSON object of a run" in capsys.readouterr().err
+
+
+def test_the_repositorys_study_has_the_methods_configs_as_they_are():
+    """`results` leaves out records of other settings, so a changed config needs a new plan."""
+    directory = SOURCE.parents[1] / "assets" / "study"
+    for task in study.TASKS:
+        assert yaml.safe_load((directory / f"{task}.yaml").read_text()) == study.planned_sweep(task, directory)
 
 
 def test_noise_is_a_cluster_or_no_cluster_as_the_runs_memory_has_it():
@@ -128,13 +198,16 @@ def test_noise_is_a_cluster_or_no_cluster_as_the_runs_memory_has_it():
     angles = np.radians([0, 1, 2.5, 88, 90, 176, 267])
     fingerprints = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     config.noise = "cluster"
-    assert study.clusters_of(fingerprints, config)[-2:] == [-1, -1]
+    assert study_measures.clusters_of(fingerprints, config)[-2:] == [-1, -1]
     config.noise = "ignore"
-    labels = study.clusters_of(fingerprints, config)
+    labels = study_measures.clusters_of(fingerprints, config)
     assert labels[:5] == [labels[0]] * 3 + [labels[3]] * 2 and len(set(labels)) == 4
 
 
 def test_measures_that_nothing_counts_in_are_left_out_of_means():
     assert study.mean_and_interval([None, None]) == [None, None]
     assert study.mean_and_interval([None, 2.0]) == [2.0, None]
-    assert study.WrongResponses().agreement(load_config(study.BASE)) == {"ari_fingerprint": None, "ari_answer": None}
+    assert study_measures.WrongResponses().agreement(load_config(study.BASE)) == {
+        "ari_fingerprint": None,
+        "ari_answer": None,
+    }

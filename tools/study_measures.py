@@ -1,0 +1,121 @@
+"""Measures of a finished run of the study (`study.py`).
+
+With wrong responses those that were graded and are not right:
+
+- `pass@1`, `pass@n`: of the validation after the last step, with n responses to a problem.
+- `wrong_answers`: different wrong final answers in a prompt's group, mean over the groups of the last quarter of steps.
+- `eigenvalue_ratio`: largest eigenvalue of the covariance of the wrong responses' fingerprints over the sum of all, in
+  the last quarter of steps.
+- `ari_fingerprint`, `ari_answer`: adjusted Rand index between the habits that the workings show and the clusters of
+  fingerprints (of the run's memory settings), or the final answers; mean over problems weighted by their responses.
+- `minutes`, `responses`: time of all steps without validation, and responses drawn.
+"""
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import adjusted_rand_score
+
+from meds_megatron.config import Config, MemoryConfig, load_config
+from meds_megatron.embedded.arithmetic import habit_of
+from meds_megatron.latex import last_boxed
+from meds_megatron.memory import MemoryShard
+from meds_megatron.memory.statistics import Moments, top_eigenvalue_share
+from meds_megatron.report.run_files import RunFiles, read_columns, texts_of, vectors_of
+from meds_megatron.reward.answers import answer_class
+
+
+def measure(files: RunFiles) -> dict[str, float | None]:
+    """The measures of a finished run; null for one that no response counts in."""
+    last, config = files.metrics[-1], load_config(files.path / "config.yaml")
+    trained = [line for line in files.metrics if line["step"] > 0]
+    seconds = sum(line["time/step"] - line.get("time/validation", 0.0) for line in trained)
+    measures = {
+        "pass@1": last["validation/pass@1"],
+        "pass@n": last[f"validation/pass@{config.rollout.validation_responses}"],
+        "minutes": seconds / 60,
+        "responses": sum(line["response/count"] for line in trained),
+    }
+    first_late = 3 * len(files.rollouts) // 4
+    late, agreement = WrongResponses(), WrongResponses()
+    for number, path in enumerate(files.rollouts):
+        table = read_columns(path, ["key", "group", "prompt", "response", "correct", "outcome", "fingerprint"])
+        agreement.add(table, number)
+        if number >= first_late:
+            late.add(table, number)
+    return measures | late.diversity() | agreement.agreement(config)
+
+
+def validations(files: RunFiles) -> dict[str, list[float]]:
+    """`pass@1` and `pass@n` by step, of every validation."""
+    largest = f"validation/pass@{load_config(files.path / 'config.yaml').rollout.validation_responses}"
+    return {
+        str(line["step"]): [round(line["validation/pass@1"], 5), round(line[largest], 5)]
+        for line in files.metrics
+        if largest in line
+    }
+
+
+class WrongResponses:
+    """The wrong responses of some steps."""
+
+    def __init__(self) -> None:
+        self._group_answers: dict[tuple[int, int], set[str]] = {}
+        self._by_key: dict[str, list[tuple[str, str, np.ndarray]]] = defaultdict(list)
+        """Habit, final answer and fingerprint by memory key, of responses that have all three."""
+
+    def add(self, table: Any, step: int) -> None:
+        """The responses of a step's rollout file."""
+        names = ("key", "prompt", "response", "outcome")
+        texts = zip(*(texts_of(table[name]) for name in names), strict=True)
+        numbers = zip(table["group"].to_pylist(), table["correct"].to_pylist(), strict=True)
+        rows = zip(texts, numbers, vectors_of(table["fingerprint"]), strict=True)
+        for (key, prompt, response, outcome), (group, correct), fingerprint_L in rows:
+            answers = self._group_answers.setdefault((step, group), set())
+            if correct or outcome in ("timeout", "error"):
+                continue
+            answer = answer_class(last_boxed(response) or "")
+            answers.add(answer)
+            habit = habit_of(prompt, response)
+            if habit is not None and np.isfinite(fingerprint_L).all() and len(fingerprint_L):
+                self._by_key[key].append((str(habit), answer, fingerprint_L))
+
+    def diversity(self) -> dict[str, float | None]:
+        """`wrong_answers` and `eigenvalue_ratio`."""
+        counts = [len(answers) for answers in self._group_answers.values()]
+        vectors = [fingerprint_L for rows in self._by_key.values() for *_, fingerprint_L in rows]
+        ratio = None
+        if vectors:
+            ratio = top_eigenvalue_share(*Moments.of_none(len(vectors[0])).plus(np.stack(vectors)))
+        return {"wrong_answers": float(np.mean(counts)), "eigenvalue_ratio": ratio}
+
+    def agreement(self, config: Config) -> dict[str, float | None]:
+        """`ari_fingerprint` and `ari_answer`, over the problems with two such responses or more."""
+        memory = replace(config.memory, method="hdbscan", window=None, budget_gib=None)
+        weights, by_fingerprint, by_answer = [], [], []
+        for rows in self._by_key.values():
+            if len(rows) < 2:
+                continue
+            habits, answers, fingerprints = zip(*rows, strict=True)
+            weights.append(len(rows))
+            by_fingerprint.append(adjusted_rand_score(habits, clusters_of(np.stack(fingerprints), memory)))
+            by_answer.append(adjusted_rand_score(habits, answers))
+        if not weights:
+            return {"ari_fingerprint": None, "ari_answer": None}
+        return {
+            "ari_fingerprint": float(np.average(by_fingerprint, weights=weights)),
+            "ari_answer": float(np.average(by_answer, weights=weights)),
+        }
+
+
+def clusters_of(fingerprints_NL: np.ndarray, config: MemoryConfig) -> list[int]:
+    """Labels that the memory gives a problem's fingerprints; each noise vector is alone with `noise: ignore`."""
+    shard = MemoryShard(config)
+    shard.remember([""] * len(fingerprints_NL), fingerprints_NL)
+    shard.recluster()
+    labels = shard.labels("").tolist()
+    if config.noise == "cluster":
+        return labels
+    return [label if label >= 0 else -1 - place for place, label in enumerate(labels)]
