@@ -195,6 +195,12 @@ def test_the_repositorys_study_has_the_methods_configs_as_they_are():
         assert yaml.safe_load((directory / f"{task}.yaml").read_text()) == study.planned_sweep(task, directory)
 
 
+def test_the_readme_shows_the_committed_table():
+    root = SOURCE.parents[1]
+    rows = [line for line in (root / "assets/study/results.md").read_text().splitlines() if line.startswith("|")]
+    assert rows and not [row for row in rows if row not in (root / "README.md").read_text().splitlines()]
+
+
 def test_noise_is_a_cluster_or_no_cluster_as_the_runs_memory_has_it():
     config = load_config(study.BASE).memory
     angles = np.radians([0, 1, 2.5, 88, 90, 176, 267])
