@@ -56,7 +56,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "meds_recommended_answer": ("meds_recommended.yaml", {"memory.method": "answer"}),
 }
 """Config of each method, and what is changed in it."""
-MEASURES = ("pass@1", "pass@n", "wrong_answers", "eigenvalue_ratio", "ari_fingerprint", "ari_answer", "minutes")
+MEASURES = (
+    *("pass@1", "pass@n", "wrong_answers", "eigenvalue_ratio", "ari_fingerprint", "ari_answer"),
+    *("saturated", "clusters", "minutes"),
+)
 """Columns of the table."""
 SHARED: dict[str, Any] = {
     "train.export_hf": False,

@@ -8,6 +8,10 @@ With wrong responses those that were graded and are not right:
   the last quarter of steps.
 - `ari_fingerprint`, `ari_answer`: adjusted Rand index between the habits that the workings show and the clusters of
   fingerprints (of the run's memory settings), or the final answers; mean over problems weighted by their responses.
+  Only responses that had a forward pass have a fingerprint: unless the memory remembers filtered prompts or the filter
+  needs scores, those of groups with right and wrong ones.
+- `saturated`, `clusters`: share of the memory's lookups, in the second half of the steps, whose mistake had the largest
+  penalty, and the clusters of a key after the last step.
 - `minutes`, `responses`: time of all steps without validation, and responses drawn.
 """
 
@@ -37,6 +41,8 @@ def measure(files: RunFiles) -> dict[str, float | None]:
         "pass@n": last[f"validation/pass@{config.rollout.validation_responses}"],
         "minutes": seconds / 60,
         "responses": sum(line["response/count"] for line in trained),
+        "saturated": float(np.mean([line["memory/saturated_share"] for line in trained[len(trained) // 2 :]])),
+        "clusters": last["memory/clusters"] / max(last["memory/keys"], 1),
     }
     first_late = 3 * len(files.rollouts) // 4
     late, agreement = WrongResponses(), WrongResponses()

@@ -107,7 +107,8 @@ def finish(run, pass_1: float, steps: int) -> None:
     lines = []
     for step in range(1, steps + 1):
         write_step(run.directory, step, [group, [shown(0, DIVISOR)] * 13])
-        lines.append({"step": step, "time/step": 90.0, "time/validation": 30.0, "response/count": 26})
+        line = {"step": step, "time/step": 90.0, "time/validation": 30.0, "response/count": 26}
+        lines.append(line | {"memory/saturated_share": step / 8, "memory/clusters": 6, "memory/keys": 2})
     lines[-1] |= {"validation/pass@1": pass_1, "validation/pass@8": 2 * pass_1}
     (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -137,6 +138,7 @@ def test_results_of_recorded_runs(recorded, capsys):
     found = results["tasks"]["remainder"]["dapo"]
     run = found["runs"]["0"]
     assert (run["minutes"], run["responses"], run["pass@n"]) == (4.0, 104, 0.4)
+    assert (run["saturated"], run["clusters"]) == (7 / 16, 3.0)
     # Of two rules by two divisors; the other group is all right.
     answers = {response(EXPRESSION, RULES[rule], divisor)[-2] for rule in (1, 2) for divisor in (DIVISOR, SLIP)}
     assert run["wrong_answers"] == len(answers) / 2
@@ -191,6 +193,12 @@ def test_the_repositorys_study_has_the_methods_configs_as_they_are():
     directory = SOURCE.parents[1] / "assets" / "study"
     for task in study.TASKS:
         assert yaml.safe_load((directory / f"{task}.yaml").read_text()) == study.planned_sweep(task, directory)
+
+
+def test_the_readme_shows_the_committed_table():
+    root = SOURCE.parents[1]
+    rows = [line for line in (root / "assets/study/results.md").read_text().splitlines() if line.startswith("|")]
+    assert rows and not [row for row in rows if row not in (root / "README.md").read_text().splitlines()]
 
 
 def test_noise_is_a_cluster_or_no_cluster_as_the_runs_memory_has_it():
