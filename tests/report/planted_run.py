@@ -79,6 +79,7 @@ def _response(problem: int, number: int, centres: np.ndarray, step: int, random:
         "advantage": 1.0 if right else -1.0,
         "fingerprint": fingerprint if answered else None,
         "policy_version": step - 1,
+        "later_versions": [],
         "kept": True,
     }
 
