@@ -49,7 +49,8 @@ def test_arrays_follow_the_groups(rollouts):
 
 
 def test_generation_batches_join_in_order(rollouts):
-    joined = RolloutBatch.joined([rollouts, RolloutBatch.of_groups([group("c", [False], [0])], Config())])
+    third = RolloutBatch.of_groups([group("c", [False], [0])], Config())
+    joined = RolloutBatch.joined([rollouts, third], generation_batches=2)
     assert [g.prompt.problem.id for g in joined.groups] == ["a", "b", "c"] and joined.generation_batches == 2
     assert joined.batch.groups_B.tolist() == [0, 0, 0, 1, 1, 1, 2]
     assert joined.keys_B == [None, "a|wrong", None, "b|wrong", None, "b|wrong", "c|wrong"]
