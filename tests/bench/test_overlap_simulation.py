@@ -147,8 +147,9 @@ def single_steps(rates: EngineRates, lengths_PN: np.ndarray, arrivals: list[floa
     computed, left, ends = set(), {number: lengths_PN.shape[1] for number in range(len(arrivals))}, {}
     heapq.heapify(coming)
     while coming or waiting or running:
-        # An idle engine begins with the first request at once.
-        idle = not waiting and not running
+        # An engine that is idle when requests come begins with the first at once. Those that came during the step that
+        # made it idle begin together.
+        idle = not waiting and not running and coming[0][0] >= now
         if idle:
             now = max(now, coming[0][0])
         while coming and coming[0][0] <= now and not (idle and waiting):
@@ -186,10 +187,9 @@ ARRIVALS = [0.0, 0.00317, 0.41237, 0.41339, 1.70711]
 """Seconds at which no decode step ends: which of the two comes first would depend on rounding."""
 
 
-# With a cache of 200 tokens, which a few responses fill, both differ by up to 1 % in a few of 500 random cases.
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=60)
 @given(
-    kv_tokens=st.sampled_from([60, 10**6]),
+    kv_tokens=st.sampled_from([60, 200, 10**6]),
     max_num_seqs=st.integers(1, 8),
     arrivals=st.lists(st.sampled_from(ARRIVALS), min_size=1, max_size=6),
     seed=st.integers(0, 100),

@@ -76,7 +76,7 @@ class NothingKnown:
         return Match(np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64))
 
 
-def manager_of(config, right, failing=(), unfinished=(), finished_first="last"):
+def manager_of(config, right, failing=(), unfinished=()):
     state = TrainerState(PromptSampler(len(right), seed=0, shuffle=False), step=1, unfinished=list(unfinished))
     prompts = [Prompt(Problem(str(i), "?", "7", "test"), [i]) for i in range(len(right))]
     weight_sync = SimpleNamespace(refill=lambda: None)
