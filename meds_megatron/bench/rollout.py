@@ -12,7 +12,7 @@ import ray
 from meds_megatron.config import Config
 from meds_megatron.launch.cluster import reserve_nodes
 from meds_megatron.launch.placement import Placement, engine_places
-from meds_megatron.rollout.engine import kv_cache_arguments
+from meds_megatron.rollout.llm import kv_cache_arguments
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.samples import Completion
 from meds_megatron.rollout.settings import Sampling, engine_env_vars

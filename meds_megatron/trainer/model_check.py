@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.data.tokenizer import load_tokenizer
 from meds_megatron.errors import UserError
-from meds_megatron.rollout.engine import stop_token_ids
+from meds_megatron.rollout.llm import stop_token_ids
 from meds_megatron.weights.hf_weights import HfWeights
 from meds_megatron.weights.table import build_table
 

@@ -11,7 +11,7 @@ from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
 from meds_megatron.launch.placement import engine_places, rank_places
-from meds_megatron.rollout.engine import engine_dtype
+from meds_megatron.rollout.llm import engine_dtype
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.weights.resharding.plan import Route, find_routes

@@ -3,7 +3,7 @@
 import pytest
 
 from meds_megatron.launch.placement import Placement
-from meds_megatron.rollout.engine import STEP_TOKENS
+from meds_megatron.rollout.llm import STEP_TOKENS
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.settings import Sampling
 from tests.rollout.engine_cases import comparable, engine_config, make_model

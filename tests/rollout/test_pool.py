@@ -109,7 +109,7 @@ def test_completions_are_those_of_plain_vllm(pool, completions, model_dir):
         from vllm import SamplingParams, TokensPrompt
         from vllm.utils.torch_utils import set_random_seed
 
-        from meds_megatron.rollout.engine import make_llm, stop_token_ids
+        from meds_megatron.rollout.llm import make_llm, stop_token_ids
 
         llm = make_llm(config, model_dir, use_gpu=False)
         parameters = SamplingParams(

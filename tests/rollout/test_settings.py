@@ -7,7 +7,7 @@ import sys
 from transformers import Qwen3Config
 
 from meds_megatron.config import Config
-from meds_megatron.rollout.engine import stop_token_ids
+from meds_megatron.rollout.llm import stop_token_ids
 from meds_megatron.rollout.settings import Sampling, engine_env_vars
 
 
@@ -46,7 +46,7 @@ def test_a_model_that_the_cpu_cannot_run_is_refused_by_name(tmp_path):
     sizes = dict(hidden_size=64, num_attention_heads=4, head_dim=16, num_key_value_heads=4)
     Qwen3Config(**sizes, architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path)
     # In a process of its own: importing vLLM changes settings of torch.
-    code = f"from meds_megatron.rollout.engine import check_cpu_can_run; check_cpu_can_run({str(tmp_path)!r})"
+    code = f"from meds_megatron.rollout.llm import check_cpu_can_run; check_cpu_can_run({str(tmp_path)!r})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "UserError" in run.stderr
     assert "attention heads of size 16, and vLLM without CUDA has only 32, 64, 80" in run.stderr
