@@ -42,6 +42,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BASE = CONFIGS / "quickstart.yaml"
 TASKS = ("per_kind", "remainder")
 """Values of `data.arithmetic_rules`."""
+HALF_AN_EPOCH = {"memory.half_life_steps": 2.5}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": ("baselines/grpo.yaml", {}),
     "dapo": ("baselines/dapo.yaml", {}),
@@ -52,8 +53,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "pass_at_k": ("baselines/pass_at_k.yaml", {}),
     "meds_published": ("quickstart.yaml", {}),
     "meds_answer": ("baselines/meds_answer.yaml", {}),
-    "meds_recommended": ("meds_recommended.yaml", {}),
-    "meds_recommended_answer": ("meds_recommended.yaml", {"memory.method": "answer"}),
+    "meds_recommended": ("meds_recommended.yaml", HALF_AN_EPOCH),
+    "meds_recommended_answer": ("meds_recommended.yaml", HALF_AN_EPOCH | {"memory.method": "answer"}),
+    # Also trains on groups without a right answer, whose penalties alone tell their responses apart.
+    "meds_unsolved": (
+        "meds_recommended.yaml",
+        {"memory.half_life_steps": None, "filter.metric": "shaped", "advantage.std_floor": 0.4},
+    ),
 }
 """Config of each method, and what is changed in it."""
 MEASURES = (

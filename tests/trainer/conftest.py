@@ -30,14 +30,17 @@ def published_run(small_model, tmp_path_factory, cpu_engines) -> Path:
 
 @pytest.fixture(scope="session")
 def recommended_run(small_model, tmp_path_factory, cpu_engines) -> Path:
-    """The directory of a finished run of 3 steps in the recommended setting over the same 4 problems again and again,
-    on DP2."""
+    """The directory of a finished run of 3 steps over the same 4 problems again and again, on DP2: the recommended
+    setting, which also trains on groups without a right answer here."""
     settings = {
         "base": "configs/quickstart.yaml",
         "parallel.pipeline": 1,
         "data.limit_train": 4,
         "rollout.max_response_tokens": 18,  # some answers are cut off before their box
+        "memory.half_life_steps": 1.5,
+        "filter.metric": "shaped",
         "filter.max_batches": 3,
+        "advantage.std_floor": 0.4,
         "train.prompts_per_step": 4,
         "train.mini_batch_prompts": 2,
         "train.validate_every": 0,

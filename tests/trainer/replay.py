@@ -56,13 +56,16 @@ class Replay:
             eps=adam["epsilon"],
         )
         self.vectors: dict[str, list[np.ndarray]] = defaultdict(list)
-        self.no_answer: Counter[str] = Counter()
+        self.steps: dict[str, list[int]] = defaultdict(list)
+        """Those in which each vector was remembered."""
+        self.no_answer: dict[str, list[int]] = defaultdict(list)
+        """Steps of the mistakes without an answer."""
 
     def step(self, number: int) -> ReplayedStep:
         rows = pq.read_table(self.run / "rollouts" / f"step_{number:06d}.parquet").to_pylist()
         step = ReplayedStep(rows)
         self._grade(step)
-        self._shape(step)
+        self._shape(step, number)
         self._keep(step)
         self._advantages(step)
         for row in step.rows:
@@ -72,7 +75,7 @@ class Replay:
         kept = step.columns["kept"]
         step.entropy = torch.cat([entropy for entropy, keep in zip(entropies, kept, strict=True) if keep]).mean().item()
         self._update(step, logprobs, number)
-        self._remember(step)
+        self._remember(step, number)
         return step
 
     def _prompt_ids(self, question: str) -> list[int]:
@@ -99,7 +102,7 @@ class Replay:
             step.columns["score"].append(correct + penalty)
             step.columns["position"].append(position)
 
-    def _shape(self, step: ReplayedStep) -> None:
+    def _shape(self, step: ReplayedStep, number: int) -> None:
         """Clusters of the mistakes of earlier steps, penalty and shaped score of the wrong responses."""
         assert self.config["penalty"]["target"] == "wrong"
         labels = {key: cluster_labels(vectors, self.config["memory"]) for key, vectors in self.vectors.items()}
@@ -111,15 +114,23 @@ class Replay:
                 fingerprint_L = np.array(row["fingerprint"])
                 possible = nearest_labels(self.vectors[key], labels.get(key, []), fingerprint_L, self.config["memory"])
                 ignored = {UNKNOWN, NOISE} if self.config["memory"]["noise"] == "ignore" else {UNKNOWN}
-                sizes = {0 if label in ignored else labels[key].count(label) for label in possible}
+                members: dict[int, list[int]] = defaultdict(list)
+                for label, remembered in zip(labels.get(key, []), self.steps[key], strict=True):
+                    members[label].append(remembered)
+                sizes = {0 if label in ignored else self._size(members[label], number) for label in possible}
             elif not correct and self.config["memory"]["no_answer"] == "own_cluster":
-                sizes = {self.no_answer[key]}
+                sizes = {self._size(self.no_answer[key], number)}
             size = row["cluster_size"] if row["cluster_size"] in sizes else min(sizes)
             penalty = self.config["penalty"]["alpha"] * min(np.log(size + 1), 2)
             step.columns["cluster_label"].append(possible)
             step.columns["cluster_size"].append(sizes)
             step.columns["penalty"].append(penalty)
             step.columns["shaped_score"].append(score if correct else score - penalty)
+
+    def _size(self, remembered: list[int], now: int) -> int:
+        """Of a cluster whose members were remembered in these steps."""
+        half_life = self.config["memory"]["half_life_steps"]
+        return round(sum(1.0 if half_life is None else 0.5 ** ((now - step) / half_life) for step in remembered))
 
     def _keep(self, step: ReplayedStep) -> None:
         """The first groups with a spread in the filter's metric, as many as a step trains on."""
@@ -188,15 +199,16 @@ class Replay:
             step.losses.append(loss.item())
             step.grad_norms.append(norm.item())
 
-    def _remember(self, step: ReplayedStep) -> None:
+    def _remember(self, step: ReplayedStep, number: int) -> None:
         for place, row in enumerate(step.rows):
             remembered = step.columns["kept"][place] or self.config["memory"]["remember_filtered"]
             if step.columns["correct"][place] or not remembered:
                 continue
             if step.columns["position"][place] >= 0:
                 self.vectors[row["key"]].append(np.array(row["fingerprint"]))
+                self.steps[row["key"]].append(number)
             elif self.config["memory"]["no_answer"] == "own_cluster":
-                self.no_answer[row["key"]] += 1
+                self.no_answer[row["key"]].append(number)
 
 
 def groups(rows: list[dict]) -> list[list[int]]:
@@ -213,12 +225,7 @@ def unit_vectors(vectors: list[np.ndarray], layers: int) -> np.ndarray:
 
 
 def cluster_labels(vectors: list[np.ndarray], memory: dict) -> list[int]:
-    assert (memory["method"], memory["layer_diff"], memory["window"], memory["half_life_steps"]) == (
-        "hdbscan",
-        False,
-        None,
-        None,
-    )
+    assert (memory["method"], memory["layer_diff"], memory["window"]) == ("hdbscan", False, None)
     if len(vectors) < 2:
         return [NOISE] * len(vectors)
     model = hdbscan.HDBSCAN(
