@@ -66,7 +66,12 @@ MEASURES = (
     *("pass@1", "pass@n", "wrong_answers", "eigenvalue_ratio", "ari_fingerprint", "ari_answer"),
     *("saturated", "clusters", "minutes"),
 )
-"""Columns of the table."""
+CONTROL = "dapo"
+"""Method that the others are compared with, run by run of the same seed."""
+GAINS = {f"{measure} − {CONTROL}": measure for measure in ("pass@1", "pass@n")}
+"""In what they are compared, by the name of the difference."""
+COLUMNS = (*MEASURES[:2], *GAINS, *MEASURES[2:])
+"""Of the table."""
 SHARED: dict[str, Any] = {
     "train.export_hf": False,
     "filter.max_batches": 1,
@@ -239,8 +244,8 @@ def method_of(run: SweepRun) -> str:
 
 def collect_results(directory: Path) -> dict[str, Any]:
     """By task and method: the measures of every recorded run by seed, and mean and half-width of each measure's 95 %
-    interval over the seeds (Student's t; null with fewer than two). `missing` are the planned runs that are not
-    recorded, by task and method, how many."""
+    interval over the seeds (Student's t; null with fewer than two), also of the differences from CONTROL's runs of the
+    same seeds. `missing` are the planned runs that are not recorded, by task and method, how many."""
     records = read_records(directory)
     results: dict[str, Any] = {"tasks": {}, "missing": {}}
     for task in TASKS:
@@ -257,6 +262,11 @@ def collect_results(directory: Path) -> dict[str, Any]:
         for method in methods.values():
             by_measure = {name: [run[name] for run in method["runs"].values()] for name in (*MEASURES, "responses")}
             method["summary"] = {name: mean_and_interval(values) for name, values in by_measure.items()}
+            # A seed's runs have data, order and first responses in common, so their differences vary less.
+            control = methods.get(CONTROL, {"runs": {}})["runs"]
+            both = [(run, control[seed]) for seed, run in method["runs"].items() if seed in control]
+            for gain, of in GAINS.items():
+                method["summary"][gain] = mean_and_interval([run[of] - other[of] for run, other in both])
         results["tasks"][task] = methods
     return results
 
@@ -286,9 +296,9 @@ def table_of(results: dict[str, Any]) -> str:
     for task, methods in results["tasks"].items():
         lines += [f"### {task}", ""]
         if methods:
-            lines += ["| method | seeds | " + " | ".join(MEASURES) + " |", "|---" * (2 + len(MEASURES)) + "|"]
+            lines += ["| method | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
         for name, method in methods.items():
-            cells = [_cell(*method["summary"][measure]) for measure in MEASURES]
+            cells = [_cell(*method["summary"][column]) for column in COLUMNS]
             lines.append(f"| {name} | {len(method['runs'])} | " + " | ".join(cells) + " |")
         lines += [""] if methods else []
         if missing := results["missing"].get(task):

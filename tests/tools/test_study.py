@@ -34,7 +34,9 @@ EXPRESSION = Expression(7, 6, 4, 5)
 def test_a_methods_settings_make_its_config_of_the_base(method):
     name, changed = study.METHODS[method]
     base = [] if name == study.BASE.name else [f"base={study.BASE}"]
-    expected = load_config(study.CONFIGS / name, [*base, *(f"{key}={value}" for key, value in changed.items())])
+    expected = load_config(
+        study.CONFIGS / name, [*base, *(f"{key}={json.dumps(value)}" for key, value in changed.items())]
+    )
     overrides = [f"{key}={json.dumps(value)}" for key, value in study.method_settings(method).items()]
     free, other = changes(expected, load_config(study.BASE, overrides))
     assert other == [] and {line.partition(":")[0] for line in free} <= {"name", "run_dir"}
@@ -153,6 +155,26 @@ def test_results_of_recorded_runs(recorded, capsys):
     table = (recorded / "results.md").read_text()
     assert "| dapo | 2 | 0.250 ± 0.635 |" in table and "Not run yet: meds_recommended (2)." in table
     assert table in capsys.readouterr().out
+
+
+def test_methods_are_compared_with_dapo_run_by_run_of_the_same_seed(planned, tmp_path):
+    directory = Path(shutil.copytree(planned, tmp_path, dirs_exist_ok=True))
+    reached = {("dapo", 0): 0.2, ("dapo", 1): 0.4, ("meds_recommended", 0): 0.3, ("meds_recommended", 1): 0.6}
+    lines = []
+    for run in runs_of(directory, "per_kind"):
+        accuracy = reached[study.method_of(run), run.differences["train.seed"]]
+        measures = dict.fromkeys((*study.MEASURES, "responses"), 0.5) | {"pass@1": accuracy}
+        lines.append(json.dumps({"settings": study.digest(run), "steps": 4, "measures": measures}))
+    (directory / study.RECORDS).write_text("\n".join(lines[:3]) + "\n")
+    summaries = {
+        name: found["summary"] for name, found in study.collect_results(directory)["tasks"]["per_kind"].items()
+    }
+    assert summaries["meds_recommended"]["pass@1 − dapo"] == [pytest.approx(0.1), None]
+    (directory / study.RECORDS).write_text("\n".join(lines) + "\n")
+    summary = study.collect_results(directory)["tasks"]["per_kind"]["meds_recommended"]["summary"]
+    # Differences 0.1 and 0.2; the half-width of a mean of two is t(0.975, 1) * 0.1 / 2.
+    assert summary["pass@1 − dapo"] == [pytest.approx(0.15), pytest.approx(12.7062 * 0.05, rel=1e-4)]
+    assert summary["pass@n − dapo"] == [0.0, 0.0]
 
 
 def test_what_is_recorded_is_not_run_again_and_the_file_is_enough_for_that(recorded):

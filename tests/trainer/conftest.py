@@ -37,7 +37,7 @@ def recommended_run(small_model, tmp_path_factory, cpu_engines) -> Path:
         "parallel.pipeline": 1,
         "data.limit_train": 4,
         "rollout.max_response_tokens": 18,  # some answers are cut off before their box
-        "memory.half_life_steps": 1.5,
+        "memory.half_life_steps": 2.5,
         "filter.metric": "shaped",
         "filter.max_batches": 3,
         "advantage.std_floor": 0.4,

@@ -94,7 +94,7 @@ class Replay:
             correct = bool(closed) and answer.strip() == row["answer"]
             excess = len(ids) - (longest - overlong["buffer"])
             penalty = min(-excess / overlong["buffer"] * overlong["factor"], 0.0) if overlong["enabled"] else 0.0
-            lengths = [len(self.tokenizer.decode(ids[: end + 1])) for end in range(len(ids))]
+            lengths = [len(self.tokenizer.decode(ids[: end + 1], skip_special_tokens=True)) for end in range(len(ids))]
             position = next((i for i, length in enumerate(lengths) if boxes and length >= boxes[-1].end()), -1)
             if position >= 0 and (position + 1 == len(ids) or ids[position + 1] in self.tokenizer.all_special_ids):
                 position = -1
