@@ -20,7 +20,7 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -212,14 +212,15 @@ def _commit() -> str:
     return git("rev-parse", "HEAD").stdout.strip() + ("" if unchanged else "-dirty")
 
 
-def read_records(directory: Path) -> dict[str, dict[str, Any]]:
-    """The recorded runs by the digest of their settings."""
+def read_records(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """The recorded runs by the digest of their settings: several where machines have run the same."""
     path = directory / RECORDS
-    records = {}
+    records: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
         try:
             line = json.loads(text)
-            records[line["settings"]] = {"steps": line["steps"], "measures": dict(line["measures"])}
+            run = {name: line[name] for name in ("seed", "steps")} | {"measures": dict(line["measures"])}
+            records[line["settings"]].append(run | {"start": line["validation"].get("0")})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} line {number}: expected a JSON object of a run; remove the line.") from error
     return records
@@ -243,32 +244,43 @@ def method_of(run: SweepRun) -> str:
 
 
 def collect_results(directory: Path) -> dict[str, Any]:
-    """By task and method: the measures of every recorded run by seed, and mean and half-width of each measure's 95 %
-    interval over the seeds (Student's t; null with fewer than two), also of the differences from CONTROL's runs of the
-    same seeds. `missing` are the planned runs that are not recorded, by task and method, how many."""
+    """By task and method: the recorded runs, and mean and half-width of each measure's 95 % interval over them
+    (Student's t; null with fewer than two), also of the differences from CONTROL's runs with the same seed and start.
+    `missing` are the planned runs that are not recorded, by task and method, how many."""
     records = read_records(directory)
     results: dict[str, Any] = {"tasks": {}, "missing": {}}
     for task in TASKS:
         path = directory / f"{task}.yaml"
-        methods: dict[str, dict] = {}
+        methods: dict[str, list[dict[str, Any]]] = {}
         for run in expand(load_sweep(path), path):
-            found = records.get(digest(run))
-            if found is None:
-                of_task = results["missing"].setdefault(task, Counter())
-                of_task[method_of(run)] += 1
-                continue
-            runs = methods.setdefault(method_of(run), {"steps": found["steps"], "runs": {}})["runs"]
-            runs[str(run.differences[SEED])] = found["measures"]
-        for method in methods.values():
-            by_measure = {name: [run[name] for run in method["runs"].values()] for name in (*MEASURES, "responses")}
-            method["summary"] = {name: mean_and_interval(values) for name, values in by_measure.items()}
-            # A seed's runs have data, order and first responses in common, so their differences vary less.
-            control = methods.get(CONTROL, {"runs": {}})["runs"]
-            both = [(run, control[seed]) for seed, run in method["runs"].items() if seed in control]
-            for gain, of in GAINS.items():
-                method["summary"][gain] = mean_and_interval([run[of] - other[of] for run, other in both])
-        results["tasks"][task] = methods
+            found = records.get(digest(run), [])
+            methods.setdefault(method_of(run), []).extend(found)
+            if not found:
+                results["missing"].setdefault(task, Counter())[method_of(run)] += 1
+        results["tasks"][task] = {
+            name: {"runs": runs, "summary": summary(runs, methods.get(CONTROL, []))}
+            for name, runs in methods.items()
+            if runs
+        }
     return results
+
+
+def summary(runs: list[dict[str, Any]], control: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """Mean and interval of each measure of a method's runs, and of its differences from the control's.
+
+    Runs with the same seed and the same validation before the first step have model, data, order and first responses
+    in common, so their differences vary less than the runs do. The model differs where another type of processor has
+    made it.
+    """
+    found = {name: mean_and_interval([run["measures"][name] for run in runs]) for name in (*MEASURES, "responses")}
+    pairs = [
+        (run["measures"], other["measures"])
+        for run in runs
+        for other in control
+        if (run["seed"], run["start"]) == (other["seed"], other["start"])
+    ]
+    gains = {gain: mean_and_interval([one[of] - other[of] for one, other in pairs]) for gain, of in GAINS.items()}
+    return found | gains
 
 
 def _is_finished(run: SweepRun) -> bool:
@@ -296,7 +308,7 @@ def table_of(results: dict[str, Any]) -> str:
     for task, methods in results["tasks"].items():
         lines += [f"### {task}", ""]
         if methods:
-            lines += ["| method | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+            lines += ["| method | runs | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
         for name, method in methods.items():
             cells = [_cell(*method["summary"][column]) for column in COLUMNS]
             lines.append(f"| {name} | {len(method['runs'])} | " + " | ".join(cells) + " |")
@@ -322,10 +334,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for panel, (task, methods) in zip(panels, drawn.items(), strict=False):
         for name, method in methods.items():
             (x, x_interval), (y, y_interval) = (method["summary"][measure] for measure in ("pass@1", "pass@n"))
-            seeds = len(method["runs"])
-            panel.errorbar(x, y, xerr=x_interval, yerr=y_interval, fmt="o", capsize=2, label=f"{name} ({seeds})")
+            count = len(method["runs"])
+            panel.errorbar(x, y, xerr=x_interval, yerr=y_interval, fmt="o", capsize=2, label=f"{name} ({count})")
         panel.set(title=task, xlabel="pass@1", ylabel="pass@n")
-        panel.legend(fontsize=8, title="method (seeds)", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        panel.legend(fontsize=8, title="method (runs)", loc="center left", bbox_to_anchor=(1.0, 0.5))
     unfinished = path.with_name(f".{path.name}")
     figure.savefig(unfinished, format="png", dpi=120)
     os.replace(unfinished, path)

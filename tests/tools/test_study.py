@@ -138,7 +138,7 @@ def test_results_of_recorded_runs(recorded, capsys):
     results = study.collect_results(recorded)
     assert results["missing"] == {task: {"meds_recommended": 2} for task in study.TASKS}
     found = results["tasks"]["remainder"]["dapo"]
-    run = found["runs"]["0"]
+    run = found["runs"][0]["measures"]
     assert (run["minutes"], run["responses"], run["pass@n"]) == (4.0, 104, 0.4)
     assert (run["saturated"], run["clusters"]) == (7 / 16, 3.0)
     # Of two rules by two divisors; the other group is all right.
@@ -157,24 +157,31 @@ def test_results_of_recorded_runs(recorded, capsys):
     assert table in capsys.readouterr().out
 
 
-def test_methods_are_compared_with_dapo_run_by_run_of_the_same_seed(planned, tmp_path):
+def test_methods_are_compared_with_dapo_run_by_run_of_the_same_seed_and_start(planned, tmp_path):
     directory = Path(shutil.copytree(planned, tmp_path, dirs_exist_ok=True))
     reached = {("dapo", 0): 0.2, ("dapo", 1): 0.4, ("meds_recommended", 0): 0.3, ("meds_recommended", 1): 0.6}
-    lines = []
-    for run in runs_of(directory, "per_kind"):
-        accuracy = reached[study.method_of(run), run.differences["train.seed"]]
-        measures = dict.fromkeys((*study.MEASURES, "responses"), 0.5) | {"pass@1": accuracy}
-        lines.append(json.dumps({"settings": study.digest(run), "steps": 4, "measures": measures}))
-    (directory / study.RECORDS).write_text("\n".join(lines[:3]) + "\n")
-    summaries = {
-        name: found["summary"] for name, found in study.collect_results(directory)["tasks"]["per_kind"].items()
-    }
-    assert summaries["meds_recommended"]["pass@1 − dapo"] == [pytest.approx(0.1), None]
-    (directory / study.RECORDS).write_text("\n".join(lines) + "\n")
-    summary = study.collect_results(directory)["tasks"]["per_kind"]["meds_recommended"]["summary"]
+
+    def line_of(run, start: float) -> str:
+        seed = run.differences["train.seed"]
+        measures = dict.fromkeys((*study.MEASURES, "responses"), 0.5)
+        measures["pass@1"] = reached[study.method_of(run), seed]
+        line = {"settings": study.digest(run), "seed": seed, "steps": 4, "measures": measures}
+        return json.dumps(line | {"validation": {"0": [start, 0.5]}}) + "\n"
+
+    def summary_of(lines: list[str]) -> dict:
+        (directory / study.RECORDS).write_text("".join(lines))
+        return study.collect_results(directory)["tasks"]["per_kind"]["meds_recommended"]["summary"]
+
+    runs = runs_of(directory, "per_kind")
+    lines = [line_of(run, start=0.1) for run in runs]
+    assert summary_of(lines[:3])["pass@1 − dapo"] == [pytest.approx(0.1), None]
     # Differences 0.1 and 0.2; the half-width of a mean of two is t(0.975, 1) * 0.1 / 2.
+    summary = summary_of(lines)
     assert summary["pass@1 − dapo"] == [pytest.approx(0.15), pytest.approx(12.7062 * 0.05, rel=1e-4)]
     assert summary["pass@n − dapo"] == [0.0, 0.0]
+    # A second machine's run, which started from another model, has no run to be compared with, but counts.
+    summary = summary_of([*lines[:3], line_of(runs[3], start=0.2)])
+    assert summary["pass@1 − dapo"] == [pytest.approx(0.1), None] and summary["pass@1"][0] == pytest.approx(0.45)
 
 
 def test_what_is_recorded_is_not_run_again_and_the_file_is_enough_for_that(recorded):
