@@ -121,7 +121,11 @@ def clusters_of(fingerprints_NL: np.ndarray, config: MemoryConfig) -> list[int]:
     shard = MemoryShard(config)
     shard.remember([""] * len(fingerprints_NL), fingerprints_NL)
     shard.recluster()
-    labels = shard.labels("").tolist()
+    return separate_noise(shard.labels("").tolist(), config)
+
+
+def separate_noise(labels: list[int], config: MemoryConfig) -> list[int]:
+    """Labels in which each noise vector is a cluster of its own, unless the memory counts noise as one."""
     if config.noise == "cluster":
         return labels
     return [label if label >= 0 else -1 - place for place, label in enumerate(labels)]

@@ -1,0 +1,140 @@
+"""A finished run's mistakes, remembered again by memories of other settings: what each would have looked up.
+
+    python tools/study_memories.py RUN_DIR                                 # the run's own memory and those of MEMORIES
+    python tools/study_memories.py RUN_DIR --memory window=64 noise=cluster     # and one more
+
+The run is of an embedded task (`data.arithmetic_rules: per_kind` or `remainder`), whose workings show the mistakes. It
+should have fingerprints of all wrong responses (`memory.remember_filtered: true`). Prints a Markdown table of what the
+lookups of the second half of the steps gave:
+
+- `saturated`: share of the lookups whose penalty is the largest;
+- `spread`: standard deviation of ln(n + 1), at most 2, to which penalties are proportional, over the responses to a
+  problem in a step; mean over problems and steps;
+- `rank`: Spearman's correlation, over the same responses, between the penalty and how often the memory holds the same
+  true mistake; 0 where all penalties are equal, left out where all counts are;
+- `ari`: adjusted Rand index between the clusters of a problem and the true mistakes, weighted by vectors.
+"""
+
+import argparse
+import sys
+from collections import defaultdict, deque
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from scipy.stats import spearmanr
+from sklearn.metrics import adjusted_rand_score
+from study_measures import separate_noise
+
+from meds_megatron.config import MemoryConfig, load_config
+from meds_megatron.embedded.arithmetic import habit_of
+from meds_megatron.errors import UserError
+from meds_megatron.memory import MemoryShard
+from meds_megatron.report.run_files import RunFiles, read_columns, read_run, texts_of, vectors_of
+
+KEEPS_ALL = {"window": None, "half_life_steps": None}
+MEMORIES: tuple[dict[str, Any], ...] = (
+    {},
+    *({"window": window} for window in (64, 32, 16, 8)),
+    *({"half_life_steps": steps} for steps in (5.0, 2.5)),
+    {"half_life_steps": 2.5, "noise": "cluster"},
+)
+"""Settings in which the compared memories differ from one like the run's that keeps everything."""
+LARGEST = 2.0
+"""Of ln(n + 1) in a penalty."""
+
+
+class Mistake(NamedTuple):
+    key: str
+    habit: str
+    fingerprint_L: np.ndarray
+
+
+def mistakes_of(files: RunFiles) -> list[list[Mistake]]:
+    """The wrong responses with a fingerprint, by step."""
+    steps = []
+    for path in files.rollouts:
+        table = read_columns(path, ["key", "prompt", "response", "correct", "fingerprint"])
+        texts = zip(*(texts_of(table[name]) for name in ("key", "prompt", "response")), strict=True)
+        rows = zip(texts, table["correct"].to_pylist(), vectors_of(table["fingerprint"]), strict=True)
+        steps.append(
+            [
+                Mistake(key, str(habit_of(prompt, response)), fingerprint_L)
+                for (key, prompt, response), correct, fingerprint_L in rows
+                if not correct and len(fingerprint_L) and np.isfinite(fingerprint_L).all()
+            ]
+        )
+    return steps
+
+
+def looked_up(steps: list[list[Mistake]], config: MemoryConfig) -> dict[str, float]:
+    """The measures of one memory; NaN for one that no lookup counts in."""
+    shard = MemoryShard(config)
+    remembered: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=config.window))
+    sizes, spreads, ranks, agreements, vectors = [], [], [], [], []
+    for number, mistakes in enumerate(steps):
+        keys = [mistake.key for mistake in mistakes]
+        if mistakes:
+            fingerprints_NL = np.stack([mistake.fingerprint_L for mistake in mistakes])
+            logs_N = np.minimum(np.log1p(shard.lookup(keys, fingerprints_NL)), LARGEST)
+            for key in set(keys) if number >= len(steps) // 2 else ():
+                rows = [row for row, other in enumerate(keys) if other == key]
+                counts = [remembered[key].count(mistakes[row].habit) for row in rows]
+                sizes += logs_N[rows].tolist()
+                spreads.append(np.std(logs_N[rows]))
+                if len(set(counts)) > 1:
+                    ranks.append(spearmanr(counts, logs_N[rows])[0] if len(set(logs_N[rows])) > 1 else 0.0)
+                if len(remembered[key]) > 1:
+                    labels = separate_noise(shard.labels(key).tolist(), config)
+                    agreements.append(adjusted_rand_score(list(remembered[key]), labels))
+                    vectors.append(len(labels))
+            shard.remember(keys, fingerprints_NL)
+            for mistake in mistakes:
+                remembered[mistake.key].append(mistake.habit)
+        shard.recluster()
+    return {
+        "saturated": float(np.mean(np.array(sizes) == LARGEST)) if sizes else np.nan,
+        "spread": float(np.mean(spreads)) if spreads else np.nan,
+        "rank": float(np.mean(ranks)) if ranks else np.nan,
+        "ari": float(np.average(agreements, weights=vectors)) if vectors else np.nan,
+    }
+
+
+def table_of(files: RunFiles, more: list[dict[str, Any]]) -> str:
+    own = replace(load_config(files.path / "config.yaml").memory, **KEEPS_ALL)
+    steps = mistakes_of(files)
+    lines = ["| memory | saturated | spread | rank | ari |", "|---|---|---|---|---|"]
+    for changed in (*MEMORIES, *more):
+        name = ", ".join(f"{key}={value}" for key, value in changed.items()) or "keeps everything"
+        cells = [f"{value:.2f}" for value in looked_up(steps, replace(own, **changed)).values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def memory_settings(settings: list[str]) -> dict[str, Any]:
+    changed = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or key not in asdict(MemoryConfig()):
+            raise UserError(f"--memory {setting}: expected key=value, with a key of `memory`.")
+        changed[key] = yaml.safe_load(value)
+    return changed
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--memory", nargs="+", action="append", default=[], metavar="KEY=VALUE")
+    given = parser.parse_args(arguments)
+    try:
+        print(table_of(read_run(given.run), [memory_settings(settings) for settings in given.memory]))
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
