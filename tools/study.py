@@ -70,6 +70,8 @@ CONTROL = "dapo"
 """Method that the others are compared with, run by run of the same seed."""
 GAINS = {f"{measure} − {CONTROL}": measure for measure in ("pass@1", "pass@n")}
 """In what they are compared, by the name of the difference."""
+FEWEST = 3
+"""Runs of a method whose interval is drawn: that of two tells nothing and hides the others."""
 COLUMNS = (*MEASURES[:2], *GAINS, *MEASURES[2:])
 """Of the table."""
 SHARED: dict[str, Any] = {
@@ -325,18 +327,26 @@ def _cell(mean: float | None, interval: float | None) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """pass@1 against pass@n of every method with their intervals, a panel for each task that was run."""
+    """Differences from CONTROL's runs in pass@1 and pass@n, a panel for each task that was run; their intervals for
+    methods with FEWEST runs or more."""
     from matplotlib.figure import Figure
 
     drawn = {task: methods for task, methods in results["tasks"].items() if methods}
     figure = Figure(figsize=(7 * max(len(drawn), 1), 5), layout="constrained")
     panels = figure.subplots(1, max(len(drawn), 1), squeeze=False)[0]
+    across, up = GAINS
     for panel, (task, methods) in zip(panels, drawn.items(), strict=False):
+        panel.axhline(0, color="0.8", zorder=0)
+        panel.axvline(0, color="0.8", zorder=0)
         for name, method in methods.items():
-            (x, x_interval), (y, y_interval) = (method["summary"][measure] for measure in ("pass@1", "pass@n"))
+            (x, x_interval), (y, y_interval) = (method["summary"][gain] for gain in GAINS)
             count = len(method["runs"])
-            panel.errorbar(x, y, xerr=x_interval, yerr=y_interval, fmt="o", capsize=2, label=f"{name} ({count})")
-        panel.set(title=task, xlabel="pass@1", ylabel="pass@n")
+            if name == CONTROL or x is None:
+                continue
+            errors = {"xerr": x_interval, "yerr": y_interval} if count >= FEWEST else {}
+            panel.errorbar(x, y, **errors, fmt="o", capsize=2, label=f"{name} ({count})")
+        panel.set(title=task, xlabel=across, ylabel=up)
+        panel.locator_params(axis="x", nbins=5)
         panel.legend(fontsize=8, title="method (runs)", loc="center left", bbox_to_anchor=(1.0, 0.5))
     unfinished = path.with_name(f".{path.name}")
     figure.savefig(unfinished, format="png", dpi=120)
