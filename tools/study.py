@@ -43,6 +43,7 @@ BASE = CONFIGS / "quickstart.yaml"
 TASKS = ("per_kind", "remainder")
 """Values of `data.arithmetic_rules`."""
 HALF_AN_EPOCH = {"memory.half_life_steps": 2.5}
+"""Of 120 problems, 24 a step."""
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": ("baselines/grpo.yaml", {}),
     "dapo": ("baselines/dapo.yaml", {}),
@@ -71,7 +72,7 @@ CONTROL = "dapo"
 GAINS = {f"{measure} − {CONTROL}": measure for measure in ("pass@1", "pass@n")}
 """In what they are compared, by the name of the difference."""
 FEWEST = 3
-"""Runs of a method whose interval is drawn: that of two tells nothing and hides the others."""
+"""Differences of a method whose interval is drawn: that of two says nothing and hides the others."""
 COLUMNS = (*MEASURES[:2], *GAINS, *MEASURES[2:])
 """Of the table."""
 SHARED: dict[str, Any] = {
@@ -215,14 +216,19 @@ def _commit() -> str:
 
 
 def read_records(directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """The recorded runs by the digest of their settings: several where machines have run the same."""
+    """The recorded runs by the digest of their settings: several where machines have made different models.
+
+    Runs of the same settings and start are one run, however often it was made.
+    """
     path = directory / RECORDS
     records: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
         try:
             line = json.loads(text)
-            run = {name: line[name] for name in ("seed", "steps")} | {"measures": dict(line["measures"])}
-            records[line["settings"]].append(run | {"start": line["validation"].get("0")})
+            run = {"seed": line["seed"], "start": line["validation"].get("0"), "measures": dict(line["measures"])}
+            same = records[line["settings"]]
+            if run["start"] not in [other["start"] for other in same]:
+                same.append(run)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} line {number}: expected a JSON object of a run; remove the line.") from error
     return records
@@ -253,34 +259,39 @@ def collect_results(directory: Path) -> dict[str, Any]:
     results: dict[str, Any] = {"tasks": {}, "missing": {}}
     for task in TASKS:
         path = directory / f"{task}.yaml"
+        results["tasks"][task] = {}
         methods: dict[str, list[dict[str, Any]]] = {}
         for run in expand(load_sweep(path), path):
             found = records.get(digest(run), [])
             methods.setdefault(method_of(run), []).extend(found)
             if not found:
                 results["missing"].setdefault(task, Counter())[method_of(run)] += 1
-        results["tasks"][task] = {
-            name: {"runs": runs, "summary": summary(runs, methods.get(CONTROL, []))}
-            for name, runs in methods.items()
-            if runs
-        }
+        for name, runs in methods.items():
+            pairs = pairs_of(runs, methods.get(CONTROL, []))
+            if runs:
+                summary = summary_of([run["measures"] for run in runs], pairs)
+                results["tasks"][task][name] = {"runs": runs, "pairs": len(pairs), "summary": summary}
     return results
 
 
-def summary(runs: list[dict[str, Any]], control: list[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """Mean and interval of each measure of a method's runs, and of its differences from the control's.
+def pairs_of(runs: list[dict[str, Any]], control: list[dict[str, Any]]) -> list[tuple[dict, dict]]:
+    """Measures of the runs that have a counterpart in the control, and of that counterpart.
 
     Runs with the same seed and the same validation before the first step have model, data, order and first responses
     in common, so their differences vary less than the runs do. The model differs where another type of processor has
     made it.
     """
-    found = {name: mean_and_interval([run["measures"][name] for run in runs]) for name in (*MEASURES, "responses")}
-    pairs = [
+    return [
         (run["measures"], other["measures"])
         for run in runs
         for other in control
         if (run["seed"], run["start"]) == (other["seed"], other["start"])
     ]
+
+
+def summary_of(measured: list[dict], pairs: list[tuple[dict, dict]]) -> dict[str, list[float | None]]:
+    """Mean and interval of each measure of a method's runs, and of the differences within the pairs."""
+    found = {name: mean_and_interval([one[name] for one in measured]) for name in (*MEASURES, "responses")}
     gains = {gain: mean_and_interval([one[of] - other[of] for one, other in pairs]) for gain, of in GAINS.items()}
     return found | gains
 
@@ -328,7 +339,7 @@ def _cell(mean: float | None, interval: float | None) -> str:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Differences from CONTROL's runs in pass@1 and pass@n, a panel for each task that was run; their intervals for
-    methods with FEWEST runs or more."""
+    methods with FEWEST differences or more."""
     from matplotlib.figure import Figure
 
     drawn = {task: methods for task, methods in results["tasks"].items() if methods}
@@ -340,14 +351,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
         panel.axvline(0, color="0.8", zorder=0)
         for name, method in methods.items():
             (x, x_interval), (y, y_interval) = (method["summary"][gain] for gain in GAINS)
-            count = len(method["runs"])
+            count = method["pairs"]
             if name == CONTROL or x is None:
                 continue
             errors = {"xerr": x_interval, "yerr": y_interval} if count >= FEWEST else {}
             panel.errorbar(x, y, **errors, fmt="o", capsize=2, label=f"{name} ({count})")
         panel.set(title=task, xlabel=across, ylabel=up)
         panel.locator_params(axis="x", nbins=5)
-        panel.legend(fontsize=8, title="method (runs)", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if panel.containers:
+            panel.legend(fontsize=8, title="method (pairs)", loc="center left", bbox_to_anchor=(1.0, 0.5))
     unfinished = path.with_name(f".{path.name}")
     figure.savefig(unfinished, format="png", dpi=120)
     os.replace(unfinished, path)

@@ -16,8 +16,10 @@ With wrong responses those that were graded and are not right:
 """
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.metrics import adjusted_rand_score
@@ -47,10 +49,10 @@ def measure(files: RunFiles) -> dict[str, float | None]:
     first_late = 3 * len(files.rollouts) // 4
     late, agreement = WrongResponses(), WrongResponses()
     for number, path in enumerate(files.rollouts):
-        table = read_columns(path, ["key", "group", "prompt", "response", "correct", "outcome", "fingerprint"])
-        agreement.add(table, number)
+        responses = list(responses_of(path))
+        agreement.add(responses, number)
         if number >= first_late:
-            late.add(table, number)
+            late.add(responses, number)
     return measures | late.diversity() | agreement.agreement(config)
 
 
@@ -64,6 +66,37 @@ def validations(files: RunFiles) -> dict[str, list[float]]:
     }
 
 
+class Response(NamedTuple):
+    """A row of a rollout file of an embedded task."""
+
+    key: str
+    group: int
+    text: str
+    is_wrong: bool
+    """Graded and not right."""
+    habit: str | None
+    """The rule that the working follows, if any."""
+    fingerprint_L: np.ndarray
+
+    @property
+    def has_fingerprint(self) -> bool:
+        return len(self.fingerprint_L) > 0 and bool(np.isfinite(self.fingerprint_L).all())
+
+
+def responses_of(path: Path) -> Iterator[Response]:
+    """The responses of a rollout file."""
+    names = ("key", "prompt", "response", "outcome")
+    table = read_columns(path, [*names, "group", "correct", "fingerprint"])
+    texts = zip(*(texts_of(table[name]) for name in names), strict=True)
+    numbers = zip(table["group"].to_pylist(), table["correct"].to_pylist(), strict=True)
+    for (key, prompt, text, outcome), (group, correct), fingerprint_L in zip(
+        texts, numbers, vectors_of(table["fingerprint"]), strict=True
+    ):
+        habit = habit_of(prompt, text)
+        is_wrong = not correct and outcome not in ("timeout", "error")
+        yield Response(key, group, text, is_wrong, None if habit is None else str(habit), fingerprint_L)
+
+
 class WrongResponses:
     """The wrong responses of some steps."""
 
@@ -72,21 +105,16 @@ class WrongResponses:
         self._by_key: dict[str, list[tuple[str, str, np.ndarray]]] = defaultdict(list)
         """Habit, final answer and fingerprint by memory key, of responses that have all three."""
 
-    def add(self, table: Any, step: int) -> None:
+    def add(self, responses: Iterable[Response], step: int) -> None:
         """The responses of a step's rollout file."""
-        names = ("key", "prompt", "response", "outcome")
-        texts = zip(*(texts_of(table[name]) for name in names), strict=True)
-        numbers = zip(table["group"].to_pylist(), table["correct"].to_pylist(), strict=True)
-        rows = zip(texts, numbers, vectors_of(table["fingerprint"]), strict=True)
-        for (key, prompt, response, outcome), (group, correct), fingerprint_L in rows:
-            answers = self._group_answers.setdefault((step, group), set())
-            if correct or outcome in ("timeout", "error"):
+        for response in responses:
+            answers = self._group_answers.setdefault((step, response.group), set())
+            if not response.is_wrong:
                 continue
-            answer = answer_class(last_boxed(response) or "")
+            answer = answer_class(last_boxed(response.text) or "")
             answers.add(answer)
-            habit = habit_of(prompt, response)
-            if habit is not None and np.isfinite(fingerprint_L).all() and len(fingerprint_L):
-                self._by_key[key].append((str(habit), answer, fingerprint_L))
+            if response.habit is not None and response.has_fingerprint:
+                self._by_key[response.key].append((response.habit, answer, response.fingerprint_L))
 
     def diversity(self) -> dict[str, float | None]:
         """`wrong_answers` and `eigenvalue_ratio`."""

@@ -1,6 +1,6 @@
 """A finished run's mistakes, remembered again by memories of other settings: what each would have looked up.
 
-    python tools/study_memories.py RUN_DIR                                 # the run's own memory and those of MEMORIES
+    python tools/study_memories.py RUN_DIR                                 # those of MEMORIES
     python tools/study_memories.py RUN_DIR --memory window=64 noise=cluster     # and one more
 
 The run is of an embedded task (`data.arithmetic_rules: per_kind` or `remainder`), whose workings show the mistakes. It
@@ -8,11 +8,13 @@ should have fingerprints of all wrong responses (`memory.remember_filtered: true
 lookups of the second half of the steps gave:
 
 - `saturated`: share of the lookups whose penalty is the largest;
-- `spread`: standard deviation of ln(n + 1), at most 2, to which penalties are proportional, over the responses to a
-  problem in a step; mean over problems and steps;
+- `spread`: standard deviation of the penalties, with alpha 1, of the responses to a problem in a step; mean over
+  problems and steps;
 - `rank`: Spearman's correlation, over the same responses, between the penalty and how often the memory holds the same
   true mistake; 0 where all penalties are equal, left out where all counts are;
 - `ari`: adjusted Rand index between the clusters of a problem and the true mistakes, weighted by vectors.
+
+All workings that follow no rule count as one true mistake.
 """
 
 import argparse
@@ -26,13 +28,13 @@ import numpy as np
 import yaml
 from scipy.stats import spearmanr
 from sklearn.metrics import adjusted_rand_score
-from study_measures import separate_noise
+from study_measures import responses_of, separate_noise
 
 from meds_megatron.config import MemoryConfig, load_config
-from meds_megatron.embedded.arithmetic import habit_of
 from meds_megatron.errors import UserError
 from meds_megatron.memory import MemoryShard
-from meds_megatron.report.run_files import RunFiles, read_columns, read_run, texts_of, vectors_of
+from meds_megatron.report.run_files import RunFiles, read_run
+from meds_megatron.reward.scores import LOG_SIZE_CAP, penalties
 
 KEEPS_ALL = {"window": None, "half_life_steps": None}
 MEMORIES: tuple[dict[str, Any], ...] = (
@@ -42,8 +44,10 @@ MEMORIES: tuple[dict[str, Any], ...] = (
     {"half_life_steps": 2.5, "noise": "cluster"},
 )
 """Settings in which the compared memories differ from one like the run's that keeps everything."""
-LARGEST = 2.0
-"""Of ln(n + 1) in a penalty."""
+
+
+NO_RULE = "no rule"
+"""Habit of a working that follows none."""
 
 
 class Mistake(NamedTuple):
@@ -54,38 +58,33 @@ class Mistake(NamedTuple):
 
 def mistakes_of(files: RunFiles) -> list[list[Mistake]]:
     """The wrong responses with a fingerprint, by step."""
-    steps = []
-    for path in files.rollouts:
-        table = read_columns(path, ["key", "prompt", "response", "correct", "fingerprint"])
-        texts = zip(*(texts_of(table[name]) for name in ("key", "prompt", "response")), strict=True)
-        rows = zip(texts, table["correct"].to_pylist(), vectors_of(table["fingerprint"]), strict=True)
-        steps.append(
-            [
-                Mistake(key, str(habit_of(prompt, response)), fingerprint_L)
-                for (key, prompt, response), correct, fingerprint_L in rows
-                if not correct and len(fingerprint_L) and np.isfinite(fingerprint_L).all()
-            ]
-        )
-    return steps
+    return [
+        [
+            Mistake(response.key, response.habit or NO_RULE, response.fingerprint_L)
+            for response in responses_of(path)
+            if response.is_wrong and response.has_fingerprint
+        ]
+        for path in files.rollouts
+    ]
 
 
 def looked_up(steps: list[list[Mistake]], config: MemoryConfig) -> dict[str, float]:
     """The measures of one memory; NaN for one that no lookup counts in."""
     shard = MemoryShard(config)
     remembered: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=config.window))
-    sizes, spreads, ranks, agreements, vectors = [], [], [], [], []
+    given, spreads, ranks, agreements, vectors = [], [], [], [], []
     for number, mistakes in enumerate(steps):
         keys = [mistake.key for mistake in mistakes]
         if mistakes:
             fingerprints_NL = np.stack([mistake.fingerprint_L for mistake in mistakes])
-            logs_N = np.minimum(np.log1p(shard.lookup(keys, fingerprints_NL)), LARGEST)
+            penalties_N = penalties(shard.lookup(keys, fingerprints_NL), alpha=1.0)
             for key in set(keys) if number >= len(steps) // 2 else ():
                 rows = [row for row, other in enumerate(keys) if other == key]
                 counts = [remembered[key].count(mistakes[row].habit) for row in rows]
-                sizes += logs_N[rows].tolist()
-                spreads.append(np.std(logs_N[rows]))
+                given += penalties_N[rows].tolist()
+                spreads.append(np.std(penalties_N[rows]))
                 if len(set(counts)) > 1:
-                    ranks.append(spearmanr(counts, logs_N[rows])[0] if len(set(logs_N[rows])) > 1 else 0.0)
+                    ranks.append(spearmanr(counts, penalties_N[rows])[0] if len(set(penalties_N[rows])) > 1 else 0.0)
                 if len(remembered[key]) > 1:
                     labels = separate_noise(shard.labels(key).tolist(), config)
                     agreements.append(adjusted_rand_score(list(remembered[key]), labels))
@@ -95,7 +94,7 @@ def looked_up(steps: list[list[Mistake]], config: MemoryConfig) -> dict[str, flo
                 remembered[mistake.key].append(mistake.habit)
         shard.recluster()
     return {
-        "saturated": float(np.mean(np.array(sizes) == LARGEST)) if sizes else np.nan,
+        "saturated": float(np.mean(np.array(given) == LOG_SIZE_CAP)) if given else np.nan,
         "spread": float(np.mean(spreads)) if spreads else np.nan,
         "rank": float(np.mean(ranks)) if ranks else np.nan,
         "ari": float(np.average(agreements, weights=vectors)) if vectors else np.nan,

@@ -78,15 +78,18 @@ def test_a_setting_that_no_run_can_use_is_refused(tmp_path, capsys):
     assert "train.stepz" in capsys.readouterr().err
 
 
-def write_step(directory: Path, step: int, groups: list[list[tuple[int, int, list[float]]]]) -> None:
-    """Rollouts of a step: each response is (number of its rule, divisor, fingerprint); rule 0 is right."""
+def write_step(directory: Path, step: int, groups: list[list[tuple[int | None, int, list[float]]]]) -> None:
+    """Rollouts of a step: each response is (number of its rule or None, divisor, fingerprint); rule 0 is right."""
     rows = [(number, *made) for number, group in enumerate(groups) for made in group]
     columns: dict[str, list] = {name: [None] * len(rows) for name in ROLLOUT_SCHEMA.names}
     columns["step"] = [step] * len(rows)
     columns["group"] = [group for group, *_ in rows]
     columns["key"] = [f"p{group}|{'right' if rule == 0 else 'wrong'}" for group, rule, *_ in rows]
     columns["prompt"] = [f"coins {EXPRESSION}"] * len(rows)
-    columns["response"] = [response(EXPRESSION, RULES[rule], divisor) for _, rule, divisor, _ in rows]
+    columns["response"] = [
+        "6*4=25 \\boxed{5}" if rule is None else response(EXPRESSION, RULES[rule], divisor)
+        for _, rule, divisor, _ in rows
+    ]
     columns["correct"] = [rule == 0 for _, rule, *_ in rows]
     columns["outcome"] = ["graded"] * len(rows)
     columns["fingerprint"] = [fingerprint for *_, fingerprint in rows]
@@ -179,6 +182,7 @@ def test_methods_are_compared_with_dapo_run_by_run_of_the_same_seed_and_start(pl
     summary = summary_of(lines)
     assert summary["pass@1 − dapo"] == [pytest.approx(0.15), pytest.approx(12.7062 * 0.05, rel=1e-4)]
     assert summary["pass@n − dapo"] == [0.0, 0.0]
+    assert summary_of([*lines, *lines]) == summary  # The same runs on a machine of the same type.
     # A second machine's run, which started from another model, has no run to be compared with, but counts.
     summary = summary_of([*lines[:3], line_of(runs[3], start=0.2)])
     assert summary["pass@1 − dapo"] == [pytest.approx(0.1), None] and summary["pass@1"][0] == pytest.approx(0.45)

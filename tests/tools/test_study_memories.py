@@ -64,6 +64,18 @@ def test_the_table_of_a_run(tmp_path, capsys):
     assert rows[-1].startswith("| window=6, noise=ignore | 0.00 |")
 
 
+def test_workings_that_follow_no_rule_are_one_mistake(tmp_path, capsys):
+    run = run_directory(tmp_path)
+    broken = [(None, DIVISOR, vector_L) for vector_L in ([1.0, 0.0, 0.0, 0.0], [0.9, 0.1, 0.0, 0.0])]
+    for step in range(1, 7):
+        write_step(run, step, [[(0, DIVISOR, [0.0] * 4), *broken, (2, DIVISOR, [0.0, 0.0, 1.0, 0.0])]])
+    (step, *_) = study_memories.mistakes_of(study_memories.read_run(run))
+    first, second, other = (mistake.habit for mistake in step)
+    assert first == second == study_memories.NO_RULE != other
+    assert study_memories.main([str(run)]) == 0
+    assert "| keeps everything | " in capsys.readouterr().out
+
+
 def test_what_is_wrong_is_said(tmp_path, capsys):
     assert study_memories.main([str(tmp_path / "none")]) == 1
     assert "expected a run directory" in capsys.readouterr().err

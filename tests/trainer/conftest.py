@@ -29,7 +29,7 @@ def published_run(small_model, tmp_path_factory, cpu_engines) -> Path:
 
 
 @pytest.fixture(scope="session")
-def recommended_run(small_model, tmp_path_factory, cpu_engines) -> Path:
+def departures_run(small_model, tmp_path_factory, cpu_engines) -> Path:
     """The directory of a finished run of 3 steps over the same 4 problems again and again, on DP2: the recommended
     setting, which also trains on groups without a right answer here."""
     settings = {

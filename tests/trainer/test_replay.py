@@ -1,4 +1,4 @@
-"""Two whole runs, in the published and in the recommended setting, replayed without any code of the trainer."""
+"""Two whole runs, in the published setting and with our departures, replayed without any code of the trainer."""
 
 import json
 from collections import defaultdict
@@ -14,7 +14,7 @@ from tests.trainer.replay import NOISE, UNKNOWN, Replay, ReplayedStep
 STEPS = 3
 
 
-@pytest.fixture(scope="module", params=["published_run", "recommended_run"])
+@pytest.fixture(scope="module", params=["published_run", "departures_run"])
 def run(request) -> Path:
     return request.getfixturevalue(request.param)
 
@@ -129,8 +129,8 @@ def test_trained_weights_are_those_of_a_plain_training_loop(run, replay, steps):
     assert torch.equal(trained["lm_head.weight"], trained["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize("run", ["recommended_run"], indirect=True)
-def test_the_recommended_setting_differs_where_it_should(steps):
+@pytest.mark.parametrize("run", ["departures_run"], indirect=True)
+def test_the_departures_are_seen(steps):
     """Mistakes without an answer are punished, groups are dropped, and advantages of unsolved groups are floored."""
     rows = [row for step in steps for row in step.rows]
     assert any(row["fingerprint"] is None and row["cluster_size"] > 0 for row in rows)
