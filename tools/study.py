@@ -1,6 +1,6 @@
 """Study of MEDS and its rivals on the two embedded tasks: runs, measures, a table and a picture.
 
-    python tools/study.py plan DIR            # writes DIR/per_kind.yaml and DIR/remainder.yaml, sweep files
+    python tools/study.py plan DIR            # writes sweep files: DIR/per_kind.yaml, remainder.yaml and departures.yaml
     python tools/study.py run DIR             # trains what is not recorded, here or as Slurm jobs (--executor slurm)
     python tools/study.py results DIR         # writes DIR/results.md and DIR/results.png
 
@@ -9,6 +9,9 @@ commit of its code. Runs themselves are in a directory of their own (`plan --run
 leaves out what is recorded with the same settings, `results` reads the records alone, and records of other settings
 count in neither. So the files of DIR carry a study from one machine to another. Runs of the first seed come first, then
 those of the second: whatever is finished compares all methods.
+
+The first two sweeps train all methods on a task each. The third tells what each departure of `meds_recommended.yaml`
+does to the published method on the second task (`study_departures.py`).
 
 A sweep file can also be given to `meds sweep`; `run` then records what is finished. All runs of a task draw equally
 many responses: one generation batch a step, of which a group filter trains on a part.
@@ -29,6 +32,7 @@ from typing import Any
 import numpy as np
 import yaml
 from scipy.stats import t as student_t
+from study_departures import Observation, effects, half_of_combinations
 from study_measures import measure, validations
 
 from meds_megatron.config import Config, load_config
@@ -63,6 +67,16 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Config of each method, and what is changed in it."""
+DEPARTURES: dict[str, dict[str, Any]] = {
+    "noise": {"memory.noise": "ignore"},
+    "single": {"memory.allow_single_cluster": True},
+    "no_answer": {"memory.no_answer": "own_cluster"},
+    "filtered": {"memory.remember_filtered": True},
+    "half_life": HALF_AN_EPOCH,
+}
+"""What `meds_recommended.yaml` has been tried with, one by one, where the published method has something else."""
+DEPARTURES_TASK, DEPARTURES_SEEDS = "remainder", 2
+SWEEPS = (*TASKS, "departures")
 MEASURES = (
     *("pass@1", "pass@n", "wrong_answers", "eigenvalue_ratio", "ari_fingerprint", "ari_answer"),
     *("saturated", "clusters", "minutes"),
@@ -124,7 +138,7 @@ def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def write_plan(directory: Path, runs: Path, steps: int, more: list[str], **options: Any) -> None:
-    """A sweep file for each task. `more` are `key=value` settings of all runs, the others as in `planned_sweep`."""
+    """A sweep file for each of SWEEPS. `more` are `key=value` settings of all runs, the others as in `planned_sweep`."""
     settings: dict[str, Any] = {}
     for setting in more:
         key, equals, value = setting.partition("=")
@@ -132,15 +146,15 @@ def write_plan(directory: Path, runs: Path, steps: int, more: list[str], **optio
             raise UserError(f"{setting}: expected key=value, a setting of all runs.")
         settings[key] = yaml.safe_load(value)
     directory.mkdir(parents=True, exist_ok=True)
-    for task in TASKS:
-        path = directory / f"{task}.yaml"
-        sweep = planned_sweep(task, directory, runs, steps, settings, **options)
+    for name in SWEEPS:
+        path = directory / f"{name}.yaml"
+        sweep = planned_sweep(name, directory, runs, steps, settings, **options)
         _write(path, yaml.safe_dump(sweep, sort_keys=False))
         expand(load_sweep(path), path)  # Refuses what no run can use.
 
 
 def planned_sweep(
-    task: str,
+    name: str,
     directory: Path,
     runs: Path = RUNS,
     steps: int = STEPS,
@@ -149,14 +163,22 @@ def planned_sweep(
     concurrent: int = 1,
     methods: Sequence[str] = tuple(METHODS),
 ) -> dict[str, Any]:
-    """A task's sweep file, which is to be in `directory`, with its runs in `runs` and the settings `more` for all."""
+    """A sweep file of SWEEPS, which is to be in `directory`, with its runs in `runs` and the settings `more` for all.
+
+    Of the departures each run has half, so that fewer seeds tell as much as all of them do of a method.
+    """
     shared = SHARED | {"train.steps": steps, "train.validate_every": -(-steps // 2)} | (more or {})
+    if name in TASKS:
+        task, own = name, {method: method_settings(method) for method in methods}
+    else:
+        task, own = DEPARTURES_TASK, departure_settings()
+        seeds = min(seeds, DEPARTURES_SEEDS)
     return {
-        "name": f"study_{task}",
+        "name": f"study_{name}",
         "config": os.path.relpath(BASE, directory.resolve()),
-        "directory": str(runs / task),
+        "directory": str(runs / name),
         "settings": shared | {"data.arithmetic_rules": task},
-        "runs": {method: method_settings(method) for method in methods},
+        "runs": own,
         "seeds": list(range(seeds)),
         "metrics": [f"validation/pass@{k}" for k in (1, shared["rollout.validation_responses"])],
         "concurrent": concurrent,
@@ -165,18 +187,31 @@ def planned_sweep(
     }
 
 
-def run_missing(directory: Path, tasks: list[str], methods: list[str], executor: Executor) -> bool:
-    """Trains what is planned and not recorded, and records each run as it ends. False if one failed."""
+def departure_settings() -> dict[str, dict[str, Any]]:
+    """The published method with half of all combinations of DEPARTURES: settings by the combination's name."""
+    return {
+        "+".join(chosen) or "none": {key: value for name in chosen for key, value in DEPARTURES[name].items()}
+        for chosen in half_of_combinations(list(DEPARTURES))
+    }
+
+
+def run_missing(directory: Path, sweeps: list[str], methods: list[str] | None, executor: Executor) -> bool:
+    """Trains what is planned (of `methods`, if given) and not recorded, and records each run as it ends. False if one
+    failed."""
     fine = True
-    for task in tasks:
-        path = directory / f"{task}.yaml"
+    for name in sweeps:
+        path = directory / f"{name}.yaml"
         recorded = read_records(directory)
-        runs = [run for run in expand(load_sweep(path), path) if method_of(run) in methods]
+        runs = expand(load_sweep(path), path)
+        known = {method_of(run) for run in runs}
+        if unknown := set(methods or []) - known:
+            raise UserError(f"{path} has no run {sorted(unknown)[0]}; expected some of {', '.join(sorted(known))}.")
+        runs = [run for run in runs if method_of(run) in (methods or known)]
         missing = {run.name: run for run in runs if digest(run) not in recorded}
 
-        def record_finished(_: Any = None, task: str = task, missing: dict[str, SweepRun] = missing) -> None:
+        def record_finished(_: Any = None, missing: dict[str, SweepRun] = missing) -> None:
             for run in [run for run in missing.values() if _is_finished(run)]:
-                print(json.dumps(record(directory, task, missing.pop(run.name))), flush=True)
+                print(json.dumps(record(directory, missing.pop(run.name))), flush=True)
 
         record_finished()
         if missing:
@@ -186,11 +221,11 @@ def run_missing(directory: Path, tasks: list[str], methods: list[str], executor:
     return fine
 
 
-def record(directory: Path, task: str, run: SweepRun) -> dict[str, Any]:
+def record(directory: Path, run: SweepRun) -> dict[str, Any]:
     """Adds a finished run to the records; its line."""
     files = read_run(run.directory)
     line = {
-        "task": task,
+        "task": files.settings["data.arithmetic_rules"],
         "method": method_of(run),
         "seed": run.differences[SEED],
         "steps": run.steps,
@@ -254,24 +289,48 @@ def method_of(run: SweepRun) -> str:
 def collect_results(directory: Path) -> dict[str, Any]:
     """By task and method: the recorded runs, and mean and half-width of each measure's 95 % interval over them
     (Student's t; null with fewer than two), also of the differences from CONTROL's runs with the same seed and start.
-    `missing` are the planned runs that are not recorded, by task and method, how many."""
+    `departures` are the effects of DEPARTURES on each of GAINS' measures. `missing` are the planned runs that are not
+    recorded, by sweep and method, how many."""
     records = read_records(directory)
-    results: dict[str, Any] = {"tasks": {}, "missing": {}}
-    for task in TASKS:
-        path = directory / f"{task}.yaml"
-        results["tasks"][task] = {}
+    results: dict[str, Any] = {"tasks": {}, "departures": {}, "missing": {}}
+    for name in SWEEPS:
+        path = directory / f"{name}.yaml"
         methods: dict[str, list[dict[str, Any]]] = {}
         for run in expand(load_sweep(path), path):
             found = records.get(digest(run), [])
             methods.setdefault(method_of(run), []).extend(found)
             if not found:
-                results["missing"].setdefault(task, Counter())[method_of(run)] += 1
-        for name, runs in methods.items():
-            pairs = pairs_of(runs, methods.get(CONTROL, []))
-            if runs:
-                summary = summary_of([run["measures"] for run in runs], pairs)
-                results["tasks"][task][name] = {"runs": runs, "pairs": len(pairs), "summary": summary}
+                results["missing"].setdefault(name, Counter())[method_of(run)] += 1
+        if name in TASKS:
+            results["tasks"][name] = summaries_of(methods)
+        else:
+            results["departures"] = effects_of(methods)
     return results
+
+
+def summaries_of(methods: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """By method that has runs: these, the number of their pairs, and the means and intervals."""
+    summaries = {}
+    for name, runs in methods.items():
+        pairs = pairs_of(runs, methods.get(CONTROL, []))
+        if runs:
+            summary = summary_of([run["measures"] for run in runs], pairs)
+            summaries[name] = {"runs": runs, "pairs": len(pairs), "summary": summary}
+    return summaries
+
+
+def effects_of(combinations: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The number of runs of combinations of DEPARTURES, and each departure's effect on GAINS' measures."""
+    runs = [
+        (frozenset(DEPARTURES) & frozenset(name.split("+")), (run["seed"], str(run["start"])), run["measures"])
+        for name, found in combinations.items()
+        for run in found
+    ]
+    by_measure = {
+        measure: effects(list(DEPARTURES), [Observation(on, block, made[measure]) for on, block, made in runs])
+        for measure in GAINS.values()
+    }
+    return {"runs": len(runs), "effects": by_measure}
 
 
 def pairs_of(runs: list[dict[str, Any]], control: list[dict[str, Any]]) -> list[tuple[dict, dict]]:
@@ -326,9 +385,20 @@ def table_of(results: dict[str, Any]) -> str:
             cells = [_cell(*method["summary"][column]) for column in COLUMNS]
             lines.append(f"| {name} | {len(method['runs'])} | " + " | ".join(cells) + " |")
         lines += [""] if methods else []
-        if missing := results["missing"].get(task):
-            lines += [f"Not run yet: {', '.join(f'{name} ({count})' for name, count in missing.items())}.", ""]
-    return "\n".join(lines)
+        lines += _missing_of(results, task)
+    departures = results["departures"]
+    lines += [f"### {DEPARTURES_TASK}: effect of each departure, from {departures['runs']} runs", ""]
+    by_measure = departures["effects"]
+    lines += ["| departure | " + " | ".join(by_measure) + " |", "|---" * (1 + len(by_measure)) + "|"]
+    for name in DEPARTURES:
+        cells = [_cell(*(found[name] or (None, None))) for found in by_measure.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *_missing_of(results, SWEEPS[-1])])
+
+
+def _missing_of(results: dict[str, Any], name: str) -> list[str]:
+    missing = results["missing"].get(name, {})
+    return [f"Not run yet: {', '.join(f'{run} ({count})' for run, count in missing.items())}.", ""] if missing else []
 
 
 def _cell(mean: float | None, interval: float | None) -> str:
@@ -379,7 +449,7 @@ def main(arguments: list[str]) -> int:
             options = {name: getattr(given, name) for name in ("seeds", "concurrent", "methods")}
             write_plan(directory, given.runs, given.steps, given.set, **options)
         elif given.command == "run":
-            return int(not run_missing(directory, given.tasks, given.methods, given.executor))
+            return int(not run_missing(directory, given.sweeps, given.methods, given.executor))
         else:
             found = collect_results(directory)
             _write(directory / "results.md", table_of(found))
@@ -397,14 +467,14 @@ def _parser() -> argparse.ArgumentParser:
     plan, run, results = (commands.add_parser(name) for name in ("plan", "run", "results"))
     for command in (plan, run, results):
         command.add_argument("directory", type=Path)
-    for command in (plan, run):
-        command.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    plan.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    run.add_argument("--methods", nargs="+", help="some of the sweep file's runs; default: all")
     plan.add_argument("--runs", type=Path, default=RUNS, help="directory of the runs")
     plan.add_argument("--steps", type=int, default=STEPS)
     plan.add_argument("--seeds", type=int, default=SEEDS)
     plan.add_argument("--concurrent", type=int, default=1, help="runs at a time")
     plan.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all runs")
-    run.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    run.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     run.add_argument("--executor", choices=["auto", "local", "slurm"], default="local")
     return parser
 

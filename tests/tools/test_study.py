@@ -126,7 +126,7 @@ def recorded_once(planned) -> Path:
         finish(runs[0], 0.2, steps=4)
         finish(runs[1], 0.3, steps=4)
         finish(runs[2], 0.3, steps=3)  # of 4
-    assert study.main(["run", str(planned), "--methods", "dapo"]) == 0
+    assert study.main(["run", str(planned), "--sweeps", *study.TASKS, "--methods", "dapo"]) == 0
     shutil.rmtree(planned / "runs")
     return planned
 
@@ -191,7 +191,7 @@ def test_methods_are_compared_with_dapo_run_by_run_of_the_same_seed_and_start(pl
 def test_what_is_recorded_is_not_run_again_and_the_file_is_enough_for_that(recorded):
     """Nothing here could train a model: `run` would fail."""
     lines = (recorded / study.RECORDS).read_text()
-    assert study.main(["run", str(recorded), "--methods", "dapo"]) == 0
+    assert study.main(["run", str(recorded), "--sweeps", *study.TASKS, "--methods", "dapo"]) == 0
     assert (recorded / study.RECORDS).read_text() == lines and not (recorded / "runs").exists()
     record = json.loads(lines.splitlines()[0])
     assert (record["task"], record["method"], record["seed"], record["steps"]) == ("per_kind", "dapo", 0, 4)
