@@ -404,7 +404,7 @@ def _missing_of(results: dict[str, Any], name: str) -> list[str]:
 def _cell(mean: float | None, interval: float | None) -> str:
     if mean is None:
         return "–"
-    return f"{mean:.3f}" if interval is None else f"{mean:.3f} ± {interval:.3f}"
+    return f"{mean:z.3f}" if interval is None else f"{mean:z.3f} ± {interval:.3f}"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

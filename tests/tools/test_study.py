@@ -61,6 +61,12 @@ def runs_of(directory: Path, task: str) -> list:
     return expand(load_sweep(file), file)
 
 
+def test_the_departures_together_are_the_recommended_config():
+    together = {key: value for settings in study.DEPARTURES.values() for key, value in settings.items()}
+    recommended = study.method_settings("meds_recommended")
+    assert {key: together.get(key) for key in recommended} == recommended
+
+
 def test_a_plan_is_two_sweeps_whose_runs_draw_equally_many_responses(planned):
     for task in study.TASKS:
         runs = runs_of(planned, task)
@@ -139,7 +145,9 @@ def recorded(recorded_once, tmp_path) -> Path:
 
 def test_results_of_recorded_runs(recorded, capsys):
     results = study.collect_results(recorded)
-    assert results["missing"] == {task: {"meds_recommended": 2} for task in study.TASKS}
+    missing = results["missing"]
+    assert {task: missing[task] for task in study.TASKS} == {task: {"meds_recommended": 2} for task in study.TASKS}
+    assert missing["departures"].total() == 32 and set(results["departures"]["effects"]) == {"pass@1", "pass@n"}
     found = results["tasks"]["remainder"]["dapo"]
     run = found["runs"][0]["measures"]
     assert (run["minutes"], run["responses"], run["pass@n"]) == (4.0, 104, 0.4)
@@ -214,6 +222,33 @@ def test_records_count_where_the_settings_that_decide_a_run_are_the_same(recorde
     assert found == ({"dapo"} if counts else set())
 
 
+def test_effects_of_the_departures_are_of_the_runs_that_have_half_of_them(planned, tmp_path):
+    directory = Path(shutil.copytree(planned, tmp_path, dirs_exist_ok=True))
+    runs = runs_of(directory, "departures")
+    assert {load_config(run.arguments[0], run.arguments[1:]).data.arithmetic_rules for run in runs} == {"remainder"}
+    lines = []
+    for run in runs:
+        seed = run.differences["train.seed"]
+        on = {name for name, settings in study.DEPARTURES.items() if settings.items() <= run.differences.items()}
+        measures = {"pass@1": 0.4 + seed / 10, "pass@n": 0.5 - 0.25 * ("noise" in on) + 0.125 * ("half_life" in on)}
+        line = {"settings": study.digest(run), "seed": seed, "measures": measures, "validation": {"0": [seed, 0.5]}}
+        lines.append(json.dumps(line) + "\n")
+    (directory / study.RECORDS).write_text("".join(lines))
+    found = study.collect_results(directory)
+    assert found["departures"]["runs"] == 32 and "departures" not in found["missing"]
+    expected = {"noise": -0.25, "single": 0.0, "no_answer": 0.0, "filtered": 0.0, "half_life": 0.125}
+    effects = found["departures"]["effects"]
+    assert {name: effect for name, (effect, _) in effects["pass@n"].items()} == pytest.approx(expected)
+    assert [effect for effect, _ in effects["pass@1"].values()] == pytest.approx([0.0] * 5)
+    assert study.main(["results", str(directory)]) == 0
+    assert "| noise | 0.000 ± 0.000 | -0.250 ± 0.000 |" in (directory / "results.md").read_text()
+
+
+def test_a_run_that_is_not_in_the_sweep_file_is_named(planned, capsys):
+    assert study.main(["run", str(planned), "--sweeps", "departures", "--methods", "nois"]) == 1
+    assert "departures.yaml has no run nois; expected some of" in capsys.readouterr().err
+
+
 def test_a_damaged_record_is_named(recorded, capsys):
     with open(recorded / study.RECORDS, "a") as file:
         file.write('{"task": "per_kind"\n')
@@ -224,8 +259,8 @@ def test_a_damaged_record_is_named(recorded, capsys):
 def test_the_repositorys_study_has_the_methods_configs_as_they_are():
     """`results` leaves out records of other settings, so a changed config needs a new plan."""
     directory = SOURCE.parents[1] / "assets" / "study"
-    for task in study.TASKS:
-        assert yaml.safe_load((directory / f"{task}.yaml").read_text()) == study.planned_sweep(task, directory)
+    for name in study.SWEEPS:
+        assert yaml.safe_load((directory / f"{name}.yaml").read_text()) == study.planned_sweep(name, directory)
 
 
 def test_the_readme_shows_the_committed_table():
