@@ -147,7 +147,7 @@ def test_results_of_recorded_runs(recorded, capsys):
     results = study.collect_results(recorded)
     missing = results["missing"]
     assert {task: missing[task] for task in study.TASKS} == {task: {"meds_recommended": 2} for task in study.TASKS}
-    assert missing["departures"].total() == 32 and set(results["departures"]["effects"]) == {"pass@1", "pass@n"}
+    assert missing["departures"].total() == 8 * 2 and set(results["departures"]["effects"]) == {"pass@1", "pass@n"}
     found = results["tasks"]["remainder"]["dapo"]
     run = found["runs"][0]["measures"]
     assert (run["minutes"], run["responses"], run["pass@n"]) == (4.0, 104, 0.4)
@@ -235,11 +235,11 @@ def test_effects_of_the_departures_are_of_the_runs_that_have_half_of_them(planne
         lines.append(json.dumps(line) + "\n")
     (directory / study.RECORDS).write_text("".join(lines))
     found = study.collect_results(directory)
-    assert found["departures"]["runs"] == 32 and "departures" not in found["missing"]
-    expected = {"noise": -0.25, "single": 0.0, "no_answer": 0.0, "filtered": 0.0, "half_life": 0.125}
+    assert found["departures"]["runs"] == 16 and "departures" not in found["missing"]
+    expected = {"noise": -0.25, "rare": 0.0, "filtered": 0.0, "half_life": 0.125}
     effects = found["departures"]["effects"]
     assert {name: effect for name, (effect, _) in effects["pass@n"].items()} == pytest.approx(expected)
-    assert [effect for effect, _ in effects["pass@1"].values()] == pytest.approx([0.0] * 5)
+    assert [effect for effect, _ in effects["pass@1"].values()] == pytest.approx([0.0] * 4)
     assert study.main(["results", str(directory)]) == 0
     assert "| noise | 0.000 ± 0.000 | -0.250 ± 0.000 |" in (directory / "results.md").read_text()
 
