@@ -1,8 +1,8 @@
 """Effects of single settings from runs that have half of all combinations of them: a fractional factorial experiment.
 
-Each setting is on in half of the runs and off in the others, so its effect is a difference between all runs, not between
-the few of two methods. The half with an even number of settings on (resolution IV for four settings: Box, Hunter and
-Hunter, "Statistics for Experimenters", chapter 6) keeps every effect apart from those of all pairs of settings.
+Each setting is on in half of the runs and off in the others, so that its effect is a difference between all runs, not
+between the few of two methods. The half with an even number of settings on (resolution IV for four settings: Box,
+Hunter and Hunter, "Statistics for Experimenters", chapter 6) keeps every effect apart from those of all pairs.
 """
 
 from collections.abc import Sequence

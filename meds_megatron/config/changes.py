@@ -49,13 +49,18 @@ what is learned."""
 
 def changes(saved: Config, present: Config) -> tuple[list[str], list[str]]:
     """`key: old -> new` of every setting that differs: those free to change, and those that make it another run."""
-    old, new = dict(_leaves(saved)), dict(_leaves(present))
+    old, new = settings_of(saved), settings_of(present)
     free, other = [], []
     for key, value in new.items():
         if old[key] != value:
             kind = free if is_free_to_change(key) else other
             kind.append(f"{key}: {old[key]} -> {value}")
     return free, other
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """The value of every setting by its dotted key."""
+    return dict(_leaves(config))
 
 
 def is_free_to_change(key: str) -> bool:

@@ -1,6 +1,5 @@
 """The study's plans and records, and its measures on runs that are written by hand."""
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -20,25 +19,26 @@ from meds_megatron.embedded.remainder import DIVISOR, SLIP, response
 from meds_megatron.launch.sweep_config import expand, load_sweep
 from meds_megatron.trainer.run_dir import ROLLOUT_SCHEMA
 
-SOURCE = Path(__file__).parents[2] / "tools" / "study.py"
-specification = importlib.util.spec_from_file_location("study", SOURCE)
-study = importlib.util.module_from_spec(specification)
-sys.path.append(str(SOURCE.parent))  # Of study_measures.
-specification.loader.exec_module(study)
-study_measures = sys.modules["study_measures"]
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tools"))
+import study  # noqa: E402
+import study_measures  # noqa: E402
+import study_plan  # noqa: E402
+import study_records  # noqa: E402
+import study_results  # noqa: E402
 
 EXPRESSION = Expression(7, 6, 4, 5)
 
 
-@pytest.mark.parametrize("method", study.METHODS)
+@pytest.mark.parametrize("method", study_plan.METHODS)
 def test_a_methods_settings_make_its_config_of_the_base(method):
-    name, changed = study.METHODS[method]
-    base = [] if name == study.BASE.name else [f"base={study.BASE}"]
+    name, changed = study_plan.METHODS[method]
+    base = [] if name == study_plan.BASE.name else [f"base={study_plan.BASE}"]
     expected = load_config(
-        study.CONFIGS / name, [*base, *(f"{key}={json.dumps(value)}" for key, value in changed.items())]
+        study_plan.CONFIGS / name, [*base, *(f"{key}={json.dumps(value)}" for key, value in changed.items())]
     )
-    overrides = [f"{key}={json.dumps(value)}" for key, value in study.method_settings(method).items()]
-    free, other = changes(expected, load_config(study.BASE, overrides))
+    overrides = [f"{key}={json.dumps(value)}" for key, value in study_plan.method_settings(method).items()]
+    free, other = changes(expected, load_config(study_plan.BASE, overrides))
     assert other == [] and {line.partition(":")[0] for line in free} <= {"name", "run_dir"}
 
 
@@ -62,13 +62,13 @@ def runs_of(directory: Path, task: str) -> list:
 
 
 def test_the_departures_together_are_the_recommended_config():
-    together = {key: value for settings in study.DEPARTURES.values() for key, value in settings.items()}
-    recommended = study.method_settings("meds_recommended")
+    together = {key: value for settings in study_plan.DEPARTURES.values() for key, value in settings.items()}
+    recommended = study_plan.method_settings("meds_recommended")
     assert {key: together.get(key) for key in recommended} == recommended
 
 
 def test_a_plan_is_two_sweeps_whose_runs_draw_equally_many_responses(planned):
-    for task in study.TASKS:
+    for task in study_plan.TASKS:
         runs = runs_of(planned, task)
         names = [f"{method},seed={seed}" for method in METHODS for seed in (0, 1)]
         assert [run.name for run in runs] == names
@@ -127,12 +127,12 @@ def finish(run, pass_1: float, steps: int) -> None:
 @pytest.fixture(scope="module")
 def recorded_once(planned) -> Path:
     """A study whose runs of DAPO are finished, recorded and gone."""
-    for task in study.TASKS:
+    for task in study_plan.TASKS:
         runs = runs_of(planned, task)
         finish(runs[0], 0.2, steps=4)
         finish(runs[1], 0.3, steps=4)
         finish(runs[2], 0.3, steps=3)  # of 4
-    assert study.main(["run", str(planned), "--sweeps", *study.TASKS, "--methods", "dapo"]) == 0
+    assert study.main(["run", str(planned), "--sweeps", *study_plan.TASKS, "--methods", "dapo"]) == 0
     shutil.rmtree(planned / "runs")
     return planned
 
@@ -144,9 +144,9 @@ def recorded(recorded_once, tmp_path) -> Path:
 
 
 def test_results_of_recorded_runs(recorded, capsys):
-    results = study.collect_results(recorded)
+    results = study_results.collect_results(recorded)
     missing = results["missing"]
-    assert {task: missing[task] for task in study.TASKS} == {task: {"meds_recommended": 2} for task in study.TASKS}
+    assert [missing[task] for task in study_plan.TASKS] == [{"meds_recommended": 2}] * 2
     assert missing["departures"].total() == 8 * 2 and set(results["departures"]["effects"]) == {"pass@1", "pass@n"}
     found = results["tasks"]["remainder"]["dapo"]
     run = found["runs"][0]["measures"]
@@ -174,14 +174,14 @@ def test_methods_are_compared_with_dapo_run_by_run_of_the_same_seed_and_start(pl
 
     def line_of(run, start: float) -> str:
         seed = run.differences["train.seed"]
-        measures = dict.fromkeys((*study.MEASURES, "responses"), 0.5)
-        measures["pass@1"] = reached[study.method_of(run), seed]
-        line = {"settings": study.digest(run), "seed": seed, "steps": 4, "measures": measures}
+        measures = dict.fromkeys((*study_results.MEASURES, "responses"), 0.5)
+        measures["pass@1"] = reached[study_records.method_of(run), seed]
+        line = {"settings": study_records.digest(run), "seed": seed, "steps": 4, "measures": measures}
         return json.dumps(line | {"validation": {"0": [start, 0.5]}}) + "\n"
 
     def summary_of(lines: list[str]) -> dict:
-        (directory / study.RECORDS).write_text("".join(lines))
-        return study.collect_results(directory)["tasks"]["per_kind"]["meds_recommended"]["summary"]
+        (directory / study_records.RECORDS).write_text("".join(lines))
+        return study_results.collect_results(directory)["tasks"]["per_kind"]["meds_recommended"]["summary"]
 
     runs = runs_of(directory, "per_kind")
     lines = [line_of(run, start=0.1) for run in runs]
@@ -198,9 +198,9 @@ def test_methods_are_compared_with_dapo_run_by_run_of_the_same_seed_and_start(pl
 
 def test_what_is_recorded_is_not_run_again_and_the_file_is_enough_for_that(recorded):
     """Nothing here could train a model: `run` would fail."""
-    lines = (recorded / study.RECORDS).read_text()
-    assert study.main(["run", str(recorded), "--sweeps", *study.TASKS, "--methods", "dapo"]) == 0
-    assert (recorded / study.RECORDS).read_text() == lines and not (recorded / "runs").exists()
+    lines = (recorded / study_records.RECORDS).read_text()
+    assert study.main(["run", str(recorded), "--sweeps", *study_plan.TASKS, "--methods", "dapo"]) == 0
+    assert (recorded / study_records.RECORDS).read_text() == lines and not (recorded / "runs").exists()
     record = json.loads(lines.splitlines()[0])
     assert (record["task"], record["method"], record["seed"], record["steps"]) == ("per_kind", "dapo", 0, 4)
     assert record["validation"] == {"4": [0.2, 0.4]}
@@ -218,7 +218,7 @@ def test_what_is_recorded_is_not_run_again_and_the_file_is_enough_for_that(recor
 )
 def test_records_count_where_the_settings_that_decide_a_run_are_the_same(recorded, setting, counts):
     plan(recorded, setting)
-    found = {method for methods in study.collect_results(recorded)["tasks"].values() for method in methods}
+    found = {method for methods in study_results.collect_results(recorded)["tasks"].values() for method in methods}
     assert found == ({"dapo"} if counts else set())
 
 
@@ -229,12 +229,19 @@ def test_effects_of_the_departures_are_of_the_runs_that_have_half_of_them(planne
     lines = []
     for run in runs:
         seed = run.differences["train.seed"]
-        on = {name for name, settings in study.DEPARTURES.items() if settings.items() <= run.differences.items()}
-        measures = {"pass@1": 0.4 + seed / 10, "pass@n": 0.5 - 0.25 * ("noise" in on) + 0.125 * ("half_life" in on)}
-        line = {"settings": study.digest(run), "seed": seed, "measures": measures, "validation": {"0": [seed, 0.5]}}
+        on = {name for name, settings in study_plan.DEPARTURES.items() if settings.items() <= run.differences.items()}
+        measures = dict.fromkeys((*study_results.MEASURES, "responses"), 0.5)
+        measures["pass@1"] += seed / 10
+        measures["pass@n"] += 0.125 * ("half_life" in on) - 0.25 * ("noise" in on)
+        line = {
+            "settings": study_records.digest(run),
+            "seed": seed,
+            "measures": measures,
+            "validation": {"0": [seed, 0.5]},
+        }
         lines.append(json.dumps(line) + "\n")
-    (directory / study.RECORDS).write_text("".join(lines))
-    found = study.collect_results(directory)
+    (directory / study_records.RECORDS).write_text("".join(lines))
+    found = study_results.collect_results(directory)
     assert found["departures"]["runs"] == 16 and "departures" not in found["missing"]
     expected = {"noise": -0.25, "rare": 0.0, "filtered": 0.0, "half_life": 0.125}
     effects = found["departures"]["effects"]
@@ -250,27 +257,27 @@ def test_a_run_that_is_not_in_the_sweep_file_is_named(planned, capsys):
 
 
 def test_a_damaged_record_is_named(recorded, capsys):
-    with open(recorded / study.RECORDS, "a") as file:
+    with open(recorded / study_records.RECORDS, "a") as file:
         file.write('{"task": "per_kind"\n')
     assert study.main(["results", str(recorded)]) == 1
-    assert f"{study.RECORDS} line 5: expected a JSON object of a run" in capsys.readouterr().err
+    assert f"{study_records.RECORDS} line 5: expected a JSON object of a run" in capsys.readouterr().err
 
 
 def test_the_repositorys_study_has_the_methods_configs_as_they_are():
     """`results` leaves out records of other settings, so a changed config needs a new plan."""
-    directory = SOURCE.parents[1] / "assets" / "study"
-    for name in study.SWEEPS:
-        assert yaml.safe_load((directory / f"{name}.yaml").read_text()) == study.planned_sweep(name, directory)
+    directory = ROOT / "assets" / "study"
+    for name in study_plan.SWEEPS:
+        assert yaml.safe_load((directory / f"{name}.yaml").read_text()) == study_plan.planned_sweep(name, directory)
 
 
 def test_the_readme_shows_the_committed_table():
-    root = SOURCE.parents[1]
+    root = ROOT
     rows = [line for line in (root / "assets/study/results.md").read_text().splitlines() if line.startswith("|")]
     assert rows and not [row for row in rows if row not in (root / "README.md").read_text().splitlines()]
 
 
 def test_noise_is_a_cluster_or_no_cluster_as_the_runs_memory_has_it():
-    config = load_config(study.BASE).memory
+    config = load_config(study_plan.BASE).memory
     angles = np.radians([0, 1, 2.5, 88, 90, 176, 267])
     fingerprints = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     config.noise = "cluster"
@@ -281,9 +288,9 @@ def test_noise_is_a_cluster_or_no_cluster_as_the_runs_memory_has_it():
 
 
 def test_measures_that_nothing_counts_in_are_left_out_of_means():
-    assert study.mean_and_interval([None, None]) == [None, None]
-    assert study.mean_and_interval([None, 2.0]) == [2.0, None]
-    assert study_measures.WrongResponses().agreement(load_config(study.BASE)) == {
+    assert study_results.mean_and_interval([None, None]) == [None, None]
+    assert study_results.mean_and_interval([None, 2.0]) == [2.0, None]
+    assert study_measures.WrongResponses().agreement(load_config(study_plan.BASE)) == {
         "ari_fingerprint": None,
         "ari_answer": None,
     }

@@ -9,7 +9,7 @@ import pytest
 
 from meds_megatron.config import MemoryConfig, load_config, save_config
 from meds_megatron.embedded.remainder import DIVISOR
-from tests.tools.test_study import study, write_step
+from tests.tools.test_study import study_plan, write_step
 
 study_memories = importlib.import_module("study_memories")
 A, B = (study_memories.Mistake("p", habit, vector_L) for habit, vector_L in zip("AB", np.eye(2, 3), strict=True))
@@ -45,7 +45,7 @@ def test_a_single_cluster_agrees_with_no_mistake():
 
 
 def run_directory(directory: Path) -> Path:
-    config = load_config(study.BASE, [f"run_dir={directory}", "memory.window=3"])
+    config = load_config(study_plan.BASE, [f"run_dir={directory}", "memory.window=3"])
     for step in range(1, 7):
         wrong = [(rule, DIVISOR, np.eye(4)[rule].tolist()) for rule in (1, 1, 2)]
         write_step(directory, step, [[(0, DIVISOR, [0.0] * 4), *wrong]])

@@ -1,0 +1,111 @@
+"""The study's runs: methods, tasks and settings, as sweep files."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from study_departures import half_of_combinations
+
+from meds_megatron.config import load_config
+from meds_megatron.config.changes import settings_of
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+BASE = CONFIGS / "quickstart.yaml"
+TASKS = ("per_kind", "remainder")
+"""Values of `data.arithmetic_rules`."""
+HALF_AN_EPOCH = {"memory.half_life_steps": 2.5}
+"""Of 120 problems, 24 a step."""
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "grpo": ("baselines/grpo.yaml", {}),
+    "dapo": ("baselines/dapo.yaml", {}),
+    "entropy": ("baselines/grpo_entropy.yaml", {}),
+    "edas": ("baselines/edas.yaml", {}),
+    "historical_counts": ("baselines/historical_counts.yaml", {}),
+    "f_grpo": ("baselines/f_grpo.yaml", {}),
+    "pass_at_k": ("baselines/pass_at_k.yaml", {}),
+    "meds_published": ("quickstart.yaml", {}),
+    "meds_answer": ("baselines/meds_answer.yaml", {}),
+    "meds_recommended": ("meds_recommended.yaml", HALF_AN_EPOCH),
+}
+"""Config of each method, and what is changed in it."""
+DEPARTURES: dict[str, dict[str, Any]] = {
+    "noise": {"memory.noise": "ignore"},
+    # Two of rare cases in one: each alone left the validation as it was to the last digit (tried.jsonl).
+    "rare": {"memory.allow_single_cluster": True, "memory.no_answer": "own_cluster"},
+    "filtered": {"memory.remember_filtered": True},
+    "half_life": HALF_AN_EPOCH,
+}
+"""What `meds_recommended.yaml` has been tried with where the published method has something else."""
+DEPARTURES_TASK, DEPARTURES_SEEDS = "remainder", 3
+SWEEPS = (*TASKS, "departures")
+SHARED: dict[str, Any] = {
+    "train.export_hf": False,
+    "filter.max_batches": 1,
+    "rollout.validation_responses": 32,
+    "data.limit_validation": 96,
+    "checkpoint.keep_last": 1,
+    "wandb.enabled": False,
+    # As cheap as may be without a change to what is learned: one process computes all layers.
+    "cluster.ranks_per_node": 1,
+    "parallel.pipeline": 1,
+    "train.micro_batch_tokens": 8192,
+    "train.forward_tokens": 16384,
+    "checkpoint.every": 40,
+    "sync.checksum_every": 0,
+}
+"""Settings of all runs."""
+RUNS, STEPS, SEEDS = Path("runs/study"), 60, 5
+
+
+def method_settings(method: str) -> dict[str, Any]:
+    """The settings in which a method's config, on the study's base, differs from that base."""
+    name, changed = METHODS[method]
+    path = CONFIGS / name
+    config = load_config(path, [] if path == BASE else [f"base={BASE}"])
+    plain, own = settings_of(load_config(BASE)), settings_of(config)
+    return {
+        key: value for key, value in own.items() if value != plain[key] and key not in ("name", "run_dir")
+    } | changed
+
+
+def planned_sweep(
+    name: str,
+    directory: Path,
+    runs: Path = RUNS,
+    steps: int = STEPS,
+    more: dict[str, Any] | None = None,
+    seeds: int = SEEDS,
+    concurrent: int = 1,
+    methods: Sequence[str] = tuple(METHODS),
+) -> dict[str, Any]:
+    """A sweep file of SWEEPS, which is to be in `directory`, with its runs in `runs` and the settings `more` for all.
+
+    Of the departures each run has half, so that fewer seeds tell as much as all of them do of a method.
+    """
+    shared = SHARED | {"train.steps": steps, "train.validate_every": -(-steps // 2)} | (more or {})
+    if name in TASKS:
+        task, own = name, {method: method_settings(method) for method in methods}
+    else:
+        task, own = DEPARTURES_TASK, departure_settings()
+        seeds = min(seeds, DEPARTURES_SEEDS)
+    return {
+        "name": f"study_{name}",
+        "config": os.path.relpath(BASE, directory.resolve()),
+        "directory": str(runs / name),
+        "settings": shared | {"data.arithmetic_rules": task},
+        "runs": own,
+        "seeds": list(range(seeds)),
+        "metrics": [f"validation/pass@{k}" for k in (1, shared["rollout.validation_responses"])],
+        "concurrent": concurrent,
+        "retries": 2,
+        "job": {"nodes": 1, "gpus_per_node": 0, "exclusive": False},
+    }
+
+
+def departure_settings() -> dict[str, dict[str, Any]]:
+    """The published method with half of all combinations of DEPARTURES: settings by the combination's name."""
+    return {
+        "+".join(chosen) or "none": {key: value for name in chosen for key, value in DEPARTURES[name].items()}
+        for chosen in half_of_combinations(list(DEPARTURES))
+    }

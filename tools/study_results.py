@@ -1,0 +1,169 @@
+"""The study's results: means and intervals of the recorded runs, differences from DAPO, a table and a picture."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student_t
+from study_departures import Observation, effects
+from study_plan import DEPARTURES, DEPARTURES_TASK, SWEEPS, TASKS
+from study_records import digest, method_of, read_records
+
+from meds_megatron.launch.sweep_config import expand, load_sweep
+
+MEASURES = (
+    *("pass@1", "pass@n", "wrong_answers", "eigenvalue_ratio", "ari_fingerprint", "ari_answer"),
+    *("saturated", "clusters", "minutes"),
+)
+CONTROL = "dapo"
+"""Method that the others are compared with, run by run of the same seed."""
+GAINS = {f"{measure} − {CONTROL}": measure for measure in ("pass@1", "pass@n")}
+"""In what they are compared, by the name of the difference."""
+FEWEST = 3
+"""Differences of a method whose interval is drawn: that of two says nothing and hides the others."""
+COLUMNS = (*MEASURES[:2], *GAINS, *MEASURES[2:])
+"""Of the table."""
+
+
+def collect_results(directory: Path) -> dict[str, Any]:
+    """By task and method: the recorded runs, and mean and half-width of each measure's 95 % interval over them
+    (Student's t; null with fewer than two), also of the differences from CONTROL's runs with the same seed and start.
+    `departures` are the effects of DEPARTURES on each of GAINS' measures. `missing` are the planned runs that are not
+    recorded, by sweep and method, how many."""
+    records = read_records(directory)
+    results: dict[str, Any] = {"tasks": {}, "departures": {}, "missing": {}}
+    for name in SWEEPS:
+        path = directory / f"{name}.yaml"
+        methods: dict[str, list[dict[str, Any]]] = {}
+        for run in expand(load_sweep(path), path):
+            found = records.get(digest(run), [])
+            methods.setdefault(method_of(run), []).extend(found)
+            if not found:
+                results["missing"].setdefault(name, Counter())[method_of(run)] += 1
+        if name in TASKS:
+            results["tasks"][name] = summaries_of(methods)
+        else:
+            results["departures"] = effects_of(methods)
+    return results
+
+
+def summaries_of(methods: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """By method that has runs: these, the number of their pairs, and the means and intervals."""
+    summaries = {}
+    for name, runs in methods.items():
+        pairs = pairs_of(runs, methods.get(CONTROL, []))
+        if runs:
+            summary = summary_of([run["measures"] for run in runs], pairs)
+            summaries[name] = {"runs": runs, "pairs": len(pairs), "summary": summary}
+    return summaries
+
+
+def effects_of(combinations: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The number of runs of combinations of DEPARTURES, and each departure's effect on GAINS' measures."""
+    runs = [
+        (frozenset(DEPARTURES) & frozenset(name.split("+")), (run["seed"], str(run["start"])), run["measures"])
+        for name, found in combinations.items()
+        for run in found
+    ]
+    by_measure = {
+        measure: effects(list(DEPARTURES), [Observation(on, block, made[measure]) for on, block, made in runs])
+        for measure in GAINS.values()
+    }
+    return {"runs": len(runs), "effects": by_measure}
+
+
+def pairs_of(runs: list[dict[str, Any]], control: list[dict[str, Any]]) -> list[tuple[dict, dict]]:
+    """Measures of the runs that have a counterpart in the control, and of that counterpart.
+
+    Runs with the same seed and the same validation before the first step have model, data, order and first responses
+    in common, so their differences vary less than the runs do. The model differs where another type of processor has
+    made it.
+    """
+    return [
+        (run["measures"], other["measures"])
+        for run in runs
+        for other in control
+        if (run["seed"], run["start"]) == (other["seed"], other["start"])
+    ]
+
+
+def summary_of(measured: list[dict], pairs: list[tuple[dict, dict]]) -> dict[str, list[float | None]]:
+    """Mean and interval of each measure of a method's runs, and of the differences within the pairs."""
+    found = {name: mean_and_interval([one[name] for one in measured]) for name in (*MEASURES, "responses")}
+    gains = {gain: mean_and_interval([one[of] - other[of] for one, other in pairs]) for gain, of in GAINS.items()}
+    return found | gains
+
+
+def mean_and_interval(measured: list[float | None]) -> list[float | None]:
+    """Mean of the values that are not null, and half-width of its 95 % interval."""
+    values = [value for value in measured if value is not None]
+    if not values:
+        return [None, None]
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return [mean, None]
+    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return [mean, error * float(student_t.ppf(0.975, len(values) - 1))]
+
+
+def table_of(results: dict[str, Any]) -> str:
+    """The results as Markdown, a table for each task."""
+    lines = []
+    for task, methods in results["tasks"].items():
+        lines += [f"### {task}", ""]
+        if methods:
+            lines += ["| method | runs | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+        for name, method in methods.items():
+            cells = [_cell(*method["summary"][column]) for column in COLUMNS]
+            lines.append(f"| {name} | {len(method['runs'])} | " + " | ".join(cells) + " |")
+        lines += [""] if methods else []
+        lines += _missing_of(results, task)
+    departures = results["departures"]
+    lines += [f"### {DEPARTURES_TASK}: effect of each departure, from {departures['runs']} runs", ""]
+    by_measure = departures["effects"]
+    lines += ["| departure | " + " | ".join(by_measure) + " |", "|---" * (1 + len(by_measure)) + "|"]
+    for name in DEPARTURES:
+        cells = [_cell(*(found[name] or (None, None))) for found in by_measure.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *_missing_of(results, SWEEPS[-1])])
+
+
+def _missing_of(results: dict[str, Any], name: str) -> list[str]:
+    missing = results["missing"].get(name, {})
+    return [f"Not run yet: {', '.join(f'{run} ({count})' for run, count in missing.items())}.", ""] if missing else []
+
+
+def _cell(mean: float | None, interval: float | None) -> str:
+    if mean is None:
+        return "–"
+    return f"{mean:z.3f}" if interval is None else f"{mean:z.3f} ± {interval:.3f}"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Differences from CONTROL's runs in pass@1 and pass@n, a panel for each task that was run; their intervals for
+    methods with FEWEST differences or more."""
+    from matplotlib.figure import Figure
+
+    drawn = {task: methods for task, methods in results["tasks"].items() if methods}
+    figure = Figure(figsize=(7 * max(len(drawn), 1), 5), layout="constrained")
+    panels = figure.subplots(1, max(len(drawn), 1), squeeze=False)[0]
+    across, up = GAINS
+    for panel, (task, methods) in zip(panels, drawn.items(), strict=False):
+        panel.axhline(0, color="0.8", zorder=0)
+        panel.axvline(0, color="0.8", zorder=0)
+        for name, method in methods.items():
+            (x, x_interval), (y, y_interval) = (method["summary"][gain] for gain in GAINS)
+            count = method["pairs"]
+            if name == CONTROL or x is None:
+                continue
+            errors = {"xerr": x_interval, "yerr": y_interval} if count >= FEWEST else {}
+            panel.errorbar(x, y, **errors, fmt="o", capsize=2, label=f"{name} ({count})")
+        panel.set(title=task, xlabel=across, ylabel=up)
+        panel.locator_params(axis="x", nbins=5)
+        if panel.containers:
+            panel.legend(fontsize=8, title="method (pairs)", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    unfinished = path.with_name(f".{path.name}")
+    figure.savefig(unfinished, format="png", dpi=120)
+    os.replace(unfinished, path)
