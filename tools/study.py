@@ -10,8 +10,8 @@ leaves out what is recorded with the same settings, `results` reads the records 
 count in neither. So the files of DIR carry a study from one machine to another. Runs of the first seed come first, then
 those of the second: whatever is finished compares all methods.
 
-The first two sweeps train all methods on a task each. The third tells what each departure of `meds_recommended.yaml`
-does to the published method on the second task (`study_departures.py`).
+The first two sweeps train all methods on a task each. The third tells what each of our departures does to the published
+method on the second task (`study_departures.py`).
 
 A sweep file can also be given to `meds sweep`; `run` then records what is finished. All runs of a task draw equally
 many responses: one generation batch a step, of which a group filter trains on a part.

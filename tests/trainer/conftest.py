@@ -31,12 +31,13 @@ def published_run(small_model, tmp_path_factory, cpu_engines) -> Path:
 @pytest.fixture(scope="session")
 def departures_run(small_model, tmp_path_factory, cpu_engines) -> Path:
     """The directory of a finished run of 3 steps over the same 4 problems again and again, on DP2: the recommended
-    setting, which also trains on groups without a right answer here."""
+    setting and the other departures, so that it also remembers and trains on groups without a right answer."""
     settings = {
         "base": "configs/quickstart.yaml",
         "parallel.pipeline": 1,
         "data.limit_train": 4,
         "rollout.max_response_tokens": 18,  # some answers are cut off before their box
+        "memory.remember_filtered": "true",
         "memory.half_life_steps": 2.5,
         "filter.metric": "shaped",
         "filter.max_batches": 3,
