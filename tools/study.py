@@ -40,7 +40,10 @@ def write_plan(directory: Path, runs: Path, steps: int, more: list[str], **optio
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"{setting}: expected key=value, a setting of all runs.")
-        settings[key] = yaml.safe_load(value)
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"{setting}: the value is not readable as YAML; quote it.") from error
     directory.mkdir(parents=True, exist_ok=True)
     for name in SWEEPS:
         path = directory / f"{name}.yaml"
@@ -52,16 +55,15 @@ def write_plan(directory: Path, runs: Path, steps: int, more: list[str], **optio
 def run_missing(directory: Path, sweeps: list[str], methods: list[str] | None, executor: Executor) -> bool:
     """Trains what is planned (of `methods`, if given) and not recorded, and records each run as it ends. False if one
     failed."""
+    planned = {path: expand(load_sweep(path), path) for path in [directory / f"{name}.yaml" for name in sweeps]}
+    known = sorted({method_of(run) for runs in planned.values() for run in runs})
+    if unknown := set(methods or []) - set(known):
+        raise UserError(f"{directory}: no sweep has runs of {sorted(unknown)[0]}; expected some of {', '.join(known)}.")
     fine = True
-    for name in sweeps:
-        path = directory / f"{name}.yaml"
+    for path, runs in planned.items():
         recorded = read_records(directory)
-        runs = expand(load_sweep(path), path)
-        known = {method_of(run) for run in runs}
-        if unknown := set(methods or []) - known:
-            raise UserError(f"{path} has no run {sorted(unknown)[0]}; expected some of {', '.join(sorted(known))}.")
-        runs = [run for run in runs if method_of(run) in (methods or known)]
-        missing = {run.name: run for run in runs if digest(run) not in recorded}
+        chosen = [run for run in runs if method_of(run) in (methods or known)]
+        missing = {run.name: run for run in chosen if digest(run) not in recorded}
 
         def record_finished(_: Any = None, missing: dict[str, SweepRun] = missing) -> None:
             for run in [run for run in missing.values() if is_finished(run)]:
@@ -101,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     plan, run, results = (commands.add_parser(name) for name in ("plan", "run", "results"))
     for command in (plan, run, results):
         command.add_argument("directory", type=Path)
-    plan.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    run.add_argument("--methods", nargs="+", help="some of the sweep file's runs; default: all")
+    plan.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="not of departures")
+    run.add_argument("--methods", nargs="+", help="some of the runs in the sweep files; default: all")
     plan.add_argument("--runs", type=Path, default=RUNS, help="directory of the runs")
     plan.add_argument("--steps", type=int, default=STEPS)
     plan.add_argument("--seeds", type=int, default=SEEDS)

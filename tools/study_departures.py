@@ -2,7 +2,8 @@
 
 Each setting is on in half of the runs and off in the others, so that its effect is a difference between all runs, not
 between the few of two methods. The half with an even number of settings on (resolution IV for four settings: Box,
-Hunter and Hunter, "Statistics for Experimenters", chapter 6) keeps every effect apart from those of all pairs.
+Hunter and Hunter, "Statistics for Experimenters", chapter 6) keeps every effect apart from those of all pairs, where
+each run is there and equally often.
 """
 
 from collections.abc import Sequence
@@ -27,8 +28,8 @@ def half_of_combinations(settings: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def effects(settings: Sequence[str], observations: Sequence[Observation]) -> dict[str, tuple[float, float] | None]:
-    """Change of the value that each setting makes, and half-width of its 95 % interval: least squares of additive
-    effects and a mean for each block (Student's t with the residual degrees of freedom).
+    """Change of the value that each setting makes, as an average over the others, and half-width of its 95 % interval:
+    least squares of additive effects and a mean for each block (Student's t with the residual degrees of freedom).
 
     None for all settings where the runs are too few to tell their effects from each other and from chance.
     """

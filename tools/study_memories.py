@@ -118,7 +118,10 @@ def memory_settings(settings: list[str]) -> dict[str, Any]:
         key, equals, value = setting.partition("=")
         if not equals or key not in asdict(MemoryConfig()):
             raise UserError(f"--memory {setting}: expected key=value, with a key of `memory`.")
-        changed[key] = yaml.safe_load(value)
+        try:
+            changed[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--memory {setting}: the value is not readable as YAML; quote it.") from error
     return changed
 
 

@@ -14,28 +14,28 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BASE = CONFIGS / "quickstart.yaml"
 TASKS = ("per_kind", "remainder")
 """Values of `data.arithmetic_rules`."""
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "grpo": ("baselines/grpo.yaml", {}),
-    "dapo": ("baselines/dapo.yaml", {}),
-    "entropy": ("baselines/grpo_entropy.yaml", {}),
-    "edas": ("baselines/edas.yaml", {}),
-    "historical_counts": ("baselines/historical_counts.yaml", {}),
-    "f_grpo": ("baselines/f_grpo.yaml", {}),
-    "pass_at_k": ("baselines/pass_at_k.yaml", {}),
-    "meds_published": ("quickstart.yaml", {}),
-    "meds_answer": ("baselines/meds_answer.yaml", {}),
-    "meds_recommended": ("meds_recommended.yaml", {}),
+METHODS = {
+    "grpo": "baselines/grpo.yaml",
+    "dapo": "baselines/dapo.yaml",
+    "entropy": "baselines/grpo_entropy.yaml",
+    "edas": "baselines/edas.yaml",
+    "historical_counts": "baselines/historical_counts.yaml",
+    "f_grpo": "baselines/f_grpo.yaml",
+    "pass_at_k": "baselines/pass_at_k.yaml",
+    "meds_published": "quickstart.yaml",
+    "meds_answer": "baselines/meds_answer.yaml",
+    "meds_recommended": "meds_recommended.yaml",
 }
-"""Config of each method, and what is changed in it."""
+"""Config of each method."""
 DEPARTURES: dict[str, dict[str, Any]] = {
     "noise": {"memory.noise": "ignore"},
-    # Two of rare cases in one: each alone left the validation as it was to the last digit (tried.jsonl).
+    # Two of rare cases in one: with noise ignored or a half-life, one of them gives the same validation as both.
     "rare": {"memory.allow_single_cluster": True, "memory.no_answer": "own_cluster"},
     "filtered": {"memory.remember_filtered": True},
     # Half an epoch: 120 problems, 24 a step.
     "half_life": {"memory.half_life_steps": 2.5},
 }
-"""Departures from the published method that may help: `meds_recommended.yaml` has those that do not cost anything."""
+"""Departures from the published method that could help; `meds_recommended.yaml` has some of them."""
 DEPARTURES_TASK, DEPARTURES_SEEDS = "remainder", 3
 SWEEPS = (*TASKS, "departures")
 SHARED: dict[str, Any] = {
@@ -59,13 +59,10 @@ RUNS, STEPS, SEEDS = Path("runs/study"), 60, 5
 
 def method_settings(method: str) -> dict[str, Any]:
     """The settings in which a method's config, on the study's base, differs from that base."""
-    name, changed = METHODS[method]
-    path = CONFIGS / name
+    path = CONFIGS / METHODS[method]
     config = load_config(path, [] if path == BASE else [f"base={BASE}"])
     plain, own = settings_of(load_config(BASE)), settings_of(config)
-    return {
-        key: value for key, value in own.items() if value != plain[key] and key not in ("name", "run_dir")
-    } | changed
+    return {key: value for key, value in own.items() if value != plain[key] and key not in ("name", "run_dir")}
 
 
 def planned_sweep(
@@ -80,7 +77,8 @@ def planned_sweep(
 ) -> dict[str, Any]:
     """A sweep file of SWEEPS, which is to be in `directory`, with its runs in `runs` and the settings `more` for all.
 
-    Of the departures each run has half, so that fewer seeds tell as much as all of them do of a method.
+    Each run of the departures has half of them, and each effect is of all runs: DEPARTURES_SEEDS are enough. `methods`
+    are of the other sweeps.
     """
     shared = SHARED | {"train.steps": steps, "train.validate_every": -(-steps // 2)} | (more or {})
     if name in TASKS:

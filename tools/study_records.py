@@ -101,7 +101,8 @@ def is_finished(run: SweepRun) -> bool:
     return bool(last) and last[0]["step"] == run.steps and "validation/pass@1" in last[0]
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes or replaces a file; an interruption leaves what was there."""
     unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(text)
+    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(unfinished, path)

@@ -1,6 +1,6 @@
 """The study's results: means and intervals of the recorded runs, differences from DAPO, a table and a picture."""
 
-import os
+import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import t as student_t
 from study_departures import Observation, effects
 from study_plan import DEPARTURES, DEPARTURES_TASK, SWEEPS, TASKS
-from study_records import digest, method_of, read_records
+from study_records import digest, method_of, read_records, write_whole
 
 from meds_megatron.launch.sweep_config import expand, load_sweep
 
@@ -109,7 +109,7 @@ def mean_and_interval(measured: list[float | None]) -> list[float | None]:
 
 
 def table_of(results: dict[str, Any]) -> str:
-    """The results as Markdown, a table for each task."""
+    """The results as Markdown: a table for each task, and one of the departures' effects."""
     lines = []
     for task, methods in results["tasks"].items():
         lines += [f"### {task}", ""]
@@ -164,6 +164,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
         panel.locator_params(axis="x", nbins=5)
         if panel.containers:
             panel.legend(fontsize=8, title="method (pairs)", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    unfinished = path.with_name(f".{path.name}")
-    figure.savefig(unfinished, format="png", dpi=120)
-    os.replace(unfinished, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_whole(path, picture.getvalue())

@@ -32,11 +32,9 @@ EXPRESSION = Expression(7, 6, 4, 5)
 
 @pytest.mark.parametrize("method", study_plan.METHODS)
 def test_a_methods_settings_make_its_config_of_the_base(method):
-    name, changed = study_plan.METHODS[method]
+    name = study_plan.METHODS[method]
     base = [] if name == study_plan.BASE.name else [f"base={study_plan.BASE}"]
-    expected = load_config(
-        study_plan.CONFIGS / name, [*base, *(f"{key}={json.dumps(value)}" for key, value in changed.items())]
-    )
+    expected = load_config(study_plan.CONFIGS / name, base)
     overrides = [f"{key}={json.dumps(value)}" for key, value in study_plan.method_settings(method).items()]
     free, other = changes(expected, load_config(study_plan.BASE, overrides))
     assert other == [] and {line.partition(":")[0] for line in free} <= {"name", "run_dir"}
@@ -56,22 +54,22 @@ def planned(tmp_path_factory) -> Path:
     return plan(tmp_path_factory.mktemp("study"))
 
 
-def runs_of(directory: Path, task: str) -> list:
-    file = directory / f"{task}.yaml"
+def runs_of(directory: Path, sweep: str) -> list:
+    file = directory / f"{sweep}.yaml"
     return expand(load_sweep(file), file)
 
 
-def test_the_recommended_config_has_some_of_the_departures():
-    together = {key: value for settings in study_plan.DEPARTURES.values() for key, value in settings.items()}
-    recommended = study_plan.method_settings("meds_recommended")
-    assert {key: together.get(key) for key in recommended} == recommended
+def test_the_recommended_config_has_two_of_the_departures():
+    departures = study_plan.DEPARTURES
+    assert study_plan.method_settings("meds_recommended") == departures["noise"] | departures["rare"]
 
 
-def test_a_plan_is_two_sweeps_whose_runs_draw_equally_many_responses(planned):
-    for task in study_plan.TASKS:
-        runs = runs_of(planned, task)
-        names = [f"{method},seed={seed}" for method in METHODS for seed in (0, 1)]
-        assert [run.name for run in runs] == names
+def test_a_plan_is_three_sweeps_whose_runs_draw_equally_many_responses(planned):
+    methods = {task: METHODS for task in study_plan.TASKS} | {"departures": study_plan.departure_settings()}
+    for name in study_plan.SWEEPS:
+        task = study_plan.DEPARTURES_TASK if name == "departures" else name
+        runs = runs_of(planned, name)
+        assert [run.name for run in runs] == [f"{method},seed={seed}" for method in methods[name] for seed in (0, 1)]
         configs = [load_config(run.arguments[0], run.arguments[1:]) for run in runs]
         drawn = {(c.train.prompts_per_step, c.rollout.responses_per_prompt, c.filter.max_batches) for c in configs}
         assert len(drawn) == 1 and {c.filter.generation_prompts for c in configs} == {None}
@@ -132,7 +130,7 @@ def recorded_once(planned) -> Path:
         finish(runs[0], 0.2, steps=4)
         finish(runs[1], 0.3, steps=4)
         finish(runs[2], 0.3, steps=3)  # of 4
-    assert study.main(["run", str(planned), "--sweeps", *study_plan.TASKS, "--methods", "dapo"]) == 0
+    assert study.main(["run", str(planned), "--methods", "dapo"]) == 0
     shutil.rmtree(planned / "runs")
     return planned
 
@@ -199,7 +197,7 @@ def test_methods_are_compared_with_dapo_run_by_run_of_the_same_seed_and_start(pl
 def test_what_is_recorded_is_not_run_again_and_the_file_is_enough_for_that(recorded):
     """Nothing here could train a model: `run` would fail."""
     lines = (recorded / study_records.RECORDS).read_text()
-    assert study.main(["run", str(recorded), "--sweeps", *study_plan.TASKS, "--methods", "dapo"]) == 0
+    assert study.main(["run", str(recorded), "--methods", "dapo"]) == 0
     assert (recorded / study_records.RECORDS).read_text() == lines and not (recorded / "runs").exists()
     record = json.loads(lines.splitlines()[0])
     assert (record["task"], record["method"], record["seed"], record["steps"]) == ("per_kind", "dapo", 0, 4)
@@ -251,9 +249,11 @@ def test_effects_of_the_departures_are_of_the_runs_that_have_half_of_them(planne
     assert "| noise | 0.000 ± 0.000 | -0.250 ± 0.000 |" in (directory / "results.md").read_text()
 
 
-def test_a_run_that_is_not_in_the_sweep_file_is_named(planned, capsys):
-    assert study.main(["run", str(planned), "--sweeps", "departures", "--methods", "nois"]) == 1
-    assert "departures.yaml has no run nois; expected some of" in capsys.readouterr().err
+def test_a_run_that_no_sweep_has_is_named_before_any_is_trained(planned, capsys):
+    assert study.main(["run", str(planned), "--methods", "dapo", "nois"]) == 1
+    assert (
+        f"{planned}: no sweep has runs of nois; expected some of dapo, filtered+half_life," in capsys.readouterr().err
+    )
 
 
 def test_a_damaged_record_is_named(recorded, capsys):
@@ -271,9 +271,13 @@ def test_the_repositorys_study_has_the_methods_configs_as_they_are():
 
 
 def test_the_readme_shows_the_committed_table():
-    root = ROOT
-    rows = [line for line in (root / "assets/study/results.md").read_text().splitlines() if line.startswith("|")]
-    assert rows and not [row for row in rows if row not in (root / "README.md").read_text().splitlines()]
+    readme = (ROOT / "README.md").read_text()
+    study_section = readme[readme.index("First task, a different answer") : readme.index("What they show")]
+    shown, made = (
+        [line for line in text.splitlines() if line.startswith("|")]
+        for text in (study_section, (ROOT / "assets/study/results.md").read_text())
+    )
+    assert made and shown == made
 
 
 def test_noise_is_a_cluster_or_no_cluster_as_the_runs_memory_has_it():
