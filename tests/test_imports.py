@@ -145,7 +145,8 @@ def imported(directory: Path) -> set[str]:
     """Installed distributions that the files of a directory import."""
     roots = {name.split(".")[0] for path in directory.rglob("*.py") for name in imports(path)}
     distributions = packages_distributions()
-    third_party = roots - set(sys.stdlib_module_names) - {"meds_megatron", "tests"}
+    own = {"meds_megatron", "tests", *(path.stem for path in (ROOT / "tools").glob("*.py"))}
+    third_party = roots - set(sys.stdlib_module_names) - own
     return {normalised(distributions.get(root, [root])[0]) for root in third_party}
 
 
