@@ -1,11 +1,11 @@
 """Every config of the repository can be run: it loads, it is valid, and the model it names divides over its layout."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from meds_megatron.config import Config, load_config, validate, validate_model
+from meds_megatron.config.changes import settings_of
 from meds_megatron.config.model_shape import ModelShape
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -104,11 +104,5 @@ def test_the_recommended_setting_has_three_departures_from_the_published_one(bas
 
 def differences(one: Config, other: Config) -> set[str]:
     """Dotted keys of the settings in which two configs differ."""
-    return {key for key, value in flatten(asdict(one)).items() if value != flatten(asdict(other))[key]}
-
-
-def flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+    others = settings_of(other)
+    return {key for key, value in settings_of(one).items() if value != others[key]}

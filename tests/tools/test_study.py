@@ -80,6 +80,8 @@ def test_a_plan_is_three_sweeps_whose_runs_draw_equally_many_responses(planned):
 def test_a_setting_that_no_run_can_use_is_refused(tmp_path, capsys):
     assert study.main(["plan", str(tmp_path), "--set", "train.stepz=3"]) == 1
     assert "train.stepz" in capsys.readouterr().err
+    assert study.main(["plan", str(tmp_path), "--set", "train.steps=[3"]) == 1
+    assert "train.steps=[3: the value is not readable as YAML" in capsys.readouterr().err
 
 
 def write_step(directory: Path, step: int, groups: list[list[tuple[int | None, int, list[float]]]]) -> None:

@@ -81,3 +81,5 @@ def test_what_is_wrong_is_said(tmp_path, capsys):
     assert "expected a run directory" in capsys.readouterr().err
     assert study_memories.main([str(run_directory(tmp_path)), "--memory", "windo=6"]) == 1
     assert "--memory windo=6: expected key=value" in capsys.readouterr().err
+    assert study_memories.main([str(run_directory(tmp_path / "other")), "--memory", "window=[6"]) == 1
+    assert "--memory window=[6: the value is not readable as YAML" in capsys.readouterr().err
