@@ -1,6 +1,6 @@
 """Study of MEDS and its rivals on the two embedded tasks: runs, measures, a table and a picture.
 
-    python tools/study.py plan DIR            # writes sweep files: per_kind.yaml, remainder.yaml and departures.yaml
+    python tools/study.py plan DIR            # writes sweep files: per_kind, remainder, confirmation, departures
     python tools/study.py run DIR             # trains what is not recorded, here or as Slurm jobs (--executor slurm)
     python tools/study.py results DIR         # writes DIR/results.md and DIR/results.png
 
@@ -10,8 +10,9 @@ leaves out what is recorded with the same settings, `results` reads the records 
 count in neither. So the files of DIR carry a study from one machine to another. Runs of the first seed come first, then
 those of the second: whatever is finished compares all methods.
 
-The first two sweeps train all methods on a task each. The third tells what each of our departures does to the published
-method on the second task (`study_departures.py`).
+The first two sweeps train all methods on a task each. The confirmation trains DAPO and two forms of MEDS on the second
+task with other seeds and measures them on more problems. The last tells what each of our departures does to the
+published method on the second task (`study_departures.py`).
 
 A sweep file can also be given to `meds sweep`; `run` then records what is finished. All runs of a task draw equally
 many responses: one generation batch a step, of which a group filter trains on a part.
@@ -103,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     plan, run, results = (commands.add_parser(name) for name in ("plan", "run", "results"))
     for command in (plan, run, results):
         command.add_argument("directory", type=Path)
-    plan.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="not of departures")
+    plan.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="of the two tasks' sweeps"
+    )
     run.add_argument("--methods", nargs="+", help="some of the runs in the sweep files; default: all")
     plan.add_argument("--runs", type=Path, default=RUNS, help="directory of the runs")
     plan.add_argument("--steps", type=int, default=STEPS)

@@ -21,7 +21,6 @@ METHODS = {
     "edas": "baselines/edas.yaml",
     "historical_counts": "baselines/historical_counts.yaml",
     "f_grpo": "baselines/f_grpo.yaml",
-    "pass_at_k": "baselines/pass_at_k.yaml",
     "meds_published": "quickstart.yaml",
     "meds_answer": "baselines/meds_answer.yaml",
     "meds_recommended": "meds_recommended.yaml",
@@ -37,7 +36,13 @@ DEPARTURES: dict[str, dict[str, Any]] = {
 }
 """Departures from the published method that could help; `meds_recommended.yaml` has some of them."""
 DEPARTURES_TASK, DEPARTURES_SEEDS = "remainder", 3
-SWEEPS = (*TASKS, "departures")
+CONFIRMED = ("dapo", "meds_published", "meds_recommended")
+"""Methods whose difference on the second task is measured once more: with seeds on which nothing was chosen, and with
+more validation problems, so that chance in the validation counts less."""
+CONFIRMATION_TASK, CONFIRMATION_SETTINGS = "remainder", {"data.limit_validation": 384}
+COMPARISONS = (*TASKS, "confirmation")
+"""Sweeps that compare methods."""
+SWEEPS = (*COMPARISONS, "departures")
 SHARED: dict[str, Any] = {
     "train.export_hf": False,
     "filter.max_batches": 1,
@@ -77,22 +82,28 @@ def planned_sweep(
 ) -> dict[str, Any]:
     """A sweep file of SWEEPS, which is to be in `directory`, with its runs in `runs` and the settings `more` for all.
 
-    Each run of the departures has half of them, and each effect is of all runs: DEPARTURES_SEEDS are enough. `methods`
-    are of the other sweeps.
+    The tasks' sweeps have the first `seeds` seeds and `methods`; the confirmation has the seeds after those of a whole
+    study. Each run of the departures has half of them, and each effect is of all runs: DEPARTURES_SEEDS are enough.
     """
-    shared = SHARED | {"train.steps": steps, "train.validate_every": -(-steps // 2)} | (more or {})
+    shared = SHARED | {"train.steps": steps, "train.validate_every": -(-steps // 2)}
+    first = 0
     if name in TASKS:
         task, own = name, {method: method_settings(method) for method in methods}
+    elif name == "confirmation":
+        task, own = CONFIRMATION_TASK, {method: method_settings(method) for method in CONFIRMED}
+        shared |= CONFIRMATION_SETTINGS | {"train.validate_every": steps}
+        first = SEEDS
     else:
         task, own = DEPARTURES_TASK, departure_settings()
         seeds = min(seeds, DEPARTURES_SEEDS)
+    shared |= more or {}
     return {
         "name": f"study_{name}",
         "config": os.path.relpath(BASE, directory.resolve()),
         "directory": str(runs / name),
         "settings": shared | {"data.arithmetic_rules": task},
         "runs": own,
-        "seeds": list(range(seeds)),
+        "seeds": list(range(first, first + seeds)),
         "metrics": [f"validation/pass@{k}" for k in (1, shared["rollout.validation_responses"])],
         "concurrent": concurrent,
         "retries": 2,

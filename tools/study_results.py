@@ -3,12 +3,12 @@
 import io
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import t as student_t
 from study_departures import Observation, effects
-from study_plan import DEPARTURES, DEPARTURES_TASK, SWEEPS, TASKS
+from study_plan import COMPARISONS, CONFIRMATION_TASK, DEPARTURES, DEPARTURES_TASK, SWEEPS
 from study_records import digest, method_of, read_records, write_whole
 
 from meds_megatron.launch.sweep_config import expand, load_sweep
@@ -28,12 +28,12 @@ COLUMNS = (*MEASURES[:2], *GAINS, *MEASURES[2:])
 
 
 def collect_results(directory: Path) -> dict[str, Any]:
-    """By task and method: the recorded runs, and mean and half-width of each measure's 95 % interval over them
+    """By comparison and method: the recorded runs, and mean and half-width of each measure's 95 % interval over them
     (Student's t; null with fewer than two), also of the differences from CONTROL's runs with the same seed and start.
     `departures` are the effects of DEPARTURES on each of GAINS' measures. `missing` are the planned runs that are not
     recorded, by sweep and method, how many."""
     records = read_records(directory)
-    results: dict[str, Any] = {"tasks": {}, "departures": {}, "missing": {}}
+    results: dict[str, Any] = {"comparisons": {}, "departures": {}, "missing": {}}
     for name in SWEEPS:
         path = directory / f"{name}.yaml"
         methods: dict[str, list[dict[str, Any]]] = {}
@@ -42,8 +42,8 @@ def collect_results(directory: Path) -> dict[str, Any]:
             methods.setdefault(method_of(run), []).extend(found)
             if not found:
                 results["missing"].setdefault(name, Counter())[method_of(run)] += 1
-        if name in TASKS:
-            results["tasks"][name] = summaries_of(methods)
+        if name in COMPARISONS:
+            results["comparisons"][name] = summaries_of(methods)
         else:
             results["departures"] = effects_of(methods)
     return results
@@ -111,15 +111,15 @@ def mean_and_interval(measured: list[float | None]) -> list[float | None]:
 def table_of(results: dict[str, Any]) -> str:
     """The results as Markdown: a table for each task, and one of the departures' effects."""
     lines = []
-    for task, methods in results["tasks"].items():
-        lines += [f"### {task}", ""]
+    for comparison, methods in results["comparisons"].items():
+        lines += [f"### {title_of(comparison)}", ""]
         if methods:
             lines += ["| method | runs | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
         for name, method in methods.items():
             cells = [_cell(*method["summary"][column]) for column in COLUMNS]
             lines.append(f"| {name} | {len(method['runs'])} | " + " | ".join(cells) + " |")
         lines += [""] if methods else []
-        lines += _missing_of(results, task)
+        lines += _missing_of(results, comparison)
     departures = results["departures"]
     lines += [f"### {DEPARTURES_TASK}: effect of each departure, from {departures['runs']} runs", ""]
     by_measure = departures["effects"]
@@ -141,29 +141,62 @@ def _cell(mean: float | None, interval: float | None) -> str:
     return f"{mean:z.3f}" if interval is None else f"{mean:z.3f} ± {interval:.3f}"
 
 
+def title_of(comparison: str) -> str:
+    return f"{CONFIRMATION_TASK}, new seeds" if comparison == "confirmation" else comparison
+
+
+class Point(NamedTuple):
+    """A change of pass@1 and pass@n: means, and half-widths of their intervals where these are shown."""
+
+    label: str
+    means: tuple[float, float]
+    intervals: tuple[float | None, float | None]
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Differences from CONTROL's runs in pass@1 and pass@n, a panel for each task that was run; their intervals for
-    methods with FEWEST differences or more."""
+    """Changes of pass@1 and pass@n: a panel for each comparison that was run, against CONTROL's runs, and one of the
+    departures' effects."""
     from matplotlib.figure import Figure
 
-    drawn = {task: methods for task, methods in results["tasks"].items() if methods}
-    figure = Figure(figsize=(7 * max(len(drawn), 1), 5), layout="constrained")
-    panels = figure.subplots(1, max(len(drawn), 1), squeeze=False)[0]
-    across, up = GAINS
-    for panel, (task, methods) in zip(panels, drawn.items(), strict=False):
+    panels = {title_of(name): points_of(methods) for name, methods in results["comparisons"].items() if methods}
+    if effects_known := points_of_effects(results["departures"]["effects"]):
+        panels[f"{DEPARTURES_TASK}, effect of each departure"] = effects_known
+    rows = max(1, -(-len(panels) // 2))
+    figure = Figure(figsize=(14, 5 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False).flat
+    for (title, points), panel in zip(panels.items(), axes, strict=False):
         panel.axhline(0, color="0.8", zorder=0)
         panel.axvline(0, color="0.8", zorder=0)
-        for name, method in methods.items():
-            (x, x_interval), (y, y_interval) = (method["summary"][gain] for gain in GAINS)
-            count = method["pairs"]
-            if name == CONTROL or x is None:
-                continue
-            errors = {"xerr": x_interval, "yerr": y_interval} if count >= FEWEST else {}
-            panel.errorbar(x, y, **errors, fmt="o", capsize=2, label=f"{name} ({count})")
-        panel.set(title=task, xlabel=across, ylabel=up)
+        for point in points:
+            (x, y), (x_half, y_half) = point.means, point.intervals
+            panel.errorbar(x, y, xerr=x_half, yerr=y_half, fmt="o", capsize=2, label=point.label)
+        panel.set(title=title, xlabel="change of pass@1", ylabel="change of pass@n")
         panel.locator_params(axis="x", nbins=5)
-        if panel.containers:
-            panel.legend(fontsize=8, title="method (pairs)", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if points:
+            panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for panel in axes:
+        panel.set_axis_off()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     write_whole(path, picture.getvalue())
+
+
+def points_of(methods: dict[str, Any]) -> list[Point]:
+    """The methods that have differences from CONTROL, by these; intervals of those that have FEWEST or more."""
+    points = []
+    for name, method in methods.items():
+        (x, x_half), (y, y_half) = (method["summary"][gain] for gain in GAINS)
+        if name != CONTROL and x is not None:
+            intervals = (x_half, y_half) if method["pairs"] >= FEWEST else (None, None)
+            points.append(Point(f"{name} ({method['pairs']} pairs)", (x, y), intervals))
+    return points
+
+
+def points_of_effects(by_measure: dict[str, dict[str, tuple[float, float] | None]]) -> list[Point]:
+    """The departures whose effects are known."""
+    points = []
+    for name in DEPARTURES:
+        across, up = (found[name] for found in by_measure.values())
+        if across is not None and up is not None:
+            points.append(Point(name, (across[0], up[0]), (across[1], up[1])))
+    return points

@@ -64,17 +64,25 @@ def test_the_recommended_config_has_two_of_the_departures():
     assert study_plan.method_settings("meds_recommended") == departures["noise"] | departures["rare"]
 
 
-def test_a_plan_is_three_sweeps_whose_runs_draw_equally_many_responses(planned):
-    methods = {task: METHODS for task in study_plan.TASKS} | {"departures": study_plan.departure_settings()}
-    for name in study_plan.SWEEPS:
-        task = study_plan.DEPARTURES_TASK if name == "departures" else name
+def test_the_runs_of_a_plan_draw_equally_many_responses(planned):
+    confirmed = list(study_plan.CONFIRMED)
+    expected = {
+        "per_kind": ("per_kind", METHODS, (0, 1)),
+        "remainder": ("remainder", METHODS, (0, 1)),
+        "confirmation": ("remainder", confirmed, (5, 6)),
+        "departures": ("remainder", study_plan.departure_settings(), (0, 1)),
+    }
+    assert set(expected) == set(study_plan.SWEEPS)
+    for name, (task, methods, seeds) in expected.items():
         runs = runs_of(planned, name)
-        assert [run.name for run in runs] == [f"{method},seed={seed}" for method in methods[name] for seed in (0, 1)]
+        assert [run.name for run in runs] == [f"{method},seed={seed}" for method in methods for seed in seeds]
         configs = [load_config(run.arguments[0], run.arguments[1:]) for run in runs]
         drawn = {(c.train.prompts_per_step, c.rollout.responses_per_prompt, c.filter.max_batches) for c in configs}
         assert len(drawn) == 1 and {c.filter.generation_prompts for c in configs} == {None}
         assert {c.data.arithmetic_rules for c in configs} == {task}
         assert {c.rollout.validation_responses for c in configs} == {8}
+        validated = {(c.data.limit_validation, c.train.validate_every) for c in configs}
+        assert validated == {(384, 4) if name == "confirmation" else (96, 2)}
 
 
 def test_a_setting_that_no_run_can_use_is_refused(tmp_path, capsys):
@@ -132,7 +140,7 @@ def recorded_once(planned) -> Path:
         finish(runs[0], 0.2, steps=4)
         finish(runs[1], 0.3, steps=4)
         finish(runs[2], 0.3, steps=3)  # of 4
-    assert study.main(["run", str(planned), "--methods", "dapo"]) == 0
+    assert study.main(["run", str(planned), "--sweeps", *study_plan.TASKS, "--methods", "dapo"]) == 0
     shutil.rmtree(planned / "runs")
     return planned
 
@@ -148,7 +156,7 @@ def test_results_of_recorded_runs(recorded, capsys):
     missing = results["missing"]
     assert [missing[task] for task in study_plan.TASKS] == [{"meds_recommended": 2}] * 2
     assert missing["departures"].total() == 8 * 2 and set(results["departures"]["effects"]) == {"pass@1", "pass@n"}
-    found = results["tasks"]["remainder"]["dapo"]
+    found = results["comparisons"]["remainder"]["dapo"]
     run = found["runs"][0]["measures"]
     assert (run["minutes"], run["responses"], run["pass@n"]) == (4.0, 104, 0.4)
     assert (run["saturated"], run["clusters"]) == (7 / 16, 3.0)
@@ -181,7 +189,7 @@ def test_methods_are_compared_with_dapo_run_by_run_of_the_same_seed_and_start(pl
 
     def summary_of(lines: list[str]) -> dict:
         (directory / study_records.RECORDS).write_text("".join(lines))
-        return study_results.collect_results(directory)["tasks"]["per_kind"]["meds_recommended"]["summary"]
+        return study_results.collect_results(directory)["comparisons"]["per_kind"]["meds_recommended"]["summary"]
 
     runs = runs_of(directory, "per_kind")
     lines = [line_of(run, start=0.1) for run in runs]
@@ -199,7 +207,7 @@ def test_methods_are_compared_with_dapo_run_by_run_of_the_same_seed_and_start(pl
 def test_what_is_recorded_is_not_run_again_and_the_file_is_enough_for_that(recorded):
     """Nothing here could train a model: `run` would fail."""
     lines = (recorded / study_records.RECORDS).read_text()
-    assert study.main(["run", str(recorded), "--methods", "dapo"]) == 0
+    assert study.main(["run", str(recorded), "--sweeps", *study_plan.TASKS, "--methods", "dapo"]) == 0
     assert (recorded / study_records.RECORDS).read_text() == lines and not (recorded / "runs").exists()
     record = json.loads(lines.splitlines()[0])
     assert (record["task"], record["method"], record["seed"], record["steps"]) == ("per_kind", "dapo", 0, 4)
@@ -218,7 +226,9 @@ def test_what_is_recorded_is_not_run_again_and_the_file_is_enough_for_that(recor
 )
 def test_records_count_where_the_settings_that_decide_a_run_are_the_same(recorded, setting, counts):
     plan(recorded, setting)
-    found = {method for methods in study_results.collect_results(recorded)["tasks"].values() for method in methods}
+    found = {
+        method for methods in study_results.collect_results(recorded)["comparisons"].values() for method in methods
+    }
     assert found == ({"dapo"} if counts else set())
 
 
