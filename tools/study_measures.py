@@ -2,7 +2,7 @@
 
 With wrong responses those that were graded and are not right:
 
-- `pass@1`, `pass@n`: of the validation after the last step, with n responses to a problem.
+- `pass@1`, `pass@n`: of the validation after the last step; n is 32, or the number of responses to a problem if smaller.
 - `wrong_answers`: different wrong final answers in a prompt's group, mean over the groups of the last quarter of steps.
 - `eigenvalue_ratio`: largest eigenvalue of the covariance of the wrong responses' fingerprints over the sum of all, in
   the last quarter of steps.
@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 from sklearn.metrics import adjusted_rand_score
+from study_plan import measured_n
 
 from meds_megatron.config import Config, MemoryConfig, load_config
 from meds_megatron.embedded.arithmetic import habit_of
@@ -40,7 +41,7 @@ def measure(files: RunFiles) -> dict[str, float | None]:
     seconds = sum(line["time/step"] - line.get("time/validation", 0.0) for line in trained)
     measures = {
         "pass@1": last["validation/pass@1"],
-        "pass@n": last[f"validation/pass@{config.rollout.validation_responses}"],
+        "pass@n": last[f"validation/pass@{measured_n(config.rollout.validation_responses)}"],
         "minutes": seconds / 60,
         "responses": sum(line["response/count"] for line in trained),
         "saturated": float(np.mean([line["memory/saturated_share"] for line in trained[len(trained) // 2 :]])),
@@ -58,11 +59,11 @@ def measure(files: RunFiles) -> dict[str, float | None]:
 
 def validations(files: RunFiles) -> dict[str, list[float]]:
     """`pass@1` and `pass@n` by step, of every validation."""
-    largest = f"validation/pass@{load_config(files.path / 'config.yaml').rollout.validation_responses}"
+    n = measured_n(load_config(files.path / "config.yaml").rollout.validation_responses)
     return {
-        str(line["step"]): [round(line["validation/pass@1"], 5), round(line[largest], 5)]
+        str(line["step"]): [round(line[f"validation/pass@{k}"], 5) for k in (1, n)]
         for line in files.metrics
-        if largest in line
+        if "validation/pass@1" in line
     }
 
 

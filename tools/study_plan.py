@@ -37,9 +37,10 @@ DEPARTURES: dict[str, dict[str, Any]] = {
 """Departures from the published method that could help; `meds_recommended.yaml` has some of them."""
 DEPARTURES_TASK, DEPARTURES_SEEDS = "remainder", 3
 CONFIRMED = ("dapo", "meds_published", "meds_recommended")
-"""Methods whose difference on the second task is measured once more: with seeds on which nothing was chosen, and with
-more validation problems, so that chance in the validation counts less."""
-CONFIRMATION_TASK, CONFIRMATION_SETTINGS = "remainder", {"data.limit_validation": 384}
+"""Methods whose difference in pass@n on the second task is measured once more: with seeds on which nothing was chosen,
+on all its validation problems, and with four times the responses, so that chance in the validation counts less."""
+CONFIRMATION_TASK = "remainder"
+CONFIRMATION_SETTINGS = {"data.limit_validation": 112, "rollout.validation_responses": 128}
 COMPARISONS = (*TASKS, "confirmation")
 """Sweeps that compare methods."""
 SWEEPS = (*COMPARISONS, "departures")
@@ -58,8 +59,14 @@ SHARED: dict[str, Any] = {
     "checkpoint.every": 40,
     "sync.checksum_every": 0,
 }
-"""Settings of all runs."""
+"""Settings of all runs, but for CONFIRMATION_SETTINGS."""
 RUNS, STEPS, SEEDS = Path("runs/study"), 60, 5
+LARGEST_N = 32
+
+
+def measured_n(responses: int) -> int:
+    """n of the measured pass@n, with as many responses to each validation problem."""
+    return min(LARGEST_N, responses)
 
 
 def method_settings(method: str) -> dict[str, Any]:
@@ -82,8 +89,8 @@ def planned_sweep(
 ) -> dict[str, Any]:
     """A sweep file of SWEEPS, which is to be in `directory`, with its runs in `runs` and the settings `more` for all.
 
-    The tasks' sweeps have the first `seeds` seeds and `methods`; the confirmation has the seeds after those of a whole
-    study. Each run of the departures has half of them, and each effect is of all runs: DEPARTURES_SEEDS are enough.
+    The tasks' sweeps have the first `seeds` seeds and `methods`; the confirmation has as many seeds that they have
+    not. Each run of the departures has half of them, and each effect is of all runs: DEPARTURES_SEEDS are enough.
     """
     shared = SHARED | {"train.steps": steps, "train.validate_every": -(-steps // 2)}
     first = 0
@@ -92,7 +99,7 @@ def planned_sweep(
     elif name == "confirmation":
         task, own = CONFIRMATION_TASK, {method: method_settings(method) for method in CONFIRMED}
         shared |= CONFIRMATION_SETTINGS | {"train.validate_every": steps}
-        first = SEEDS
+        first = max(SEEDS, seeds)
     else:
         task, own = DEPARTURES_TASK, departure_settings()
         seeds = min(seeds, DEPARTURES_SEEDS)
@@ -104,7 +111,7 @@ def planned_sweep(
         "settings": shared | {"data.arithmetic_rules": task},
         "runs": own,
         "seeds": list(range(first, first + seeds)),
-        "metrics": [f"validation/pass@{k}" for k in (1, shared["rollout.validation_responses"])],
+        "metrics": [f"validation/pass@{k}" for k in (1, measured_n(shared["rollout.validation_responses"]))],
         "concurrent": concurrent,
         "retries": 2,
         "job": {"nodes": 1, "gpus_per_node": 0, "exclusive": False},

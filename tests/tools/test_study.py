@@ -82,7 +82,7 @@ def test_the_runs_of_a_plan_draw_equally_many_responses(planned):
         assert {c.data.arithmetic_rules for c in configs} == {task}
         assert {c.rollout.validation_responses for c in configs} == {8}
         validated = {(c.data.limit_validation, c.train.validate_every) for c in configs}
-        assert validated == {(384, 4) if name == "confirmation" else (96, 2)}
+        assert validated == {(112, 4) if name == "confirmation" else (96, 2)}
 
 
 def test_a_setting_that_no_run_can_use_is_refused(tmp_path, capsys):
