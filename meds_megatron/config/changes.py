@@ -58,6 +58,17 @@ def changes(saved: Config, present: Config) -> tuple[list[str], list[str]]:
     return free, other
 
 
+def make_another_run(saved: Config, planned: Config) -> list[str]:
+    """`key: old -> new` of the settings that make a config another run than the saved one. A setting that the config
+    leaves open (`auto`) is as the run has chosen it."""
+    old = settings_of(saved)
+    return [
+        f"{key}: {old[key]} -> {value}"
+        for key, value in settings_of(planned).items()
+        if value not in (old[key], "auto") and not is_free_to_change(key)
+    ]
+
+
 def settings_of(config: Config) -> dict[str, Any]:
     """The value of every setting by its dotted key."""
     return dict(_leaves(config))

@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from meds_megatron.config import load_config
+from meds_megatron.config.changes import make_another_run
 from meds_megatron.errors import UserError
 from meds_megatron.launch.job import run_job
 from meds_megatron.launch.slurm import SlurmJob
@@ -99,10 +101,11 @@ class Sweep:
         self._concurrent = self._fitting_runs()
 
     def run(self, report: Callable[[Table], None]) -> list[dict]:
-        """Runs what is not finished; the rows of the table. Raises UserError while another process runs the sweep, and
-        when Slurm takes no job."""
+        """Runs what is not finished; the rows of the table. Raises UserError while another process runs the sweep, for
+        a finished run of other settings, and when Slurm takes no job."""
         try:
             with FileLock(self._directory / "sweep.lock", blocking=False):
+                self._check_finished_runs()
                 self._follow_earlier_jobs()
                 return self._run(report)
         except Timeout:
@@ -200,6 +203,20 @@ class Sweep:
         tracked.attempts += 1
         jobs = {entry.run.name: entry.job.job_id for entry in self._tracked if entry.job is not None}
         _write(self._directory / "jobs.json", json.dumps(jobs | {"executor": self._executor_name}, indent=1))
+
+    def _check_finished_runs(self) -> None:
+        """An unfinished run of other settings is refused by its trainer."""
+        for tracked in self._tracked:
+            directory = tracked.run.directory
+            tracked.metrics = _last_metrics(directory)
+            if not _is_complete(tracked):
+                continue
+            planned = load_config(tracked.run.arguments[0], tracked.run.arguments[1:])
+            if other := make_another_run(load_config(directory / "config.yaml"), planned):
+                raise UserError(
+                    f"{directory}: this finished run has other settings ({'; '.join(other)}); set them back, remove "
+                    "it, or give the sweep a directory of its own (directory: ...)."
+                )
 
     def _follow_earlier_jobs(self) -> None:
         file = self._directory / "jobs.json"

@@ -13,9 +13,10 @@ import psutil
 import pytest
 from filelock import FileLock
 
+from meds_megatron.config import load_config, save_config
 from meds_megatron.errors import UserError
 from meds_megatron.launch import sweep, sweep_runs
-from meds_megatron.launch.sweep_config import expand, load_sweep
+from meds_megatron.launch.sweep_config import SweepRun, expand, load_sweep
 from meds_megatron.launch.sweep_runs import Sweep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +27,13 @@ def write(directory: Path, text: str) -> Path:
     file = directory / "some.yaml"
     file.write_text(f"config: {QUICKSTART}\ndirectory: {directory}/runs\n{text}")
     return file
+
+
+def finish(run: SweepRun, **metrics: float) -> None:
+    """Writes a finished run's settings and last metrics."""
+    run.directory.mkdir(parents=True)
+    save_config(load_config(run.arguments[0], run.arguments[1:]), run.directory / "config.yaml")
+    (run.directory / "metrics.jsonl").write_text(json.dumps({"step": run.steps} | metrics) + "\n")
 
 
 def test_a_grid_has_every_combination_with_every_seed(tmp_path):
@@ -78,9 +86,7 @@ def test_failed_runs_are_tried_again_and_finished_ones_left_alone(tmp_path):
         f"settings: {{model.make: no, model.path: {tmp_path}/none, train.steps: 7}}\n"
         "seeds: [0, 1]\nretries: 1\nmetrics: [accuracy/mean]\n",
     )
-    finished = tmp_path / "runs" / "seed=1"
-    finished.mkdir(parents=True)
-    (finished / "metrics.jsonl").write_text(json.dumps({"step": 7, "accuracy/mean": 0.5}) + "\n")
+    finish(expand(load_sweep(file), file)[1], **{"accuracy/mean": 0.5})
     rows = sweep(file, executor="local")
     assert [(row["state"], row["step"], row["accuracy/mean"]) for row in rows] == [
         ("failed", 0, None),
@@ -90,6 +96,21 @@ def test_failed_runs_are_tried_again_and_finished_ones_left_alone(tmp_path):
         assert [row["state"] for row in csv.DictReader(table)] == ["failed", "finished"]
     logs = list((tmp_path / "runs" / "jobs").glob("*_log.err"))
     assert len(logs) == 2 and all(f"{tmp_path}/none does not exist" in log.read_text() for log in logs)
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
+    file = write(tmp_path, "settings: {train.steps: 7, optimizer.lr: 1.0e-3}\n")
+    run = expand(load_sweep(file), file)[0]
+    finish(run)
+    # As a run saves what its config leaves open.
+    saved = load_config(run.directory / "config.yaml")
+    saved.policy.importance, saved.cluster.device = "none", "cpu"
+    save_config(saved, run.directory / "config.yaml")
+    assert [row["state"] for row in sweep(file, executor="local")] == ["finished"]
+    write(tmp_path, "settings: {train.steps: 7, optimizer.lr: 3.0e-3}\n")
+    with pytest.raises(UserError, match=f"{run.directory}: this finished run .*optimizer.lr: 0.001 -> 0.003"):
+        sweep(file, executor="local")
+    assert not list((tmp_path / "runs" / "jobs").glob("*"))
 
 
 def test_a_second_process_on_the_same_sweep_is_refused(tmp_path):
@@ -128,10 +149,8 @@ def test_the_runs_of_a_seed_are_submitted_before_those_of_the_next(tmp_path, mon
 
 def test_only_the_named_runs_are_taken(tmp_path):
     file = write(tmp_path, "settings: {train.steps: 7}\nseeds: [0, 1, 2]\n")
-    for seed in (0, 2):
-        directory = tmp_path / "runs" / f"seed={seed}"
-        directory.mkdir(parents=True)
-        (directory / "metrics.jsonl").write_text(json.dumps({"step": 7}) + "\n")
+    for run in expand(load_sweep(file), file)[::2]:
+        finish(run)
     assert [row["run"] for row in sweep(file, executor="local", only={"seed=2", "seed=0"})] == ["seed=0", "seed=2"]
 
 
