@@ -5,10 +5,10 @@
     python tools/study.py results DIR         # writes DIR/results.md and DIR/results.png
 
 `DIR/runs.jsonl` has a line for every finished run: its measures (`study_measures.py`), a digest of its settings and the
-commit of its code. Runs themselves are in a directory of their own (`plan --runs`) and are not needed afterwards: `run`
-leaves out what is recorded with the same settings, `results` reads the records alone, and records of other settings
-count in neither. So the files of DIR carry a study from one machine to another. Runs of the first seed come first, then
-those of the second: whatever is finished compares all methods.
+commit at which it was recorded. Runs themselves are in a directory of their own (`plan --runs`) and are not needed
+afterwards: `run` leaves out what is recorded with the same settings, `results` reads the records alone, and records of
+other settings count in neither. So the files of DIR carry a study from one machine to another. In each sweep, runs of
+the first seed come first, then those of the second: whatever is finished compares all methods.
 
 The first two sweeps train all methods on a task each. The confirmation trains DAPO and two forms of MEDS on the second
 task with other seeds and measures them on more problems. The last tells what each of our departures does to the
@@ -35,7 +35,8 @@ from meds_megatron.launch.sweep_runs import Executor, sweep
 
 
 def write_plan(directory: Path, runs: Path, steps: int, more: list[str], **options: Any) -> None:
-    """A sweep file for each of SWEEPS. `more` are `key=value` settings of all runs, the rest as in `planned_sweep`."""
+    """A sweep file for each of SWEEPS. `more` are `key=value` settings of all runs, the rest as in `planned_sweep`.
+    Raises UserError, and leaves the files as they were, for settings that no run can use."""
     settings: dict[str, Any] = {}
     for setting in more:
         key, equals, value = setting.partition("=")
@@ -46,11 +47,19 @@ def write_plan(directory: Path, runs: Path, steps: int, more: list[str], **optio
         except yaml.YAMLError as error:
             raise UserError(f"{setting}: the value is not readable as YAML; quote it.") from error
     directory.mkdir(parents=True, exist_ok=True)
-    for name in SWEEPS:
-        path = directory / f"{name}.yaml"
-        sweep = planned_sweep(name, directory, runs, steps, settings, **options)
-        write_whole(path, yaml.safe_dump(sweep, sort_keys=False))
-        expand(load_sweep(path), path)  # Refuses what no run can use.
+    texts = {
+        name: yaml.safe_dump(planned_sweep(name, directory, runs, steps, settings, **options), sort_keys=False)
+        for name in SWEEPS
+    }
+    for name, text in texts.items():
+        checked = directory / f".checked-{name}.yaml"
+        write_whole(checked, text)
+        try:
+            expand(load_sweep(checked), directory / f"{name}.yaml")
+        finally:
+            checked.unlink()
+    for name, text in texts.items():
+        write_whole(directory / f"{name}.yaml", text)
 
 
 def run_missing(directory: Path, sweeps: list[str], methods: list[str] | None, executor: Executor) -> bool:
@@ -75,6 +84,11 @@ def run_missing(directory: Path, sweeps: list[str], methods: list[str] | None, e
             rows = sweep(path, executor, record_finished, only=set(missing))
             record_finished()
             fine &= all(row["state"] == "finished" for row in rows)
+            if unmeasured := [row["run"] for row in rows if row["state"] == "finished" and row["run"] in missing]:
+                raise UserError(
+                    f"{path}: the run {unmeasured[0]} ended without a validation after its last step, so that it "
+                    "cannot be measured; plan it with train.validate_every above 0."
+                )
     return fine
 
 

@@ -4,6 +4,9 @@ Each setting is on in half of the runs and off in the others, so that its effect
 between the few of two methods. The half with an even number of settings on (resolution IV for four settings: Box,
 Hunter and Hunter, "Statistics for Experimenters", chapter 6) keeps every effect apart from those of all pairs, where
 each run is there and equally often.
+
+An interval is of the chance between runs of the blocks that there are, taken as the same in all of them. What an effect
+is with other seeds can differ by more than that.
 """
 
 from collections.abc import Sequence

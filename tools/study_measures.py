@@ -1,17 +1,18 @@
 """Measures of a finished run of the study (`study.py`).
 
-With wrong responses those that were graded and are not right:
+Wrong responses are those that were graded and are not right. Null is a measure that nothing counts in:
 
-- `pass@1`, `pass@n`: of the validation after the last step; n is 32, or the number of responses to a problem if smaller.
+- `pass@1`, `pass@n`: of the validation after the last step; n is 32, or the number of responses to a problem if fewer.
 - `wrong_answers`: different wrong final answers in a prompt's group, mean over the groups of the last quarter of steps.
-- `eigenvalue_ratio`: largest eigenvalue of the covariance of the wrong responses' fingerprints over the sum of all, in
-  the last quarter of steps.
+- `eigenvalue_ratio`: largest eigenvalue of the covariance of the fingerprints of wrong responses whose working follows
+  a rule, over the sum of all, in the last quarter of steps.
 - `ari_fingerprint`, `ari_answer`: adjusted Rand index between the habits that the workings show and the clusters of
   fingerprints (of the run's memory settings), or the final answers; mean over problems weighted by their responses.
-  Only responses that had a forward pass have a fingerprint: unless the memory remembers filtered prompts or the filter
-  needs scores, those of groups with right and wrong ones.
-- `saturated`, `clusters`: share of the memory's lookups, in the second half of the steps, whose mistake had the largest
-  penalty, and the clusters of a key after the last step.
+  Wrong responses whose working follows no rule are left out. Only responses that had a forward pass have a
+  fingerprint: those of all groups where no group is filtered out or the memory remembers filtered prompts, else those
+  of groups with right and wrong ones. Methods that differ in this have these measures of different responses.
+- `saturated`, `clusters`: share of the memory's lookups whose mistake had the largest penalty, mean over the second
+  half of the steps, and the clusters of a key after the last step. Null without a memory.
 - `minutes`, `responses`: time of all steps without validation, and responses drawn.
 """
 
@@ -39,14 +40,17 @@ def measure(files: RunFiles) -> dict[str, float | None]:
     last, config = files.metrics[-1], load_config(files.path / "config.yaml")
     trained = [line for line in files.metrics if line["step"] > 0]
     seconds = sum(line["time/step"] - line.get("time/validation", 0.0) for line in trained)
-    measures = {
+    measures: dict[str, float | None] = {
         "pass@1": last["validation/pass@1"],
         "pass@n": last[f"validation/pass@{measured_n(config.rollout.validation_responses)}"],
         "minutes": seconds / 60,
         "responses": sum(line["response/count"] for line in trained),
-        "saturated": float(np.mean([line["memory/saturated_share"] for line in trained[len(trained) // 2 :]])),
-        "clusters": last["memory/clusters"] / max(last["memory/keys"], 1),
+        "saturated": None,
+        "clusters": None,
     }
+    if last["memory/keys"] > 0:
+        shares = [line["memory/saturated_share"] for line in trained[len(trained) // 2 :]]
+        measures |= {"saturated": float(np.mean(shares)), "clusters": last["memory/clusters"] / last["memory/keys"]}
     first_late = 3 * len(files.rollouts) // 4
     late, agreement = WrongResponses(), WrongResponses()
     for number, path in enumerate(files.rollouts):
@@ -119,6 +123,8 @@ class WrongResponses:
 
     def diversity(self) -> dict[str, float | None]:
         """`wrong_answers` and `eigenvalue_ratio`."""
+        if not self._group_answers:
+            return {"wrong_answers": None, "eigenvalue_ratio": None}
         counts = [len(answers) for answers in self._group_answers.values()]
         vectors = [fingerprint_L for rows in self._by_key.values() for *_, fingerprint_L in rows]
         ratio = None

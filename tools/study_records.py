@@ -8,11 +8,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from study_measures import measure, validations
 from study_plan import CONFIGS
 
 from meds_megatron.config import Config, load_config
-from meds_megatron.config.changes import is_free_to_change, settings_of
+from meds_megatron.config.changes import is_free_to_change, make_another_run, settings_of
 from meds_megatron.errors import UserError
 from meds_megatron.launch.sweep_config import SEED, SweepRun
 from meds_megatron.report.run_files import read_run
@@ -30,8 +31,9 @@ MEASURED_BY = {
 
 
 def record(directory: Path, run: SweepRun) -> dict[str, Any]:
-    """Adds a finished run to the records; its line."""
+    """Adds a finished run to the records; its line. Raises UserError for a run that was made with other settings."""
     files = read_run(run.directory)
+    _check_settings(run)
     line = {
         "task": files.settings["data.arithmetic_rules"],
         "method": method_of(run),
@@ -43,13 +45,30 @@ def record(directory: Path, run: SweepRun) -> dict[str, Any]:
         "validation": validations(files),
     }
     path = directory / RECORDS
-    before = path.read_text() if path.exists() else ""
-    write_whole(path, before + json.dumps(line) + "\n")
+    with FileLock(directory / f".{RECORDS}.lock"):
+        before = path.read_text() if path.exists() else ""
+        write_whole(path, before + json.dumps(line) + "\n")
     return line
 
 
+def _check_settings(run: SweepRun) -> None:
+    made, planned = load_config(run.directory / "config.yaml"), _config_of(run)
+    old, new = settings_of(made), settings_of(planned)
+    other = make_another_run(made, planned)
+    other += [f"{key}: {old[key]} -> {new[key]}" for key in sorted(MEASURED_BY) if old[key] != new[key]]
+    if other:
+        raise UserError(
+            f"{run.directory}: this finished run has other settings than the plan ({'; '.join(other)}); remove it, or "
+            "plan runs in another directory (plan --runs)."
+        )
+
+
+def _config_of(run: SweepRun) -> Config:
+    return load_config(run.arguments[0], run.arguments[1:])
+
+
 def _commit() -> str:
-    """The present commit; with `-dirty` where files that decide a run differ from it."""
+    """The commit at the time of recording; with `-dirty` where files that decide a run differ from it."""
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", "-C", CONFIGS.parent, *arguments], capture_output=True, text=True)
@@ -81,7 +100,7 @@ def digest(run: SweepRun) -> str:
     """Hash of the settings that decide a run's measures, those with the schema's default value aside: a setting that is
     new and off changes nothing."""
     defaults = settings_of(Config())
-    values = settings_of(load_config(run.arguments[0], run.arguments[1:]))
+    values = settings_of(_config_of(run))
     deciding = {
         key: value
         for key, value in values.items()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import t as student_t
 from study_departures import Observation, effects
-from study_plan import COMPARISONS, CONFIRMATION_TASK, DEPARTURES, DEPARTURES_TASK, SWEEPS
+from study_plan import COMPARISONS, CONFIRMATION_TASK, DEPARTURES, DEPARTURES_TASK, METHODS, SWEEPS
 from study_records import digest, method_of, read_records, write_whole
 
 from meds_megatron.launch.sweep_config import expand, load_sweep
@@ -28,8 +28,9 @@ COLUMNS = (*MEASURES[:2], *GAINS, *MEASURES[2:])
 
 
 def collect_results(directory: Path) -> dict[str, Any]:
-    """By comparison and method: the recorded runs, and mean and half-width of each measure's 95 % interval over them
-    (Student's t; null with fewer than two), also of the differences from CONTROL's runs with the same seed and start.
+    """By comparison and method: the recorded runs, and mean and half-width of each measure's 95 % interval over their
+    seeds (Student's t; null with fewer than two), also of the differences from CONTROL's runs with the same seed and
+    start; runs of one seed on several machines count as their mean.
     `departures` are the effects of DEPARTURES on each of GAINS' measures. `missing` are the planned runs that are not
     recorded, by sweep and method, how many."""
     records = read_records(directory)
@@ -50,13 +51,17 @@ def collect_results(directory: Path) -> dict[str, Any]:
 
 
 def summaries_of(methods: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """By method that has runs: these, the number of their pairs, and the means and intervals."""
+    """By method that has runs: these, the number of seeds with pairs, and the means and intervals."""
     summaries = {}
     for name, runs in methods.items():
-        pairs = pairs_of(runs, methods.get(CONTROL, []))
+        differences = [] if name == CONTROL else differences_of(runs, methods.get(CONTROL, []))
         if runs:
-            summary = summary_of([run["measures"] for run in runs], pairs)
-            summaries[name] = {"runs": runs, "pairs": len(pairs), "summary": summary}
+            summary = {
+                measure: over_seeds([(run["seed"], run["measures"][measure]) for run in runs]) for measure in MEASURES
+            }
+            for gain, measure in GAINS.items():
+                summary[gain] = over_seeds([(seed, difference[measure]) for seed, difference in differences])
+            summaries[name] = {"runs": runs, "pairs": len({seed for seed, _ in differences}), "summary": summary}
     return summaries
 
 
@@ -74,31 +79,32 @@ def effects_of(combinations: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {"runs": len(runs), "effects": by_measure}
 
 
-def pairs_of(runs: list[dict[str, Any]], control: list[dict[str, Any]]) -> list[tuple[dict, dict]]:
-    """Measures of the runs that have a counterpart in the control, and of that counterpart.
+def differences_of(runs: list[dict[str, Any]], control: list[dict[str, Any]]) -> list[tuple[int, dict[str, float]]]:
+    """Seed and difference in GAINS' measures of the runs that have a counterpart in the control.
 
     Runs with the same seed and the same validation before the first step have model, data, order and first responses
     in common, so their differences vary less than the runs do. The model differs where another type of processor has
     made it.
     """
     return [
-        (run["measures"], other["measures"])
+        (run["seed"], {measure: run["measures"][measure] - other["measures"][measure] for measure in GAINS.values()})
         for run in runs
         for other in control
-        if (run["seed"], run["start"]) == (other["seed"], other["start"])
+        if run["start"] is not None and (run["seed"], run["start"]) == (other["seed"], other["start"])
     ]
 
 
-def summary_of(measured: list[dict], pairs: list[tuple[dict, dict]]) -> dict[str, list[float | None]]:
-    """Mean and interval of each measure of a method's runs, and of the differences within the pairs."""
-    found = {name: mean_and_interval([one[name] for one in measured]) for name in (*MEASURES, "responses")}
-    gains = {gain: mean_and_interval([one[of] - other[of] for one, other in pairs]) for gain, of in GAINS.items()}
-    return found | gains
+def over_seeds(measured: list[tuple[int, float | None]]) -> list[float | None]:
+    """Mean and interval of the seeds' means."""
+    by_seed: dict[int, list[float]] = {}
+    for seed, value in measured:
+        if value is not None:
+            by_seed.setdefault(seed, []).append(value)
+    return mean_and_interval([float(np.mean(values)) for values in by_seed.values()])
 
 
-def mean_and_interval(measured: list[float | None]) -> list[float | None]:
-    """Mean of the values that are not null, and half-width of its 95 % interval."""
-    values = [value for value in measured if value is not None]
+def mean_and_interval(values: list[float]) -> list[float | None]:
+    """Mean of the values, and half-width of its 95 % interval."""
     if not values:
         return [None, None]
     mean = float(np.mean(values))
@@ -109,15 +115,15 @@ def mean_and_interval(measured: list[float | None]) -> list[float | None]:
 
 
 def table_of(results: dict[str, Any]) -> str:
-    """The results as Markdown: a table for each task, and one of the departures' effects."""
+    """The results as Markdown: a table for each comparison, and one of the departures' effects."""
     lines = []
     for comparison, methods in results["comparisons"].items():
         lines += [f"### {title_of(comparison)}", ""]
         if methods:
-            lines += ["| method | runs | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+            lines += ["| method | runs | pairs | " + " | ".join(COLUMNS) + " |", "|---" * (3 + len(COLUMNS)) + "|"]
         for name, method in methods.items():
             cells = [_cell(*method["summary"][column]) for column in COLUMNS]
-            lines.append(f"| {name} | {len(method['runs'])} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name} | {len(method['runs'])} | {method['pairs'] or '–'} | " + " | ".join(cells) + " |")
         lines += [""] if methods else []
         lines += _missing_of(results, comparison)
     departures = results["departures"]
@@ -142,12 +148,13 @@ def _cell(mean: float | None, interval: float | None) -> str:
 
 
 def title_of(comparison: str) -> str:
-    return f"{CONFIRMATION_TASK}, new seeds" if comparison == "confirmation" else comparison
+    return f"{CONFIRMATION_TASK}, once more with new seeds" if comparison == "confirmation" else comparison
 
 
 class Point(NamedTuple):
     """A change of pass@1 and pass@n: means, and half-widths of their intervals where these are shown."""
 
+    name: str
     label: str
     means: tuple[float, float]
     intervals: tuple[float | None, float | None]
@@ -161,6 +168,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     panels = {title_of(name): points_of(methods) for name, methods in results["comparisons"].items() if methods}
     if effects_known := points_of_effects(results["departures"]["effects"]):
         panels[f"{DEPARTURES_TASK}, effect of each departure"] = effects_known
+    names = [*METHODS, *DEPARTURES]
     rows = max(1, -(-len(panels) // 2))
     figure = Figure(figsize=(14, 5 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False).flat
@@ -169,7 +177,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         panel.axvline(0, color="0.8", zorder=0)
         for point in points:
             (x, y), (x_half, y_half) = point.means, point.intervals
-            panel.errorbar(x, y, xerr=x_half, yerr=y_half, fmt="o", capsize=2, label=point.label)
+            style = {"fmt": "o", "capsize": 2, "color": f"C{names.index(point.name)}"}
+            panel.errorbar(x, y, xerr=x_half, yerr=y_half, label=point.label, **style)
         panel.set(title=title, xlabel="change of pass@1", ylabel="change of pass@n")
         panel.locator_params(axis="x", nbins=5)
         if points:
@@ -188,7 +197,7 @@ def points_of(methods: dict[str, Any]) -> list[Point]:
         (x, x_half), (y, y_half) = (method["summary"][gain] for gain in GAINS)
         if name != CONTROL and x is not None:
             intervals = (x_half, y_half) if method["pairs"] >= FEWEST else (None, None)
-            points.append(Point(f"{name} ({method['pairs']} pairs)", (x, y), intervals))
+            points.append(Point(name, f"{name} ({method['pairs']} pairs)", (x, y), intervals))
     return points
 
 
@@ -198,5 +207,5 @@ def points_of_effects(by_measure: dict[str, dict[str, tuple[float, float] | None
     for name in DEPARTURES:
         across, up = (found[name] for found in by_measure.values())
         if across is not None and up is not None:
-            points.append(Point(name, (across[0], up[0]), (across[1], up[1])))
+            points.append(Point(name, name, (across[0], up[0]), (across[1], up[1])))
     return points

@@ -86,8 +86,11 @@ def test_the_runs_of_a_plan_draw_equally_many_responses(planned):
 
 
 def test_a_setting_that_no_run_can_use_is_refused(tmp_path, capsys):
+    plan(tmp_path)
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
     assert study.main(["plan", str(tmp_path), "--set", "train.stepz=3"]) == 1
-    assert "train.stepz" in capsys.readouterr().err
+    assert f"{tmp_path}/per_kind.yaml: unknown key `train.stepz`" in capsys.readouterr().err
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == before
     assert study.main(["plan", str(tmp_path), "--set", "train.steps=[3"]) == 1
     assert "train.steps=[3: the value is not readable as YAML" in capsys.readouterr().err
 
@@ -172,7 +175,7 @@ def test_results_of_recorded_runs(recorded, capsys):
     assert study.main(["results", str(recorded)]) == 0
     assert (recorded / "results.png").read_bytes().startswith(b"\x89PNG")
     table = (recorded / "results.md").read_text()
-    assert "| dapo | 2 | 0.250 ± 0.635 |" in table and "Not run yet: meds_recommended (2)." in table
+    assert "| dapo | 2 | – | 0.250 ± 0.635 |" in table and "Not run yet: meds_recommended (2)." in table
     assert table in capsys.readouterr().out
 
 
@@ -202,10 +205,74 @@ def test_methods_are_compared_with_dapo_run_by_run_of_the_same_seed_and_start(pl
     # A second machine's run, which started from another model, has no run to be compared with, but counts.
     summary = summary_of([*lines[:3], line_of(runs[3], start=0.2)])
     assert summary["pass@1 − dapo"] == [pytest.approx(0.1), None] and summary["pass@1"][0] == pytest.approx(0.45)
+    # Where both ran there too, a seed's runs count as one: 0.1 and 0.2 for seed 1, 0.1 for seed 0.
+    reached["dapo", 1] = 0.5
+    summary = summary_of([*lines, line_of(runs[1], start=0.2), line_of(runs[3], start=0.2)])
+    assert summary["pass@1 − dapo"] == [pytest.approx(0.125), pytest.approx(12.7062 * 0.025, rel=1e-4)]
+
+
+def test_the_confirmation_compares_its_own_runs(planned, tmp_path):
+    directory = Path(shutil.copytree(planned, tmp_path, dirs_exist_ok=True))
+    lines = []
+    for run in runs_of(directory, "confirmation"):
+        method, seed = study_records.method_of(run), run.differences["train.seed"]
+        measures = dict.fromkeys(study_results.MEASURES, 0.5) | {"pass@n": 0.75 if method == "meds_published" else 0.5}
+        line = {"settings": study_records.digest(run), "seed": seed, "measures": measures}
+        lines.append(json.dumps(line | {"validation": {"0": [seed, 0.5]}}) + "\n")
+    (directory / study_records.RECORDS).write_text("".join(lines))
+    results = study_results.collect_results(directory)
+    compared = results["comparisons"]["confirmation"]
+    assert {name: method["summary"]["pass@n − dapo"] for name, method in compared.items()} == {
+        "dapo": [None, None],
+        "meds_published": [0.25, 0.0],
+        "meds_recommended": [0.0, 0.0],
+    }
+    title = study_results.title_of("confirmation")
+    section = study_results.table_of(results).partition(f"### {title}\n")[2].partition("###")[0]
+    assert "| meds_published | 2 | 2 | 0.500 ± 0.000 | 0.750 ± 0.000 |" in section and "Not run yet" not in section
+
+
+def test_the_picture_has_intervals_of_differences_that_are_enough():
+    def summary(pairs: int) -> dict:
+        return {"pairs": pairs, "summary": {"pass@1 − dapo": [0.1, 0.2], "pass@n − dapo": [0.3, 0.4]}}
+
+    without = {"pairs": 0, "summary": {"pass@1 − dapo": [None, None], "pass@n − dapo": [None, None]}}
+    methods = {"dapo": without, "edas": summary(2), "f_grpo": summary(3), "grpo": without}
+    assert study_results.points_of(methods) == [
+        ("edas", "edas (2 pairs)", (0.1, 0.3), (None, None)),
+        ("f_grpo", "f_grpo (3 pairs)", (0.1, 0.3), (0.2, 0.4)),
+    ]
+    effects = {"noise": (0.1, 0.2), "rare": None, "filtered": None, "half_life": None}
+    assert study_results.points_of_effects({"pass@1": effects, "pass@n": effects | {"noise": (0.3, 0.4)}}) == [
+        ("noise", "noise", (0.1, 0.3), (0.2, 0.4))
+    ]
+
+
+@pytest.mark.parametrize("setting", ["optimizer.lr=1e-3", "data.limit_validation=8"])
+def test_a_finished_run_of_another_plan_is_not_recorded(tmp_path, capsys, setting):
+    directory = plan(tmp_path)
+    run = runs_of(directory, "per_kind")[0]
+    finish(run, 0.2, steps=4)
+    plan(directory, setting)
+    assert study.main(["run", str(directory), "--sweeps", "per_kind", "--methods", "dapo"]) == 1
+    key, _, value = setting.partition("=")
+    error = capsys.readouterr().err
+    assert f"{run.directory}: this finished run has other settings than the plan ({key}: " in error
+    assert f" -> {float(value):g}" in error and not (directory / study_records.RECORDS).exists()
+
+
+def test_a_run_that_cannot_be_measured_is_an_error(tmp_path, capsys):
+    directory = plan(tmp_path, "train.validate_every=0")
+    for run in runs_of(directory, "per_kind")[:2]:
+        finish(run, 0.2, steps=4)
+        lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+        shown = [{key: value for key, value in line.items() if "pass@" not in key} for line in lines]
+        (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shown))
+    assert study.main(["run", str(directory), "--sweeps", "per_kind", "--methods", "dapo"]) == 1
+    assert "the run dapo,seed=0 ended without a validation after its last step" in capsys.readouterr().err
 
 
 def test_what_is_recorded_is_not_run_again_and_the_file_is_enough_for_that(recorded):
-    """Nothing here could train a model: `run` would fail."""
     lines = (recorded / study_records.RECORDS).read_text()
     assert study.main(["run", str(recorded), "--sweeps", *study_plan.TASKS, "--methods", "dapo"]) == 0
     assert (recorded / study_records.RECORDS).read_text() == lines and not (recorded / "runs").exists()
@@ -282,6 +349,11 @@ def test_the_repositorys_study_has_the_methods_configs_as_they_are():
         assert yaml.safe_load((directory / f"{name}.yaml").read_text()) == study_plan.planned_sweep(name, directory)
 
 
+def test_the_committed_table_is_that_of_the_records():
+    directory = ROOT / "assets" / "study"
+    assert study_results.table_of(study_results.collect_results(directory)) == (directory / "results.md").read_text()
+
+
 def test_the_readme_shows_the_committed_table():
     readme = (ROOT / "README.md").read_text()
     study_section = readme[readme.index("First task, a different answer") : readme.index("What they show")]
@@ -304,8 +376,8 @@ def test_noise_is_a_cluster_or_no_cluster_as_the_runs_memory_has_it():
 
 
 def test_measures_that_nothing_counts_in_are_left_out_of_means():
-    assert study_results.mean_and_interval([None, None]) == [None, None]
-    assert study_results.mean_and_interval([None, 2.0]) == [2.0, None]
+    assert study_results.over_seeds([(0, None), (1, None)]) == [None, None]
+    assert study_results.over_seeds([(0, None), (1, 2.0)]) == [2.0, None]
     assert study_measures.WrongResponses().agreement(load_config(study_plan.BASE)) == {
         "ari_fingerprint": None,
         "ari_answer": None,
