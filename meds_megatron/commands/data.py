@@ -55,7 +55,7 @@ def unify(dapo, math, out: str, levels, evaluation, remove_contaminated: bool) -
 @click.argument("file")
 @with_json
 def inspect(file: str) -> dict:
-    """Count the problems in FILE by source, level and length, and name the rows that cannot be read."""
+    """Count the problems in FILE by source, level and length, and name the first 20 rows that cannot be read."""
 
     from meds_megatron.data.inspect import inspect
 
