@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from study_plan import METHODS, RUNS, SEEDS, STEPS, SWEEPS, planned_sweep
+from study_plan import METHODS, RUNS, SEEDS, STEPS, SWEEPS, planned_runs, planned_sweep
 from study_records import digest, is_finished, method_of, read_records, record, write_whole
 from study_results import collect_results, draw, table_of
 
@@ -65,7 +65,7 @@ def write_plan(directory: Path, runs: Path, steps: int, more: list[str], **optio
 def run_missing(directory: Path, sweeps: list[str], methods: list[str] | None, executor: Executor) -> bool:
     """Trains what is planned (of `methods`, if given) and not recorded, and records each run as it ends. False if one
     failed."""
-    planned = {path: expand(load_sweep(path), path) for path in [directory / f"{name}.yaml" for name in sweeps]}
+    planned = dict(planned_runs(directory, name) for name in sweeps)
     known = sorted({method_of(run) for runs in planned.values() for run in runs})
     if unknown := set(methods or []) - set(known):
         raise UserError(f"{directory}: no sweep has runs of {sorted(unknown)[0]}; expected some of {', '.join(known)}.")

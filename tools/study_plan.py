@@ -9,6 +9,8 @@ from study_departures import half_of_combinations
 
 from meds_megatron.config import load_config
 from meds_megatron.config.changes import settings_of
+from meds_megatron.errors import UserError
+from meds_megatron.launch.sweep_config import SweepRun, expand, load_sweep
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BASE = CONFIGS / "quickstart.yaml"
@@ -116,6 +118,14 @@ def planned_sweep(
         "retries": 2,
         "job": {"nodes": 1, "gpus_per_node": 0, "exclusive": False},
     }
+
+
+def planned_runs(directory: Path, name: str) -> tuple[Path, list[SweepRun]]:
+    """A sweep's file in the study's directory, and its runs. Raises UserError where it is not there."""
+    path = directory / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"{path}: this sweep is not planned; run `python tools/study.py plan {directory}` first.")
+    return path, expand(load_sweep(path), path)
 
 
 def departure_settings() -> dict[str, dict[str, Any]]:

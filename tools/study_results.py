@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import t as student_t
 from study_departures import Observation, effects
-from study_plan import COMPARISONS, CONFIRMATION_TASK, DEPARTURES, DEPARTURES_TASK, METHODS, SWEEPS
+from study_plan import COMPARISONS, CONFIRMATION_TASK, DEPARTURES, DEPARTURES_TASK, METHODS, SWEEPS, planned_runs
 from study_records import digest, method_of, read_records, write_whole
-
-from meds_megatron.launch.sweep_config import expand, load_sweep
 
 MEASURES = (
     *("pass@1", "pass@n", "wrong_answers", "eigenvalue_ratio", "ari_fingerprint", "ari_answer"),
@@ -36,9 +34,8 @@ def collect_results(directory: Path) -> dict[str, Any]:
     records = read_records(directory)
     results: dict[str, Any] = {"comparisons": {}, "departures": {}, "missing": {}}
     for name in SWEEPS:
-        path = directory / f"{name}.yaml"
         methods: dict[str, list[dict[str, Any]]] = {}
-        for run in expand(load_sweep(path), path):
+        for run in planned_runs(directory, name)[1]:
             found = records.get(digest(run), [])
             methods.setdefault(method_of(run), []).extend(found)
             if not found:

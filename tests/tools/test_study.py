@@ -335,6 +335,13 @@ def test_a_run_that_no_sweep_has_is_named_before_any_is_trained(planned, capsys)
     )
 
 
+def test_a_study_that_is_not_planned_says_what_to_do(tmp_path, capsys):
+    for command in ("run", "results"):
+        assert study.main([command, str(tmp_path)]) == 1
+        expected = f"{tmp_path}/per_kind.yaml: this sweep is not planned; run `python tools/study.py plan {tmp_path}`"
+        assert expected in capsys.readouterr().err
+
+
 def test_a_damaged_record_is_named(recorded, capsys):
     with open(recorded / study_records.RECORDS, "a") as file:
         file.write('{"task": "per_kind"\n')
