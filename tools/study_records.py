@@ -52,19 +52,15 @@ def record(directory: Path, run: SweepRun) -> dict[str, Any]:
 
 
 def _check_settings(run: SweepRun) -> None:
-    made, planned = load_config(run.directory / "config.yaml"), _config_of(run)
-    old, new = settings_of(made), settings_of(planned)
-    other = make_another_run(made, planned)
+    made = load_config(run.directory / "config.yaml")
+    old, new = settings_of(made), settings_of(run.config)
+    other = make_another_run(made, run.config)
     other += [f"{key}: {old[key]} -> {new[key]}" for key in sorted(MEASURED_BY) if old[key] != new[key]]
     if other:
         raise UserError(
             f"{run.directory}: this finished run has other settings than the plan ({'; '.join(other)}); remove it, or "
             "plan runs in another directory (plan --runs)."
         )
-
-
-def _config_of(run: SweepRun) -> Config:
-    return load_config(run.arguments[0], run.arguments[1:])
 
 
 def _commit() -> str:
@@ -100,7 +96,7 @@ def digest(run: SweepRun) -> str:
     """Hash of the settings that decide a run's measures, those with the schema's default value aside: a setting that is
     new and off changes nothing."""
     defaults = settings_of(Config())
-    values = settings_of(_config_of(run))
+    values = settings_of(run.config)
     deciding = {
         key: value
         for key, value in values.items()

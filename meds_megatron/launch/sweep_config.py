@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from meds_megatron.config import load_config
+from meds_megatron.config import Config, load_config
 from meds_megatron.config.load import nearest_key, schema_types
 from meds_megatron.config.validate import validate
 from meds_megatron.errors import UserError
@@ -78,7 +78,12 @@ class SweepRun:
     arguments: list[str]
     """Of `meds train`."""
     directory: Path
-    steps: int
+    config: Config
+    """That `arguments` make."""
+
+    @property
+    def steps(self) -> int:
+        return self.config.train.steps
 
 
 def load_sweep(path: str | Path) -> SweepConfig:
@@ -156,7 +161,7 @@ def expand(sweep: SweepConfig, path: str | Path) -> list[SweepRun]:
             validate(config)
         except UserError as error:
             raise UserError(f"{path}: the run {name}: {error}") from error
-        runs.append(SweepRun(name, differences, [sweep.config, *overrides], directory, config.train.steps))
+        runs.append(SweepRun(name, differences, [sweep.config, *overrides], directory, config))
     names = [run.name for run in runs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(

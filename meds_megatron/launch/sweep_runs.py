@@ -211,8 +211,7 @@ class Sweep:
             tracked.metrics = _last_metrics(directory)
             if not _is_complete(tracked):
                 continue
-            planned = load_config(tracked.run.arguments[0], tracked.run.arguments[1:])
-            if other := make_another_run(load_config(directory / "config.yaml"), planned):
+            if other := make_another_run(load_config(directory / "config.yaml"), tracked.run.config):
                 raise UserError(
                     f"{directory}: this finished run has other settings ({'; '.join(other)}); set them back, remove "
                     "it, or give the sweep a directory of its own (directory: ...)."

@@ -32,7 +32,7 @@ def write(directory: Path, text: str) -> Path:
 def finish(run: SweepRun, **metrics: float) -> None:
     """Writes a finished run's settings and last metrics."""
     run.directory.mkdir(parents=True)
-    save_config(load_config(run.arguments[0], run.arguments[1:]), run.directory / "config.yaml")
+    save_config(run.config, run.directory / "config.yaml")
     (run.directory / "metrics.jsonl").write_text(json.dumps({"step": run.steps} | metrics) + "\n")
 
 

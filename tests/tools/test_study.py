@@ -76,7 +76,7 @@ def test_the_runs_of_a_plan_draw_equally_many_responses(planned):
     for name, (task, methods, seeds) in expected.items():
         runs = runs_of(planned, name)
         assert [run.name for run in runs] == [f"{method},seed={seed}" for method in methods for seed in seeds]
-        configs = [load_config(run.arguments[0], run.arguments[1:]) for run in runs]
+        configs = [run.config for run in runs]
         drawn = {(c.train.prompts_per_step, c.rollout.responses_per_prompt, c.filter.max_batches) for c in configs}
         assert len(drawn) == 1 and {c.filter.generation_prompts for c in configs} == {None}
         assert {c.data.arithmetic_rules for c in configs} == {task}
@@ -116,9 +116,8 @@ def write_step(directory: Path, step: int, groups: list[list[tuple[int | None, i
 
 def finish(run, pass_1: float, steps: int) -> None:
     """Writes a run directory in which habits are the clusters of fingerprints, and answers are something else."""
-    config = load_config(run.arguments[0], run.arguments[1:])
     run.directory.mkdir(parents=True)
-    save_config(config, run.directory / "config.yaml")
+    save_config(run.config, run.directory / "config.yaml")
 
     def shown(rule: int, divisor: int) -> tuple[int, int, list[float]]:
         return rule, divisor, np.eye(4)[rule % 4].tolist()
@@ -302,7 +301,7 @@ def test_records_count_where_the_settings_that_decide_a_run_are_the_same(recorde
 def test_effects_of_the_departures_are_of_the_runs_that_have_half_of_them(planned, tmp_path):
     directory = Path(shutil.copytree(planned, tmp_path, dirs_exist_ok=True))
     runs = runs_of(directory, "departures")
-    assert {load_config(run.arguments[0], run.arguments[1:]).data.arithmetic_rules for run in runs} == {"remainder"}
+    assert {run.config.data.arithmetic_rules for run in runs} == {"remainder"}
     lines = []
     for run in runs:
         seed = run.differences["train.seed"]
