@@ -53,10 +53,7 @@ def record(directory: Path, run: SweepRun) -> dict[str, Any]:
 
 def _check_settings(run: SweepRun) -> None:
     made = load_config(run.directory / "config.yaml")
-    old, new = settings_of(made), settings_of(run.config)
-    other = make_another_run(made, run.config)
-    other += [f"{key}: {old[key]} -> {new[key]}" for key in sorted(MEASURED_BY) if old[key] != new[key]]
-    if other:
+    if other := make_another_run(made, run.config, also=MEASURED_BY):
         raise UserError(
             f"{run.directory}: this finished run has other settings than the plan ({'; '.join(other)}); remove it, or "
             "plan runs in another directory (plan --runs)."

@@ -1,6 +1,6 @@
 """Settings that may differ when a run resumes, and those that make it another run."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -58,14 +58,14 @@ def changes(saved: Config, present: Config) -> tuple[list[str], list[str]]:
     return free, other
 
 
-def make_another_run(saved: Config, planned: Config) -> list[str]:
-    """`key: old -> new` of the settings that make a config another run than the saved one. A setting that the config
-    leaves open (`auto`) is as the run has chosen it."""
+def make_another_run(saved: Config, planned: Config, also: Container[str] = ()) -> list[str]:
+    """`key: old -> new` of the settings that make a config another run than the saved one, and of the keys `also`. A
+    setting that the config leaves open (`auto`) is as the run has chosen it."""
     old = settings_of(saved)
     return [
         f"{key}: {old[key]} -> {value}"
         for key, value in settings_of(planned).items()
-        if value not in (old[key], "auto") and not is_free_to_change(key)
+        if value not in (old[key], "auto") and (key in also or not is_free_to_change(key))
     ]
 
 
