@@ -58,7 +58,7 @@ def test_the_code_of_a_model_directory_is_not_run(shared_data, tmp_path):
         known = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(known | settings | {"auto_map": classes, "tokenizer_class": "Evil"}))
     for load in (load_tokenizer, lambda directory: token_logprobs(directory, [1, 2, 3])):
-        with pytest.raises(Exception, match="trust_remote_code|cannot be read|evil"):
+        with pytest.raises(Exception, match=r"trust_remote_code|cannot be read|evil"):
             load(directory)
     assert not marker.exists()
 

@@ -33,7 +33,7 @@ def error_of(actor, method: str) -> Exception:
     return raised.value
 
 
-@pytest.mark.parametrize("method, reason", [("end", "exit"), ("fail", "the tensor is too large")])
+@pytest.mark.parametrize(("method", "reason"), [("end", "exit"), ("fail", "the tensor is too large")])
 def test_the_process_and_the_reason_are_found(method, reason):
     actor = Actor.remote()
     process = ray.get(actor.process.remote())

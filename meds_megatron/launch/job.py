@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from queue import SimpleQueue
@@ -137,10 +138,9 @@ class Job:
             self._send(number, message, value)
 
     def _send(self, number: int, message: str, value: Any = None) -> None:
-        try:
+        # Not there yet, or no longer: `_receive` reports the latter.
+        with suppress(KeyError, OSError):
             self._tasks[number].send((message, value))
-        except (KeyError, OSError):
-            pass  # Not there yet, or no longer: `_receive` reports the latter.
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -51,10 +51,8 @@ def kill_descendants(seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while (left := descendants()) and time.monotonic() < deadline:
         for process in left:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         while True:
             try:
                 if os.waitpid(-1, os.WNOHANG)[0] == 0:

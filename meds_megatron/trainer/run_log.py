@@ -24,7 +24,7 @@ class RunLog:
         """`wandb_id` continues the wandb run of that id."""
         self._console = console
         self._path = run.metrics
-        self._file = open(run.metrics, "ab", buffering=0)
+        self._file = open(run.metrics, "ab", buffering=0)  # noqa: SIM115
         self._wandb = WandbRun(run, config, wandb_id) if config.wandb.enabled else None
         self._responses_every = config.wandb.responses_every
 

@@ -12,7 +12,7 @@ from tests.actor import checkpoint_ranks as on_rank
 from tests.model import qwen_cases as cases
 
 LAYOUTS = {
-    "one rank": dict(),
+    "one rank": {},
     "TP2": dict(tensor=2),
     "PP2": dict(pipeline=2),
     "PP2xVPP2": dict(pipeline=2, virtual_pipeline=2),

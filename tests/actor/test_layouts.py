@@ -7,8 +7,8 @@ from tests.devices import tolerance
 from tests.model import qwen_cases as cases
 
 LAYOUTS = {
-    "packs": (dict(), cases.PACKS),
-    "pairs": (dict(), cases.PAIRS),
+    "packs": ({}, cases.PACKS),
+    "pairs": ({}, cases.PAIRS),
     "TP2": (dict(tensor=2), cases.ONE_BY_ONE),
     "TP2+SP": (dict(tensor=2, sequence=True), cases.PAIRS),
     "PP2": (dict(pipeline=2), cases.ONE_BY_ONE),
@@ -32,7 +32,7 @@ AGGREGATIONS = ["token_mean", "sequence_mean", "sequence_sum"]
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_loss_and_gradient_norm_as_on_one_rank(ranks, tmp_path_factory, model, layout):
     directory = cases.cached_model(tmp_path_factory, model)
-    expected = update(ranks, directory, dict(), cases.ONE_BY_ONE)
+    expected = update(ranks, directory, {}, cases.ONE_BY_ONE)
     found = update(ranks, directory, *LAYOUTS[layout])
     for ours, theirs in zip(found, expected, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=tolerance(1e-5))
@@ -48,7 +48,7 @@ def test_same_loss_and_gradient_norm_as_on_one_rank(ranks, tmp_path_factory, mod
 @pytest.mark.parametrize("layout", [dict(data=2, pipeline=2), dict(context=2)], ids=str)
 def test_every_aggregation_and_loss_is_global(ranks, tmp_path_factory, aggregation, loss, layout):
     directory = cases.cached_model(tmp_path_factory, "qwen3 tied")
-    expected = update(ranks, directory, dict(), cases.ONE_BY_ONE, aggregation, loss)
+    expected = update(ranks, directory, {}, cases.ONE_BY_ONE, aggregation, loss)
     found = update(ranks, directory, layout, cases.PACKS, aggregation, loss)
     assert found[1]["loss"] == pytest.approx(expected[1]["loss"], abs=tolerance(1e-5))
     assert found[1]["grad_norm"] == pytest.approx(expected[1]["grad_norm"], rel=tolerance(1e-5))

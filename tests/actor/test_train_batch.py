@@ -111,5 +111,5 @@ def test_an_empty_micro_batch_is_padding():
 
 
 def test_prompt_and_response_lists_must_match():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="longer than argument 1"):
         TrainBatch.of_responses([[1]], [[2], [3]], [[0.0]], [-1], [0])

@@ -144,7 +144,7 @@ def single_steps(rates: EngineRates, lengths_PN: np.ndarray, arrivals: list[floa
     """Time at which each request is finished, one decode step after the other."""
     now, order, waiting, running = 0.0, 0, [], []
     coming = [(time, number) for number, time in enumerate(arrivals)]
-    computed, left, ends = set(), {number: lengths_PN.shape[1] for number in range(len(arrivals))}, {}
+    computed, left, ends = set(), dict.fromkeys(range(len(arrivals)), lengths_PN.shape[1]), {}
     heapq.heapify(coming)
     while coming or waiting or running:
         # An engine that is idle when requests come begins with the first at once. Those that came during the step that

@@ -82,9 +82,9 @@ def test_a_model_that_cannot_be_trained_is_refused(tmp_path, changes, expected):
 
 
 def test_what_is_not_a_model_directory_is_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist: give model.path"):
+    with pytest.raises(UserError, match=r"does not exist: give model\.path"):
         ModelShape.from_hf(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="config.json does not exist"):
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
         ModelShape.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):

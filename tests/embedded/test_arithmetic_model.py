@@ -108,18 +108,18 @@ def test_random_model_takes_tokenizer_and_shape_and_is_made_once(made, tmp_path,
 
 def test_a_failed_generation_leaves_no_files(made, tmp_path):
     shape = RandomModelConfig(tokenizer=str(made), vocab_size=10)
-    with pytest.raises(UserError, match="vocab_size is 10.*at least as many"):
+    with pytest.raises(UserError, match=r"vocab_size is 10.*at least as many"):
         ensure_model(ModelConfig(make="random", random=shape), DataConfig(), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_own_model_directory_is_checked(made, tmp_path):
     assert ensure_model(ModelConfig(path=str(made)), DataConfig(), tmp_path) == made
-    with pytest.raises(UserError, match="model.path is not set"):
+    with pytest.raises(UserError, match=r"model\.path is not set"):
         ensure_model(ModelConfig(), DataConfig(), tmp_path)
     with pytest.raises(UserError, match="absent does not exist"):
         ensure_model(ModelConfig(path=str(tmp_path / "absent")), DataConfig(), tmp_path)
-    with pytest.raises(UserError, match="config.json does not exist"):
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
         ensure_model(ModelConfig(path=str(tmp_path)), DataConfig(), tmp_path)
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(UserError, match="LlamaForCausalLM: only Qwen2ForCausalLM and Qwen3ForCausalLM"):
@@ -128,5 +128,5 @@ def test_own_model_directory_is_checked(made, tmp_path):
 
 def test_random_model_without_a_tokenizer_is_refused(tmp_path):
     shape = RandomModelConfig(tokenizer=str(tmp_path))
-    with pytest.raises(UserError, match="has no tokenizer.json"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
         ensure_model(ModelConfig(make="random", random=shape), DataConfig(), tmp_path / "cache")

@@ -121,7 +121,7 @@ def test_too_few_gpus_are_refused_with_what_there_is(pretend_gpus, monkeypatch):
 
 def test_a_process_without_a_gpu_does_not_fall_back_to_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="cluster.device = cuda, but torch .* finds no GPU on"):
+    with pytest.raises(UserError, match=r"cluster\.device = cuda, but torch .* finds no GPU on"):
         require_gpu()
 
 

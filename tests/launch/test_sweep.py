@@ -129,7 +129,7 @@ def test_local_runs_have_gpus_of_their_own(tmp_path, monkeypatch):
     runs._update()
     assert taken == ["4,5", "6,7"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
-    with pytest.raises(UserError, match="a run needs job.gpus_per_node = 2, but this machine has 1 GPUs"):
+    with pytest.raises(UserError, match=r"a run needs job\.gpus_per_node = 2, but this machine has 1 GPUs"):
         Sweep(load_sweep(file), expand(load_sweep(file), file), "local")
 
 

@@ -116,7 +116,7 @@ def test_noise_and_a_lone_vector_have_no_reach():
 
 
 def test_it_needs_the_spanning_tree_of_plain_distances():
-    with pytest.raises(UserError, match="memory.novelty=true comes with memory.min_samples=2: it needs 1"):
+    with pytest.raises(UserError, match=r"memory\.novelty=true comes with memory\.min_samples=2: it needs 1"):
         MemoryShard(MemoryConfig(novelty=True, min_samples=2))
 
 

@@ -156,7 +156,7 @@ def whole_step(
 def loss_weights(batch: TrainBatch, aggregation: str) -> np.ndarray:
     weights_B = np.zeros(RESPONSES, dtype=np.float32)
     for minibatch in (0, 1):
-        rows = np.flatnonzero(MINIBATCHES_B == minibatch)
+        rows = np.flatnonzero(minibatch == MINIBATCHES_B)
         lengths_B = torch.from_numpy(batch.response_lengths_B[rows])
         weights_B[rows] = aggregation_weights(
             lengths_B,

@@ -9,7 +9,7 @@ from tests.devices import tolerance
 from tests.model import qwen_cases as cases
 
 LAYOUTS = {
-    "TP1": dict(),
+    "TP1": {},
     "TP2": dict(tensor=2),
     "TP4": dict(tensor=4),
     "PP2": dict(pipeline=2),

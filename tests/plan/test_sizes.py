@@ -71,7 +71,7 @@ def test_a_small_models_bytes_are_those_of_real_ranks_with_their_padding(cpu_ran
     from meds_megatron.config import ModelShape
 
     directory = qwen_cases.cached_model(tmp_path_factory, model)
-    parallel, layout = parts({"data": 1} | settings)
+    _, layout = parts({"data": 1} | settings)
     shape = ModelShape.from_hf(directory)
     found = cpu_ranks.run(layout.ranks, real_bytes, str(directory), {k: v for k, v in settings.items() if k != "data"})
     for rank, bytes_of_rank in enumerate(found):

@@ -181,7 +181,7 @@ def test_any_thread_may_submit(pool):
 def test_an_answer_that_takes_too_long_costs_only_itself():
     others = [f"x + {n}" for n in range(20)]
     with GraderPool(workers=1, timeout_seconds=1.5) as pool:
-        answers = others[:7] + [SLOW] + others[7:]
+        answers = [*others[:7], SLOW, *others[7:]]
         grades = pool.grade([boxed(answer) for answer in answers], ["y"] * 7 + ["5"] + ["y"] * 13)
         assert [grade.outcome for grade in grades] == ["graded"] * 7 + ["timeout"] + ["graded"] * 13
         assert "in 1.5 seconds" in grades[7].detail
@@ -447,13 +447,13 @@ def test_graders_that_do_not_start_are_one_clear_error(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with GraderPool(workers=2, timeout_seconds=1) as pool:
         future = pool.submit(boxed("3+x"), "x")
-        with pytest.raises(RuntimeError, match="do not start, 3 times in a row: .* exit code 1 on"):
+        with pytest.raises(RuntimeError, match=r"do not start, 3 times in a row: .* exit code 1 on"):
             future.result()
         monkeypatch.undo()
         assert pool.grade([boxed("1+x")], ["x+1"])[0].correct
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with GraderPool(workers=2, timeout_seconds=1) as pool:
-        with pytest.raises(RuntimeError, match="do not start, 3 times in a row: .* exit code 1 on"):
+        with pytest.raises(RuntimeError, match=r"do not start, 3 times in a row: .* exit code 1 on"):
             pool.grade([boxed(f"{n}+x") for n in range(1000)], ["x"] * 1000)
         assert pool.pids == []
 
@@ -463,6 +463,6 @@ def test_missing_math_verify_is_named(tmp_path, monkeypatch):
     source = Path(worker.__file__).read_text()
     program.write_text(source.replace("from math_verify import", "from math_verify_that_is_missing import"))
     monkeypatch.setattr(worker, "__file__", str(program))
-    with GraderPool(workers=1, timeout_seconds=1) as pool:
-        with pytest.raises(RuntimeError, match="do not start.*No module named 'math_verify_that_is_missing'"):
-            pool.grade([boxed("1+x")], ["x+1"])
+    message = "do not start.*No module named 'math_verify_that_is_missing'"
+    with GraderPool(workers=1, timeout_seconds=1) as pool, pytest.raises(RuntimeError, match=message):
+        pool.grade([boxed("1+x")], ["x+1"])

@@ -119,8 +119,11 @@ def test_completions_are_those_of_plain_vllm(pool, completions, model_dir):
         for index, share in enumerate(shares):
             set_random_seed(int(np.random.SeedSequence([3, index]).generate_state(1)[0]))
             llm.reset_prefix_cache()
-            for output in llm.generate([TokensPrompt(prompt_token_ids=p) for p in share], parameters, use_tqdm=False):
-                made.append([(list(c.token_ids), np.float32(c.logprobs.logprobs)) for c in output.outputs])
+            prompts = [TokensPrompt(prompt_token_ids=p) for p in share]
+            made += [
+                [(list(c.token_ids), np.float32(c.logprobs.logprobs)) for c in output.outputs]
+                for output in llm.generate(prompts, parameters, use_tqdm=False)
+            ]
         llm.llm_engine.engine_core.shutdown()
         return made
 

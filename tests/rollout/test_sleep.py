@@ -36,7 +36,7 @@ class ScriptedPool(EnginePool):
 
     def call(self, engines, method, *arguments):
         self.calls += [(method, *arguments, engine) for engine in engines]
-        return {engine: None for engine in engines}
+        return dict.fromkeys(engines)
 
     def _get(self, reference):
         return reference

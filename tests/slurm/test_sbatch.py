@@ -67,5 +67,5 @@ def test_engines_on_nodes_of_their_own_leave_the_others_to_the_trainer(tmp_path)
     (file,) = (file for file in FILES if file.stem == "meds_qwen3_8b")
     config = resolved(file, tmp_path, 6, "rollout.nodes=2", "rollout.engines=16")
     assert (config.cluster.nodes, config.rollout.nodes, config.rollout.engines) == (4, 2, 16)
-    with pytest.raises(UserError, match="rollout.nodes = 2, but the job has 2 nodes"):
+    with pytest.raises(UserError, match=r"rollout\.nodes = 2, but the job has 2 nodes"):
         resolved(file, tmp_path, 2, "rollout.nodes=2")

@@ -282,7 +282,7 @@ def test_what_is_recorded_is_not_run_again_and_the_file_is_enough_for_that(recor
 
 
 @pytest.mark.parametrize(
-    "setting, counts",
+    ("setting", "counts"),
     [
         ("cluster.threads_per_rank=2", True),
         ("checkpoint.every=7", True),

@@ -28,7 +28,7 @@ def test_what_is_not_ready_is_named(tmp_path):
     failed = [finding.what for finding in check(config, links=False) if not finding.ok]
     assert "run directory" in failed
     config.data.train = [str(tmp_path / "none.jsonl")]
-    with pytest.raises(UserError, match="none.jsonl: node .* cannot read it"):
+    with pytest.raises(UserError, match=r"none\.jsonl: node .* cannot read it"):
         check(config, links=False)
 
 

@@ -56,7 +56,7 @@ def test_only_damaged_checkpoints_are_not_the_same_as_none(tmp_path):
     zero(make(tmp_path, 5) / files.MARKER)
     (make(tmp_path, 10) / "memory" / "shard").unlink()
     assert files.any_completed(tmp_path) and not files.any_completed(tmp_path / "none")
-    with pytest.raises(UserError, match="no checkpoint is whole, and the newest lacks something .*step_000010"):
+    with pytest.raises(UserError, match=r"no checkpoint is whole, and the newest lacks something .*step_000010"):
         files.newest(tmp_path)
 
 

@@ -40,7 +40,7 @@ def started(*arguments: str) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_signal_completes_the_future_and_gives_the_exit_code(number, code):
     process = started()
     process.send_signal(number)

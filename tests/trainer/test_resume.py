@@ -49,7 +49,7 @@ def cut_off(run_dir: Path, step: int, target: Path) -> Path:
     """A copy of a finished run as if it had been killed before its last checkpoint was complete."""
     shutil.copytree(run_dir, target)
     checkpoints = sorted((target / "checkpoints").iterdir())
-    assert [path.name for path in checkpoints][0] == f"step_{step:06d}" and len(checkpoints) == 2
+    assert checkpoints[0].name == f"step_{step:06d}" and len(checkpoints) == 2
     (checkpoints[1] / "complete.json").unlink()
     with open(target / "metrics.jsonl", "a") as metrics:
         metrics.write('{"step": 11, "torn')

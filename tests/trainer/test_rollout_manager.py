@@ -126,7 +126,7 @@ def test_failed_gradings_are_no_spread():
 
 
 def test_groups_beyond_the_step_are_not_trained_on():
-    found, short = collected([1, 2, 3, 1], wanted=3, generation_prompts=4)
+    found, _ = collected([1, 2, 3, 1], wanted=3, generation_prompts=4)
     assert [group.kept for group in found.groups] == [True, True, True, False]
 
 
@@ -137,12 +137,12 @@ def test_a_short_step_goes_on_with_a_reason():
 
 
 def test_a_short_step_stops_the_run_with_when_short_stop():
-    with pytest.raises(UserError, match="filter.max_batches"):
+    with pytest.raises(UserError, match=r"filter\.max_batches"):
         collected([0, 4], wanted=2, max_batches=1, when_short="stop")
 
 
 def test_without_a_filter_every_group_is_kept():
-    found, short = collected([0, 4], wanted=2, metric="none")
+    found, _ = collected([0, 4], wanted=2, metric="none")
     assert len(found.kept_groups) == 2 and found.generation_batches == 1
 
 
@@ -179,7 +179,7 @@ def test_unfinished_prompts_of_a_checkpoint_are_generated_again_before_others():
 
 def test_more_unfinished_prompts_than_the_schedule_has_room_for_stay_unfinished():
     config = config_of(wanted=2, metric="none")
-    manager, state, producer, _ = manager_of(config, [1] * 20, unfinished=[17, 4, 11])
+    manager, _, producer, _ = manager_of(config, [1] * 20, unfinished=[17, 4, 11])
     manager.collect()
     assert producer.submitted == [17, 4] and manager.unfinished_prompts == [11]
 

@@ -55,7 +55,7 @@ def watchdog(minutes: float, supervisor: Supervisor) -> Watchdog:
 def test_results_are_in_order_and_a_mistake_of_the_user_is_raised_as_it_is(members):
     numbers = [members.actors[1].number.remote(), members.actors[0].number.remote()]
     assert members.supervisor.results(numbers) == [1, 0] and members.supervisor.results([]) == []
-    with pytest.raises(UserError, match="data.train is empty"):
+    with pytest.raises(UserError, match=r"data\.train is empty"):
         members.supervisor.results([members.actors[0].refuse.remote(), members.actors[1].reduce.remote()])
 
 
@@ -112,7 +112,7 @@ def test_a_collective_that_a_peer_does_not_join_is_named(members):
     waiting = [members.actors[0].reduce.remote()]
     with (
         watchdog(0.05, members.supervisor),
-        pytest.raises(Hung, match="trainer rank 0 in reduce .*trainer rank 1 idle"),
+        pytest.raises(Hung, match=r"trainer rank 0 in reduce .*trainer rank 1 idle"),
     ):
         members.supervisor.results(waiting)
 
