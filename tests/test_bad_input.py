@@ -405,6 +405,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(name, place, capsys):
         assert len(shown.err.strip().splitlines()) == 1 and shown.err.startswith("meds: ")
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_a_signal_ends_a_command_and_leaves_nothing(place, number, status):
     """While it reads a text, from a pipe: the pipe opens when the command does."""

@@ -59,6 +59,7 @@ def test_an_interruption_has_exit_status_130(monkeypatch, capsys):
     assert capsys.readouterr().err.strip() == "meds: interrupted"
 
 
+@pytest.mark.usefixtures("processes")
 def test_help_and_config_errors_do_not_import_torch():
     program = f"""
 import sys

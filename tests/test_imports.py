@@ -116,6 +116,7 @@ def test_no_packages_import_each_other_in_a_cycle():
     assert ordered == set(graph())
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("module", NOT_LOADED)
 def test_importing_loads_no_heavy_package(module):
     path = SOURCE.joinpath(*module.split("."))

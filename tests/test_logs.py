@@ -4,7 +4,11 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from meds_megatron.logs import STACKS_SIGNAL, last_words
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 LOGGED = """
 import logging, sys

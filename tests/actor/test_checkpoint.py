@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from meds_megatron.weights.conversion.checkpoint import read_metadata
 from tests.actor import checkpoint_ranks as on_rank
 from tests.model import qwen_cases as cases
+from tests.pairwise import in_turn
 
 LAYOUTS = {
     "one rank": {},
@@ -36,9 +37,9 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("saved", "loaded", "model"), CHANGES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_state_is_the_same_under_another_layout(ranks, tmp_path_factory, tmp_path, saved, loaded, model, dtype):
+@pytest.mark.parametrize(("change", "dtype"), in_turn(CHANGES, ["float32", "bfloat16"]), ids=str)
+def test_state_is_the_same_under_another_layout(ranks, tmp_path_factory, tmp_path, change, dtype):
+    saved, loaded, model = change
     directory = str(cases.cached_model(tmp_path_factory, model))
     before, after = LAYOUTS[saved], LAYOUTS[loaded]
     expected = ranks.run(cases.world_size(before), on_rank.train_and_save, directory, before, str(tmp_path), 2, dtype)[

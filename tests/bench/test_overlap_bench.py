@@ -6,7 +6,7 @@ from meds_megatron.bench.overlap import run
 from meds_megatron.errors import UserError
 
 
-def test_both_runs_are_measured(small_model, cpu_engines, tmp_path):
+def test_both_runs_are_measured(run_meds, cpu_engines, small_model, tmp_path):
     overrides = ["model.make=no", f"model.path={small_model}", "data.limit_train=8", "data.limit_validation=4"]
     overrides += ["filter.metric=none", "rollout.responses_per_prompt=4", "reward.overlong.buffer=38"]
     overrides += ["train.prompts_per_step=4", "train.mini_batch_prompts=4", "cluster.device=cpu"]

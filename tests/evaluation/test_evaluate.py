@@ -64,7 +64,7 @@ def killed(command: list[str], output: Path) -> int:
 
 
 def test_an_evaluation_is_repeatable_also_across_an_interruption(
-    cpu_engines, small_model, problems, tmp_path, capsys, monkeypatch
+    cpu_engines, run_meds, own_ray, small_model, problems, tmp_path, capsys, monkeypatch
 ):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert main(arguments(small_model, problems, whole)) == 0
@@ -110,11 +110,12 @@ def check_output(output: Path, problems: str, last: dict) -> None:
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_several_data_sets_graders_and_fingerprints(cpu_engines, small_model, problems, tmp_path, capsys):
+def test_several_data_sets_graders_and_fingerprints(own_ray, published_run, problems, tmp_path, capsys):
+    """Of a run's export."""
     other = tmp_path / "other.jsonl"
     other.write_text("".join(Path(problems).read_text().splitlines(keepends=True)[:4]))
     more = ["--data", str(other), "--end-idx", "4", "--grader", "limo", "--grader", "strict", "--fingerprints"]
-    assert main(arguments(small_model, problems, tmp_path / "out", *more)) == 0
+    assert main(arguments(published_run, problems, tmp_path / "out", *more)) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["n"] == 8 and set(last["metrics"]) == {"sums", "other"}
     assert set(last["metrics"]["other"]) == {"limo", "strict"}

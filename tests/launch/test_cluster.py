@@ -16,7 +16,7 @@ print("nodes:", len(ray.nodes()))
 
 
 @pytest.fixture(scope="module")
-def address():
+def address(own_ray):
     with ray_cluster(ClusterConfig()):
         yield ray.get_runtime_context().gcs_address
 

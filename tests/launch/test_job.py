@@ -6,12 +6,15 @@ import textwrap
 import time
 from pathlib import Path
 
+import pytest
+
 from meds_megatron.launch.job import SAVE_SECONDS, Job
 from meds_megatron.launch.slurm import EXIT_REQUEUE, SlurmJob
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.usefixtures("processes")
 def test_it_needs_no_more_than_python():
     """Outside of a container there may be nothing else: -S leaves installed packages out, -E the environment."""
     program = (

@@ -167,7 +167,9 @@ def test_a_run_sees_the_gpus_that_it_was_given(monkeypatch, capfd, signal_handle
     assert capfd.readouterr().out == "4,5\n\nNone\n"
 
 
-def test_after_ctrl_c_local_runs_have_saved_themselves_and_go_on_at_the_next_start(tmp_path, small_model, cpu_engines):
+def test_after_ctrl_c_local_runs_have_saved_themselves_and_go_on_at_the_next_start(
+    tmp_path, run_meds, cpu_engines, small_model
+):
     """SIGINT to the whole process group, as a terminal sends it."""
     settings = {
         "cluster.device": "cpu",

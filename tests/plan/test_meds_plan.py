@@ -274,6 +274,7 @@ def test_a_run_without_steps_cannot_calibrate(tmp_path):
         make_plan(config, calibrate=tmp_path)
 
 
+@pytest.mark.usefixtures("processes")
 def test_nothing_heavy_is_imported():
     program = f"""
 import sys

@@ -40,6 +40,7 @@ def started(*arguments: str) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_signal_completes_the_future_and_gives_the_exit_code(number, code):
     process = started()
@@ -50,6 +51,7 @@ def test_a_signal_completes_the_future_and_gives_the_exit_code(number, code):
     assert f"{number.name}: the run stops before its next update" in errors
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_second_signal_ends_the_process_at_once():
     process = started("stay")
     process.send_signal(signal.SIGTERM)

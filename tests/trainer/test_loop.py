@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import ray
 
 from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput
 from meds_megatron.config import Config
@@ -137,9 +136,8 @@ def fingerprint(habit: int, place: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def memories():
+def memories(shared_ray):
     """Shards by clustering method, each pair started once: no two tests have a problem in common."""
-    ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
     placement = SimpleNamespace(options=lambda place, env_vars: {"num_cpus": 0})
     started: dict[str, ErrorMemory] = {}
 
@@ -149,7 +147,8 @@ def memories():
         return started[config.memory.method]
 
     yield memory_of
-    ray.shutdown()
+    for memory in started.values():
+        memory.close()
 
 
 @pytest.fixture

@@ -86,6 +86,7 @@ with RunLog(run, config, Console(config), sys.argv[2]) as log:
 """
 
 
+@pytest.mark.usefixtures("processes")
 def test_without_a_key_wandb_is_offline_and_prompts_for_nothing(tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
     done = subprocess.run(

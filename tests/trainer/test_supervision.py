@@ -25,15 +25,8 @@ ALARM_SECONDS = 60
 """Far longer than an alarm takes on a machine with other work."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture
-def members(tmp_path):
+def members(shared_ray, tmp_path):
     """Two actors in one process group, their supervisor and their process ids."""
     actor_class = ray.remote(num_cpus=0, concurrency_groups=CONCURRENCY_GROUPS)(Member)
     actors = [actor_class.remote(str(tmp_path), number) for number in range(2)]

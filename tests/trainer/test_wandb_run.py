@@ -15,6 +15,8 @@ from meds_megatron.trainer import wandb_run
 from meds_megatron.trainer.code_version import checkout_commit, code_version
 from meds_megatron.trainer.run_dir import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 TWO_ATTEMPTS = """
 import json, sys
 import numpy as np

@@ -170,6 +170,7 @@ def test_a_rank_that_has_padding_alone_gets_nothing_of_the_vocabulary():
     assert parts == [(slice(*rows), slice(0, 8)) for rows in ((0, 32), (32, 64), (64, 65), (65, 65))]
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("module", ["plan", "types"])
 def test_plan_and_types_load_nothing_heavy(module):
     code = f"import sys, meds_megatron.weights.resharding.{module}; print(*sys.modules)"
