@@ -13,8 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # For all processes that tests start; without GPUs nothing reads them.
 os.environ.update(GPU_ENV_VARS)
 
-# How long an example takes says more about the machine than about the code. Tests that state a number of examples draw
-# ten times as many with --full (tests/examples.py).
+# Of property tests that do not state a number of examples (tests/examples.py): hypothesis's hundred.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
@@ -33,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for tier, text in TIERS.items():
         config.addinivalue_line("markers", f"{tier}: {text} (set by tests/conftest.py)")
     config.addinivalue_line("markers", "full: a case that only --full runs")
-    os.environ["MEDS_TEST_FULL"] = "1" if config.option.full else ""
+    os.environ["MEDS_TEST_EXAMPLES"] = "full" if config.option.full else "fast" if config.option.fast else ""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
 
 from meds_megatron.cli import main
 from meds_megatron.config.model_shape import ModelShape
@@ -364,6 +363,8 @@ CASES = {
 @pytest.fixture(scope="session")
 def whole_model(tmp_path_factory) -> Path:
     """A directory as `meds train` wants it, with a tokenizer of bytes."""
+    from transformers import PreTrainedTokenizerFast
+
     directory = tmp_path_factory.mktemp("bad_input") / "model"
     alphabet = sorted(ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE({token: place for place, token in enumerate([*alphabet, "<end>"])}, merges=[]))

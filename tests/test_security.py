@@ -9,7 +9,6 @@ import pytest
 
 from meds_megatron.data.problems import load_problems
 from meds_megatron.data.tokenizer import load_tokenizer
-from meds_megatron.weights.conversion.verify import token_logprobs
 
 SOURCE = Path(__file__).parents[1] / "meds_megatron"
 MAY_UNPICKLE = {
@@ -44,6 +43,8 @@ def test_no_call_runs_what_it_reads():
 
 
 def test_the_code_of_a_model_directory_is_not_run(shared_data, tmp_path):
+    from meds_megatron.weights.conversion.verify import token_logprobs
+
     directory = shutil.copytree(shared_data / "qwen2-tokenizer", tmp_path / "model")
     marker = tmp_path / "ran"
     for module in ("tokenization_evil", "modeling_evil", "configuration_evil"):

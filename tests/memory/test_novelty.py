@@ -5,17 +5,18 @@ import dataclasses
 import hdbscan
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from meds_megatron.config import MemoryConfig
 from meds_megatron.errors import UserError
 from meds_megatron.memory import UNKNOWN, Match, MemoryShard
+from tests.examples import examples
 from tests.memory.reference import features, units
 from tests.memory.streams import Stream, streams
 
 NOVELTY = MemoryConfig(novelty=True)
-thorough = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+thorough = examples(200)
 
 
 def filled(config: MemoryConfig, *batches: np.ndarray) -> MemoryShard:

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-from transformers import Qwen3Config
 
 from meds_megatron.config import Config
 from meds_megatron.rollout.llm import stop_token_ids
@@ -46,6 +45,8 @@ def test_stop_tokens_come_from_tokenizer_and_model(tmp_path):
 
 @pytest.mark.usefixtures("processes")
 def test_a_model_that_the_cpu_cannot_run_is_refused_by_name(tmp_path):
+    from transformers import Qwen3Config
+
     sizes = dict(hidden_size=64, num_attention_heads=4, head_dim=16, num_key_value_heads=4)
     Qwen3Config(**sizes, architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path)
     # In a process of its own: importing vLLM changes settings of torch.

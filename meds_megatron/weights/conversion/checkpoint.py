@@ -17,7 +17,6 @@ from math import prod
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -32,6 +31,8 @@ from meds_megatron.weights.table import TRANSFORMER_ENGINE_NAMES, MegatronParame
 
 BACKEND = "torch_dist"
 METADATA_FILE = ".metadata"
+CONFIG_FILE = "metadata.json"
+"""megatron-core's CONFIG_FNAME: reading a checkpoint takes torch only."""
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
 _MODEL_KEY = re.compile(r"(decoder|embedding|output_layer)\.")
@@ -82,7 +83,7 @@ def is_checkpoint(directory: str | Path) -> bool:
     if (directory / METADATA_FILE).is_file() or any(directory.glob("*.distcp")):
         return True
     # Other programs, too, keep files of this name beside a model.
-    return (directory / CONFIG_FNAME).is_file() and not any(directory.glob("*.safetensors"))
+    return (directory / CONFIG_FILE).is_file() and not any(directory.glob("*.safetensors"))
 
 
 class CheckpointWeights:
@@ -193,9 +194,9 @@ class _Into(DefaultLoadPlanner):
 def _check_complete(directory: Path) -> None:
     if not directory.is_dir():
         raise UserError(f"checkpoint {directory} does not exist: give the directory of a checkpoint")
-    marker = directory / CONFIG_FNAME
+    marker = directory / CONFIG_FILE
     if not is_checkpoint(directory):
-        raise UserError(f"{directory} is not a checkpoint: it has no {CONFIG_FNAME} and no {METADATA_FILE}")
+        raise UserError(f"{directory} is not a checkpoint: it has no {CONFIG_FILE} and no {METADATA_FILE}")
     for path in (marker, directory / METADATA_FILE):
         if not path.is_file():
             raise UserError(
