@@ -45,13 +45,16 @@ ALLOWED = {
 """Packages and top-level modules, and the packages that each may import."""
 
 CLUSTER = ("megatron", "ray", "vllm")
+CLUSTERING = ("hdbscan", "numba", "sklearn", "scipy")
 NOT_LOADED = {
     "config": (*CLUSTER, "torch"),
     "config.layout": (*CLUSTER, "torch"),
     "config.model_shape": (*CLUSTER, "torch"),
     "data.sampler": (*CLUSTER, "torch"),
-    "memory": (*CLUSTER, "torch"),
-    "report": (*CLUSTER, "torch"),
+    "memory": (*CLUSTER, "torch", "hdbscan", "sklearn"),
+    "report": (*CLUSTER, "torch", "hdbscan", "sklearn"),
+    # The driver imports it before anything is started.
+    "trainer": ("megatron", "vllm", "transformers", "wandb", *CLUSTERING),
     "launch": ("megatron", "torch", "vllm"),
     "plan": (*CLUSTER, "torch"),
     "algorithm": CLUSTER,

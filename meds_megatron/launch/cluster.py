@@ -10,6 +10,8 @@ from meds_megatron.errors import UserError
 from meds_megatron.launch.placement import Placement
 
 PLACEMENT_SECONDS = 120
+NO_SPARE_WORKERS = {"prestart_worker_first_driver": False}
+"""Ray starts workers in advance for tasks without an environment of their own, of which a run has none."""
 TOKEN = Path.home() / ".ray" / "auth_token"
 """Where Ray keeps the token of the clusters that it starts on this machine."""
 
@@ -26,7 +28,13 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
         # that at every start.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         # "local": without it, RAY_ADDRESS or a running Ray of this machine would be taken.
-        ray.init(address="local", include_dashboard=False, logging_level="warning", log_to_driver=True)
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            logging_level="warning",
+            log_to_driver=True,
+            _system_config=NO_SPARE_WORKERS,
+        )
         if TOKEN.is_file():
             # Ray makes it as readable as any new file.
             TOKEN.chmod(0o600)

@@ -86,6 +86,7 @@ class Placement:
         self._known: list[Node] = []
         bundle = {"GPU": cluster.ranks_per_node} if use_gpu else {"CPU": 1e-3}
         machines = sum(node["Alive"] for node in ray.nodes())
+        self._is_this_machine = machines == 1 and not use_gpu
         apart = use_gpu or machines >= self.nodes
         self._group = placement_group([bundle] * self.nodes, strategy="STRICT_SPREAD" if apart else "SPREAD")
 
@@ -97,18 +98,9 @@ class Placement:
 
     def wait(self, seconds: float, paths: Sequence[str | Path] = ()) -> bool:
         """Whether the nodes could be reserved within `seconds`. Raises UserError if one of them cannot read `paths`."""
-        import ray
-
         if not self._group.wait(seconds):
             return False
-        names, gpus = tuple(map(str, paths)), self._gpus_per_node if self._use_gpu else 0
-        looks = [
-            ray.remote(_look)
-            .options(num_cpus=0, num_gpus=gpus, scheduling_strategy=self._strategy(bundle))
-            .remote(bundle, names)
-            for bundle in range(self.nodes)
-        ]
-        self._known = sorted(ray.get(looks), key=lambda node: _natural(node.host))
+        self._known = sorted(self._looks(tuple(map(str, paths))), key=lambda node: _natural(node.host))
         for node in self._known:
             if node.unreadable:
                 raise UserError(
@@ -116,6 +108,22 @@ class Placement:
                     "of the run see it under this path."
                 )
         return True
+
+    def _looks(self, paths: tuple[str, ...]) -> list[Node]:
+        """The reserved nodes, each seen from a process on it."""
+        import ray
+
+        if self._is_this_machine:
+            # Without a process of their own, which takes seconds to start.
+            return [_look(bundle, paths) for bundle in range(self.nodes)]
+        gpus = self._gpus_per_node if self._use_gpu else 0
+        looks = [
+            ray.remote(_look)
+            .options(num_cpus=0, num_gpus=gpus, scheduling_strategy=self._strategy(bundle))
+            .remote(bundle, paths)
+            for bundle in range(self.nodes)
+        ]
+        return ray.get(looks)
 
     def options(self, place: Place, env_vars: dict[str, str]) -> dict[str, Any]:
         """Options of a Ray actor at `place`, with the environment variables of its process."""
@@ -142,7 +150,7 @@ class Placement:
 
 
 def _look(bundle: int, paths: Sequence[str]) -> Node:
-    """Runs on a reserved node, with all of its reserved GPUs."""
+    """The node of the process that calls it, which has all of its reserved GPUs."""
     import ray
 
     # Neighbours in this order are neighbours on the node.

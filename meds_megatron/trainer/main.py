@@ -13,7 +13,6 @@ from meds_megatron.launch.device import resolve_device
 from meds_megatron.plan.choices import with_choices
 from meds_megatron.plan.fit import check_fit
 from meds_megatron.plan.hardware import CPU, H100
-from meds_megatron.report.page import write_report
 from meds_megatron.trainer.attempt import attempt
 from meds_megatron.trainer.interruption import EXIT_REQUEUE, Interruption
 from meds_megatron.trainer.model_check import check_model_files
@@ -52,6 +51,9 @@ def train(config: Config) -> None:
 
 def report(run: RunDirectory) -> None:
     """Writes the report of a finished run. The run is whole without it, so what goes wrong here is only said."""
+    # With numba for the clustering: the training does not need it.
+    from meds_megatron.report.page import write_report
+
     try:
         write_report([run.path], run.report)
     except Exception as error:
