@@ -40,6 +40,7 @@ def test_tolerances_are_those_of_the_cpu_unless_there_are_gpus():
     assert GPU_TOLERANCE == PARITY
 
 
+@pytest.mark.usefixtures("processes")
 def test_processes_see_their_own_gpu_first_and_the_others_behind_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")

@@ -4,6 +4,7 @@ A test of the tier `unit` that starts a process fails and names the fixture that
 """
 
 import ast
+import multiprocessing.process
 import sys
 from collections.abc import Iterable
 from functools import cache
@@ -45,9 +46,17 @@ class ProcessGuard:
     def __init__(self) -> None:
         self.test: str | None = None
         sys.addaudithook(self._refuse)
+        start = multiprocessing.process.BaseProcess.start
+
+        def guarded_start(process: multiprocessing.process.BaseProcess) -> None:
+            self._refuse("multiprocessing", ())
+            start(process)
+
+        # multiprocessing raises no audit event.
+        multiprocessing.process.BaseProcess.start = guarded_start
 
     def _refuse(self, event: str, arguments: tuple) -> None:
-        if self.test and event in EVENTS:
+        if self.test and event in (*EVENTS, "multiprocessing"):
             raise AssertionError(f"{self.test} starts a process ({event}): let it take the fixture `processes`")
 
 

@@ -90,9 +90,13 @@ def _cached(cache: Path, name: str, key: dict, make: Callable[[Path], None]) -> 
         return final
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f".{final.name}.lock"):
-            if not final.is_dir():
-                _make(final, make)
+        lock = cache / f".{final.name}.lock"
+        with FileLock(lock):
+            try:
+                if not final.is_dir():
+                    _make(final, make)
+            finally:
+                lock.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"cache_dir = {cache} cannot be written ({error.strerror}): set cache_dir=... to a writable directory"
@@ -105,7 +109,12 @@ def _make(final: Path, make: Callable[[Path], None]) -> None:
     try:
         make(draft)
         draft.chmod(0o755)
-        draft.rename(final)
+        try:
+            draft.rename(final)
+        except OSError:
+            # Of processes that wait for a lock whose file is removed, two may have it.
+            if not final.is_dir():
+                raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -17,6 +17,7 @@ def test_both_runs_are_measured(run_meds, cpu_engines, small_model, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"sync0", "overlap0"}
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_run_that_fails_is_named_with_its_error():
     with pytest.raises(UserError, match=r"train\.stepz"):
         run(steps=1, seeds=1, max_staleness=1, overrides=["train.stepz=1"])

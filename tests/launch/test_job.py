@@ -56,6 +56,7 @@ def run_job_of_one_task(monkeypatch, program: str, end_time: float | None = None
     return Job(SlurmJob("17", "meds", 1, 0, end_time), [], sys.executable, []).run()
 
 
+@pytest.mark.usefixtures("processes")
 def test_strangers_at_the_port_do_not_keep_tasks_out(monkeypatch, signal_handlers):
     """Port scanners: they connect, and send nothing, garbage or a reset."""
     program = """
@@ -75,6 +76,7 @@ def test_strangers_at_the_port_do_not_keep_tasks_out(monkeypatch, signal_handler
     assert run_job_of_one_task(monkeypatch, program) == 7
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_run_saves_before_the_time_of_the_job_is_up(monkeypatch, signal_handlers):
     program = """
         connection = connect()
@@ -86,6 +88,7 @@ def test_the_run_saves_before_the_time_of_the_job_is_up(monkeypatch, signal_hand
     assert run_job_of_one_task(monkeypatch, program, time.time() + SAVE_SECONDS + 12) == 7
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_job_whose_time_is_up_before_the_run_began_is_to_be_started_again(monkeypatch, signal_handlers):
     program = """
         assert connect().recv() == ("end", None)

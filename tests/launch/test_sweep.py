@@ -79,6 +79,7 @@ def test_mistakes_are_named_in_a_sentence(tmp_path, text, message):
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.usefixtures("processes")
 def test_failed_runs_are_tried_again_and_finished_ones_left_alone(tmp_path):
     """With real processes, of runs whose model is not there."""
     file = write(
@@ -158,6 +159,7 @@ class SimpleJob:
     job_id = "1"
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_run_sees_the_gpus_that_it_was_given(monkeypatch, capfd, signal_handlers):
     """submitit hides all of them from its processes."""
     program = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
