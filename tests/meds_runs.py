@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_SECONDS = 1500
-"""Far more than any run of a test takes, on a machine with other work too."""
+from tests.limits import HANG_SECONDS
+
 SMALL = {
     "model.make": "no",
     "cluster.device": "cpu",
@@ -58,7 +58,7 @@ def meds(*arguments: object) -> subprocess.CompletedProcess:
 
 def run_module(module: str, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def overrides(directory: Path, model: Path, settings: dict[str, Any]) -> list[str]:

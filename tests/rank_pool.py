@@ -11,8 +11,8 @@ from meds_megatron.actor.worker import rank_env_vars
 from meds_megatron.bench.processes import placed_on
 from meds_megatron.config import Config
 from tests.devices import rank_gpus
+from tests.limits import HANG_SECONDS
 
-TIMEOUT_SECONDS = 240
 EXIT_SECONDS = 10
 
 
@@ -68,8 +68,8 @@ class RankPool:
 
 
 def _receive(pipe: Connection) -> tuple[bool, object]:
-    if not pipe.poll(TIMEOUT_SECONDS):
-        return False, f"no answer within {TIMEOUT_SECONDS} s"
+    if not pipe.poll(HANG_SECONDS):
+        return False, f"no answer within {HANG_SECONDS} s"
     try:
         return pipe.recv()
     except EOFError:

@@ -23,6 +23,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from meds_megatron.cli import main
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.weights.table import build_table
+from tests.limits import HANG_SECONDS
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -423,7 +424,7 @@ def test_a_signal_ends_a_command_and_leaves_nothing(place, number, status):
     )
     with open(place.path / "text", "w"):
         command.send_signal(number)
-        _, errors = command.communicate(timeout=60)
+        _, errors = command.communicate(timeout=HANG_SECONDS)
     assert command.returncode == status
     assert errors.strip() == ("meds: interrupted" if number == signal.SIGINT else "")
     assert {path.name for path in place.path.iterdir()} == before

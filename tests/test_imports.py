@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANG_SECONDS
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "meds_megatron"
 PACKAGES = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
@@ -131,7 +133,9 @@ for name in {[module_name(file) for file in files]}:
 loaded = set({NOT_LOADED[module]}) & set(sys.modules)
 assert not loaded, loaded
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert done.returncode == 0, done.stderr
 
 

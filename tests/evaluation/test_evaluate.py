@@ -126,7 +126,15 @@ def test_several_data_sets_graders_and_fingerprints(own_ray, published_run, prob
     assert len([path for path in last["files"] if path.endswith(".csv")]) == 1
 
 
-def test_a_run_is_evaluated_at_its_newest_export_or_complete_checkpoint(small_model, tmp_path):
+@pytest.fixture(scope="module")
+def plain_model(tmp_path_factory) -> Path:
+    """A random model with a tokenizer."""
+    from tests.rollout.engine_cases import make_model
+
+    return make_model(tmp_path_factory.mktemp("plain"), "qwen3 tied", seed=0)
+
+
+def test_a_run_is_evaluated_at_its_newest_export_or_complete_checkpoint(plain_model, tmp_path):
     run = tmp_path / "run"
     for name in ("checkpoints/step_000010", "checkpoints/step_000020", "checkpoints/step_000030", "hf/step_000020"):
         (run / name).mkdir(parents=True)
@@ -138,13 +146,13 @@ def test_a_run_is_evaluated_at_its_newest_export_or_complete_checkpoint(small_mo
     assert model.path == run / "hf/step_000020" and model.trained_on.system_prompt is None
     assert model.name == "run/hf/step_000020"
     assert find_model(str(run / "checkpoints/step_000010")).trained_on is not None
-    assert find_model(str(small_model)).trained_on is None
+    assert find_model(str(plain_model)).trained_on is None
 
 
-def test_a_checkpoint_is_converted_once(small_model, tmp_path):
+def test_a_checkpoint_is_converted_once(plain_model, tmp_path):
     from meds_megatron.weights.conversion.convert import to_mcore
 
-    to_mcore(small_model, tmp_path / "checkpoint")
+    to_mcore(plain_model, tmp_path / "checkpoint")
     model = find_model(str(tmp_path / "checkpoint"))
     directory = model.hf_directory(tmp_path / "cache")
     made = os.stat(directory / "model.safetensors").st_mtime_ns
@@ -189,8 +197,8 @@ def test_names_and_seeds():
         (["--regrade", "x.jsonl"], "--regrade takes neither a model nor --data"),
     ],
 )
-def test_a_mistake_is_one_sentence(small_model, problems, tmp_path, capsys, more, expected):
-    assert main(arguments(small_model, problems, tmp_path / "out", *more)) == 2
+def test_a_mistake_is_one_sentence(plain_model, problems, tmp_path, capsys, more, expected):
+    assert main(arguments(plain_model, problems, tmp_path / "out", *more)) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("meds: ") and expected in shown and len(shown.splitlines()) == 1
     assert not (tmp_path / "out").exists()

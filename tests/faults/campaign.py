@@ -24,13 +24,13 @@ from meds_megatron.config import Config
 from meds_megatron.embedded.make import ensure_arithmetic_model
 from meds_megatron.memory import MemoryShard
 from tests.faults.processes import KINDS, RunProcess, running, shared_files
+from tests.limits import HANG_SECONDS
 
 DRIVER = "driver"
 STEPS_A_KILL = 4
 PROMPTS = 6
 LONGEST_DELAY = 1.2
 """Seconds from a finished step to a kill: about a step and a half."""
-WAIT_SECONDS = 300
 MODEL_STEPS = 250
 
 
@@ -139,17 +139,17 @@ class Run:
         return victim
 
     def _polls(self, seconds: float) -> Iterator[None]:
-        deadline = time.monotonic() + WAIT_SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while time.monotonic() < deadline:
             if self._driver.poll() is not None:
                 raise AssertionError(f"the run ended early: {self.output.read_text()[-4000:]}")
             yield
             time.sleep(seconds)
-        raise AssertionError(f"nothing happened for {WAIT_SECONDS} s: {self.output.read_text()[-4000:]}")
+        raise AssertionError(f"nothing happened for {HANG_SECONDS} s: {self.output.read_text()[-4000:]}")
 
     def _wait_for_end(self) -> list[psutil.Process]:
         descendants = self._driver.descendants()
-        deadline = time.monotonic() + WAIT_SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while self._driver.poll() is None and time.monotonic() < deadline:
             descendants = self._driver.descendants() or descendants
             self._shared |= shared_files(descendants)

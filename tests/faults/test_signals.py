@@ -9,6 +9,7 @@ import pytest
 
 from tests.faults.campaign import Run
 from tests.faults.processes import RunProcess, running, shared_files
+from tests.limits import HANG_SECONDS
 
 STEPS = 60
 
@@ -32,7 +33,7 @@ def stopped(settings: list[str], directory, number: signal.Signals) -> dict:
     shared = shared_files(descendants)
     # Ctrl-C reaches the whole process group.
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    code = process.wait(timeout=120)
+    code = process.wait(timeout=HANG_SECONDS)
     return {
         "code": code,
         "output": output.read_text(),

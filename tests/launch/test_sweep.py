@@ -18,6 +18,7 @@ from meds_megatron.errors import UserError
 from meds_megatron.launch import sweep, sweep_runs
 from meds_megatron.launch.sweep_config import SweepRun, expand, load_sweep
 from meds_megatron.launch.sweep_runs import Sweep
+from tests.limits import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -194,11 +195,11 @@ def test_after_ctrl_c_local_runs_have_saved_themselves_and_go_on_at_the_next_sta
     run = tmp_path / "runs" / "seed=0"
     started = time.monotonic()
     while not last_step(run):
-        assert process.poll() is None and time.monotonic() < started + 300, process.communicate()
+        assert process.poll() is None and time.monotonic() < started + HANG_SECONDS, process.communicate()
         time.sleep(0.2)
     below = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
-    errors = process.communicate(timeout=120)[1]
+    errors = process.communicate(timeout=HANG_SECONDS)[1]
     assert process.returncode == 130 and "the sweep stops when its 1 runs have saved themselves" in errors
     assert not psutil.wait_procs(below, timeout=10)[1]
     step = last_step(run)

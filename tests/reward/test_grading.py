@@ -11,6 +11,7 @@ import pytest
 from meds_megatron.data.problems import load_problems
 from meds_megatron.reward import worker
 from meds_megatron.reward.grading import Grade, GraderPool
+from tests.limits import HANG_SECONDS
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -42,7 +43,7 @@ def processor_seconds(pid: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def wait_until(condition, seconds: float = 30.0) -> bool:
+def wait_until(condition, seconds: float = HANG_SECONDS) -> bool:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
@@ -406,7 +407,7 @@ def test_no_grader_outlives_its_parent(how, last):
     time.sleep(0.3)
     assert is_running(grader)
     driver.send_signal(how)
-    driver.communicate(timeout=120)
+    driver.communicate(timeout=HANG_SECONDS)
     assert wait_until(lambda: not is_running(grader))
 
 
@@ -415,14 +416,14 @@ def test_ctrl_c_in_the_terminal_prints_the_drivers_traceback_only():
     driver.stdout.readline()
     time.sleep(0.3)
     os.killpg(driver.pid, signal.SIGINT)
-    _, errors = driver.communicate(timeout=120)
+    _, errors = driver.communicate(timeout=HANG_SECONDS)
     assert errors.count("Traceback") == 1 and errors.rstrip().endswith("KeyboardInterrupt")
     assert wait_until(lambda: not is_running(grader))
 
 
 def test_a_grader_whose_parent_is_gone_before_it_starts_ends_at_once():
     command = [sys.executable, "-P", worker.__file__, "0", str(os.getppid()), str(2**30)]
-    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
@@ -439,7 +440,7 @@ with GraderPool(workers=2, timeout_seconds=60) as pool:
     (tmp_path / "unguarded.py").write_text(main)
     command = ["-m", "unguarded"] if kind == "module" else [str(tmp_path / "unguarded.py")]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    run = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=HANG_SECONDS)
     grades = [Grade(True, "graded"), Grade(False, "graded")]
     assert (run.returncode, run.stdout) == (0, f"main module runs\n{grades}\n"), run.stderr
 
@@ -453,7 +454,7 @@ from meds_megatron.reward.worker import judge
 assert judge("1+x", "x+1") == (True, "")
 assert not {"torch", "ray", "transformers"} & set(sys.modules), "grader"
 """
-    subprocess.run([sys.executable, "-c", source], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", source], check=True, timeout=HANG_SECONDS)
 
 
 def test_a_pool_needs_workers_and_time():

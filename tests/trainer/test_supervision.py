@@ -19,10 +19,8 @@ from meds_megatron.trainer.recovery import Failure
 from meds_megatron.trainer.supervision import HardwareFailed, ProcessDied, Supervisor
 from meds_megatron.trainer.timer import PhaseTimer
 from meds_megatron.trainer.watchdog import Hung, Watchdog
+from tests.limits import HANG_SECONDS
 from tests.trainer.supervised_member import Member
-
-ALARM_SECONDS = 60
-"""Far longer than an alarm takes on a machine with other work."""
 
 
 @pytest.fixture
@@ -34,7 +32,7 @@ def members(shared_ray, tmp_path):
         for number, actor in enumerate(actors):
             supervisor.supervise("trainer rank", number, f"member{number}", actor)
         supervisor.results([actor.join.remote(str(tmp_path / "store"), 2) for actor in actors])
-        processes = [process.identity.result(ALARM_SECONDS)[1] for process in supervisor.processes]
+        processes = [process.identity.result(HANG_SECONDS)[1] for process in supervisor.processes]
         yield SimpleNamespace(actors=actors, supervisor=supervisor, processes=processes)
         for actor in actors:
             ray.kill(actor)
@@ -78,13 +76,13 @@ def test_too_little_memory_is_not_a_failure_of_hardware(members):
 
 def test_a_death_is_noticed_while_the_driver_waits_for_something_else(members):
     os.kill(members.processes[0], signal.SIGKILL)
-    assert isinstance(members.supervisor.alarm.exception(ALARM_SECONDS), ProcessDied)
+    assert isinstance(members.supervisor.alarm.exception(HANG_SECONDS), ProcessDied)
 
 
 def test_processes_that_die_together_are_named_together(members):
     for process in members.processes:
         os.kill(process, signal.SIGKILL)
-    text = str(members.supervisor.alarm.exception(ALARM_SECONDS))
+    text = str(members.supervisor.alarm.exception(HANG_SECONDS))
     assert "trainer rank 0" in text and "trainer rank 1" in text
 
 
@@ -121,7 +119,7 @@ def test_a_stop_ends_the_start_of_a_run(tmp_path):
     with Supervisor(str(tmp_path), interruption) as supervisor:
         interruption.requested.set_result(signal.SIGTERM)
         with pytest.raises(Stopped) as stop:
-            supervisor.alarm.result(ALARM_SECONDS)
+            supervisor.alarm.result(HANG_SECONDS)
         assert stop.value.exit_code == 75
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.weights.table import bucket_sizes, build_table
+from tests.limits import HANG_SECONDS
 from tests.weights.hf_cases import make_source
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -29,7 +30,7 @@ def test_peak_memory_is_about_one_bucket(tmp_path):
     small = make_source(tmp_path / "small", "qwen3 untied")
     program = str(Path(__file__).with_name("conversion_memory.py"))
     done = subprocess.run(
-        [sys.executable, program, small, source, tmp_path / "out"], capture_output=True, text=True, timeout=300
+        [sys.executable, program, small, source, tmp_path / "out"], capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert done.returncode == 0, done.stderr
     peaks = json.loads(done.stdout.splitlines()[-1])
