@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "meds_megatron"
 STOP_SECONDS = 60
 """Time for pytest to end its fixtures' processes after a time-out."""
+REASON_CHARACTERS = 100
+"""Length of a failure's reason in the table: a test that fails for another reason than the fault has not caught it."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ FAST = [
     Mutation("schedule-room", "actor/schedule.py",
              "lengths_B[row] > room[loads[0][1]]", "lengths_B[row] > room[loads[0][1]] + 1",
              "a micro-batch may have one token too many",
-             "tests/actor/test_schedule.py"),
+             "tests/actor/test_schedule.py tests/actor/test_schedule_room.py"),
     Mutation("kv-head-slice", "weights/resharding/plan.py",
              "first = rank * shape.num_kv_heads // size * shape.head_dim",
              "first = rank % shape.num_kv_heads * shape.head_dim",
@@ -89,8 +91,8 @@ FAST = [
              "tests/rollout/test_group_schedule.py"),
     Mutation("grading-equality", "reward/answers.py",
              "if plain_answer == plain_truth:", "if plain_answer.lower() == plain_truth.lower():",
-             "x is accepted for X",
-             "tests/reward/test_answers.py"),
+             "r - R is accepted for R - r",
+             "tests/reward/test_answers.py tests/reward/test_letter_case.py"),
     Mutation("policy-version", "trainer/weight_sync.py",
              "self.version += 1\n        self._load(self._pool.ready())", "self._load(self._pool.ready())",
              "new weights have the version of the old ones",
@@ -98,11 +100,11 @@ FAST = [
     Mutation("checkpoint-fsync", "trainer/checkpoint_files.py",
              "_sync(file)", "pass",
              "a checkpoint is marked complete before its files are on disk",
-             "tests/trainer/test_checkpoint_files.py"),
+             "tests/trainer/test_checkpoint_files.py tests/trainer/test_checkpoint_sync.py"),
     Mutation("job-exit-code", "launch/job.py",
-             "return value or EXIT_FAILURE", "return value",
+             " or EXIT_FAILURE", "",
              "a Slurm job whose tasks end before the run has an exit code counts as a success",
-             "tests/launch/test_job.py"),
+             "tests/launch/test_job.py tests/launch/test_job_exit_codes.py"),
     Mutation("layout-product", "config/layout.py",
              "model_ranks = parallel.tensor * parallel.context * parallel.pipeline",
              "model_ranks = parallel.tensor * parallel.pipeline",
@@ -119,7 +121,7 @@ FAST = [
     Mutation("report-counts", "report/responses.py",
              "np.bincount(group_B, graded_B, len(problem_G))", "np.bincount(group_B, minlength=len(problem_G))",
              "responses whose grading failed are counted as wrong answers to a problem",
-             "tests/report/test_find_mistakes.py tests/report/test_report_files.py"),
+             "tests/report/test_find_mistakes.py tests/report/test_report_files.py tests/report/test_responses.py"),
 ]
 """Caught by tests of functions and classes in one process."""
 
@@ -232,7 +234,7 @@ def apply(mutation: Mutation, copy: Path) -> None:
 
 
 def failure(tests: str, copy: Path, limit: float, log: Path) -> str | None:
-    """The test that fails first, or how else pytest ends; None where all tests pass. Its output goes to `log`.
+    """The test that fails first and why, or how else pytest ends; None where all tests pass. Its output goes to `log`.
 
     Raises MutationError where there is no test.
     """
@@ -254,7 +256,8 @@ def failure(tests: str, copy: Path, limit: float, log: Path) -> str | None:
     if process.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise MutationError(f"pytest finds no test in {tests}: name files with tests")
     failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
-    return failed[0] if failed else f"pytest's exit code {process.returncode}"
+    reason = re.findall(r"^E +(\S.*)$", text, re.MULTILINE) or [f"pytest's exit code {process.returncode}"]
+    return f"{failed[0] if failed else tests}: {reason[0][:REASON_CHARACTERS]}"
 
 
 def _end(process: subprocess.Popen) -> None:
