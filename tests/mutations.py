@@ -101,10 +101,6 @@ FAST = [
              "_sync(file)", "pass",
              "a checkpoint is marked complete before its files are on disk",
              "tests/trainer/test_checkpoint_files.py tests/trainer/test_checkpoint_sync.py"),
-    Mutation("job-exit-code", "launch/job.py",
-             " or EXIT_FAILURE", "",
-             "a Slurm job whose tasks end before the run has an exit code counts as a success",
-             "tests/launch/test_job.py tests/launch/test_job_exit_codes.py"),
     Mutation("layout-product", "config/layout.py",
              "model_ranks = parallel.tensor * parallel.context * parallel.pipeline",
              "model_ranks = parallel.tensor * parallel.pipeline",
@@ -123,7 +119,15 @@ FAST = [
              "responses whose grading failed are counted as wrong answers to a problem",
              "tests/report/test_find_mistakes.py tests/report/test_report_files.py tests/report/test_responses.py"),
 ]
-"""Caught by tests of functions and classes in one process."""
+"""Caught by tests that start no process."""
+
+PROCESS = [
+    Mutation("job-exit-code", "launch/job.py",
+             " or EXIT_FAILURE", "",
+             "a Slurm job whose tasks end before the run has an exit code counts as a success",
+             "tests/launch/test_job.py tests/launch/test_job_exit_codes.py"),
+]
+"""Caught by tests that start processes of their own."""
 
 RANKS = [
     Mutation("logprob-temperature", "actor/logprobs.py",
@@ -159,17 +163,17 @@ RANKS = [
              "the plan takes the optimizer's bytes of one dtype for those of the other",
              "tests/plan/test_sizes.py"),
 ]
-"""Caught by tests that need processes of torch.distributed."""
+"""Caught by tests that form process groups of trainer ranks."""
 
-ENGINES = [
+ENGINE = [
     Mutation("prefix-cache", "rollout/engine.py",
              "self._reset_prefix_cache()\n        # vLLM notes", "# vLLM notes",
              "engines go on from prefixes that old weights have computed",
              "tests/rollout/test_weight_update.py tests/rollout/test_in_flight_update.py"),
 ]
-"""Caught by tests that need vLLM engines."""
+"""Caught by tests that start vLLM engines."""
 
-RUNS = [
+RUN = [
     Mutation("warm-up-step", "trainer/loop.py",
              "policy.update(batch, minibatches_B, state.step - 1)", "policy.update(batch, minibatches_B, state.step)",
              "the learning rate is that of the next step",
@@ -179,10 +183,11 @@ RUNS = [
              "engines draw other responses after a resume",
              "tests/trainer/test_resume.py"),
 ]
-"""Caught by tests that need whole runs."""
+"""Caught by tests that start whole runs."""
 # fmt: on
 
-TIERS = {"fast": FAST, "ranks": RANKS, "engines": ENGINES, "runs": RUNS}
+TIERS = {"fast": FAST, "process": PROCESS, "ranks": RANKS, "engine": ENGINE, "run": RUN}
+"""Mutations by the first tier of tests (tests/tiers.py) that should catch them."""
 
 
 class MutationError(Exception):
@@ -233,12 +238,12 @@ def apply(mutation: Mutation, copy: Path) -> None:
     file.write_text(file.read_text().replace(mutation.old, mutation.new))
 
 
-def failure(tests: str, copy: Path, limit: float, log: Path) -> str | None:
-    """The test that fails first and why, or how else pytest ends; None where all tests pass. Its output goes to `log`.
+def failure(tests: list[str], copy: Path, limit: float, log: Path) -> str | None:
+    """The first of `tests`, arguments of pytest, that fails, and why, or how else pytest ends; None where all pass.
 
-    Raises MutationError where there is no test.
+    Output goes to `log`. Raises MutationError where there is no test.
     """
-    command = [str(ROOT / ".venv" / "bin" / "python"), "-m", "pytest", "-x", "-q", *tests.split()]
+    command = [str(ROOT / ".venv" / "bin" / "python"), "-m", "pytest", "-x", "-q", *tests]
     variables = {"MEDS_TEST_DATA": str(ROOT.parent / "shared")} | os.environ | {"PYTHONPATH": str(copy)}
     with open(log, "w") as output:
         process = subprocess.Popen(
@@ -254,10 +259,10 @@ def failure(tests: str, copy: Path, limit: float, log: Path) -> str | None:
     if process.returncode == 0:
         return None
     if process.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
-        raise MutationError(f"pytest finds no test in {tests}: name files with tests")
+        raise MutationError(f"pytest finds no test in {' '.join(tests)}: name files with tests")
     failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
     reason = re.findall(r"^E +(\S.*)$", text, re.MULTILINE) or [f"pytest's exit code {process.returncode}"]
-    return f"{failed[0] if failed else tests}: {reason[0][:REASON_CHARACTERS]}"
+    return f"{failed[0] if failed else ' '.join(tests)}: {reason[0][:REASON_CHARACTERS]}"
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -274,7 +279,7 @@ def _end(process: subprocess.Popen) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description="Faults, and tests that see them.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="of mutations; default: all")
-    parser.add_argument("--tests-of", choices=TIERS, help="only mutations that tests of this tier should catch")
+    parser.add_argument("--tests-of", choices=TIERS, help="only mutations of this tier; fast: also only its tests")
     parser.add_argument("--limit", type=float, default=900.0, metavar="SECONDS", help="for the tests of a mutation")
     parser.add_argument("--logs", type=Path, metavar="DIRECTORY", help="keeps pytest's output here")
     parser.add_argument("--unchanged", action="store_true", help="runs the tests without the faults: all should pass")
@@ -291,6 +296,7 @@ def run(mutations: list[Mutation], options: argparse.Namespace) -> int:
     with worktree() as copy:
         for mutation in mutations:
             check(mutation, copy)
+    only = ["--fast"] if options.tests_of == "fast" else []
     with tempfile.TemporaryDirectory(prefix="mutation-logs-") as temporary:
         logs = options.logs or Path(temporary)
         logs.mkdir(parents=True, exist_ok=True)
@@ -301,7 +307,8 @@ def run(mutations: list[Mutation], options: argparse.Namespace) -> int:
             with worktree() as copy:
                 if not options.unchanged:
                     apply(mutation, copy)
-                found = failure(mutation.tests, copy, options.limit, logs.absolute() / f"{mutation.name}.log")
+                log = logs.absolute() / f"{mutation.name}.log"
+                found = failure([*mutation.tests.split(), *only], copy, options.limit, log)
             caught += found is not None
             result = found or ("passes" if options.unchanged else f"ESCAPED: {mutation.breaks}")
             print(f"{mutation.name:{width}}  {result}  {time.monotonic() - began:.0f} s", flush=True)
