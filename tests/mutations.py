@@ -1,8 +1,8 @@
 """Mutation check: hand-made faults, and the tests that should catch them. python -m tests.mutations [NAME...]
 
 Each fault is one change of one file, made in a temporary worktree of HEAD: the working tree is left alone, and what is
-not committed takes no part. There the tests of the changed file run. A fault has escaped when all of them pass; the
-exit status is then 1.
+not committed takes no part. There the tests of the changed file run. A fault has escaped when all of them pass, and the
+outcome is unclear when the test that fails also does without the fault; the exit status is then 1.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,10 +23,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "meds_megatron"
+CAUGHT, ESCAPED, UNCLEAR = "caught", "ESCAPED", "UNCLEAR"
 STOP_SECONDS = 60
 """Time for pytest to end its fixtures' processes after a time-out."""
 REASON_CHARACTERS = 100
-"""Length of a failure's reason in the table: a test that fails for another reason than the fault has not caught it."""
+"""Length of a failure's reason in the table."""
 
 
 @dataclass(frozen=True)
@@ -238,10 +240,17 @@ def apply(mutation: Mutation, copy: Path) -> None:
     file.write_text(file.read_text().replace(mutation.old, mutation.new))
 
 
-def failure(tests: list[str], copy: Path, limit: float, log: Path) -> str | None:
-    """The first of `tests`, arguments of pytest, that fails, and why, or how else pytest ends; None where all pass.
+@dataclass(frozen=True)
+class Failure:
+    test: str
+    """Id of the first test that failed, empty where pytest itself ended otherwise."""
+    reason: str
 
-    Output goes to `log`. Raises MutationError where there is no test.
+
+def failure(tests: list[str], copy: Path, limit: float, log: Path) -> Failure | None:
+    """Failure of `tests`, arguments of pytest; None where all pass. Output goes to `log`.
+
+    Raises MutationError where there is no test.
     """
     command = [str(ROOT / ".venv" / "bin" / "python"), "-m", "pytest", "-x", "-q", *tests]
     variables = {"MEDS_TEST_DATA": str(ROOT.parent / "shared")} | os.environ | {"PYTHONPATH": str(copy)}
@@ -252,7 +261,7 @@ def failure(tests: list[str], copy: Path, limit: float, log: Path) -> str | None
     try:
         process.wait(limit)
     except subprocess.TimeoutExpired:
-        return f"time-out after {limit:.0f} s"
+        return Failure("", f"time-out after {limit:.0f} s")
     finally:
         _end(process)
     text = log.read_text(errors="replace")
@@ -260,9 +269,9 @@ def failure(tests: list[str], copy: Path, limit: float, log: Path) -> str | None
         return None
     if process.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise MutationError(f"pytest finds no test in {' '.join(tests)}: name files with tests")
-    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE) or [""]
     reason = re.findall(r"^E +(\S.*)$", text, re.MULTILINE) or [f"pytest's exit code {process.returncode}"]
-    return f"{failed[0] if failed else ' '.join(tests)}: {reason[0][:REASON_CHARACTERS]}"
+    return Failure(failed[0], reason[0][:REASON_CHARACTERS])
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -282,7 +291,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tests-of", choices=TIERS, help="only mutations of this tier; fast: also only its tests")
     parser.add_argument("--limit", type=float, default=900.0, metavar="SECONDS", help="for the tests of a mutation")
     parser.add_argument("--logs", type=Path, metavar="DIRECTORY", help="keeps pytest's output here")
-    parser.add_argument("--unchanged", action="store_true", help="runs the tests without the faults: all should pass")
     options = parser.parse_args(arguments)
     try:
         return run(chosen(options.names, options.tests_of), options)
@@ -296,27 +304,35 @@ def run(mutations: list[Mutation], options: argparse.Namespace) -> int:
     with worktree() as copy:
         for mutation in mutations:
             check(mutation, copy)
-    only = ["--fast"] if options.tests_of == "fast" else []
+    counts = Counter[str]()
+    width = max((len(mutation.name) for mutation in mutations), default=0)
     with tempfile.TemporaryDirectory(prefix="mutation-logs-") as temporary:
-        logs = options.logs or Path(temporary)
+        logs = (options.logs or Path(temporary)).absolute()
         logs.mkdir(parents=True, exist_ok=True)
-        width = max((len(mutation.name) for mutation in mutations), default=0)
-        caught = 0
         for mutation in mutations:
             began = time.monotonic()
-            with worktree() as copy:
-                if not options.unchanged:
-                    apply(mutation, copy)
-                log = logs.absolute() / f"{mutation.name}.log"
-                found = failure([*mutation.tests.split(), *only], copy, options.limit, log)
-            caught += found is not None
-            result = found or ("passes" if options.unchanged else f"ESCAPED: {mutation.breaks}")
-            print(f"{mutation.name:{width}}  {result}  {time.monotonic() - began:.0f} s", flush=True)
-    if options.unchanged:
-        print(f"{len(mutations) - caught} of {len(mutations)} pass without their faults")
-        return int(caught > 0)
-    print(f"{caught} of {len(mutations)} caught, {len(mutations) - caught} escaped")
-    return int(caught < len(mutations))
+            result, reason = outcome(mutation, options, logs)
+            counts[result] += 1
+            print(f"{mutation.name:{width}}  {result}: {reason}  {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{len(mutations)} faults: {counts[CAUGHT]} caught, {counts[ESCAPED]} escaped, {counts[UNCLEAR]} unclear")
+    return int(counts[CAUGHT] < len(mutations))
+
+
+def outcome(mutation: Mutation, options: argparse.Namespace, logs: Path) -> tuple[str, str]:
+    """CAUGHT, ESCAPED or UNCLEAR, and what shows it. A test that fails without the fault as well has not caught it."""
+    only = ["--fast"] if options.tests_of == "fast" else []
+    with worktree() as copy:
+        apply(mutation, copy)
+        found = failure([*mutation.tests.split(), *only], copy, options.limit, logs / f"{mutation.name}.log")
+    if found is None:
+        return ESCAPED, mutation.breaks
+    if found.test:
+        with worktree() as copy:
+            function = found.test.partition("[")[0]
+            without = failure([function, *only], copy, options.limit, logs / f"{mutation.name}-without.log")
+        if without is not None:
+            return UNCLEAR, f"{found.test} fails without the fault, too: {without.reason}"
+    return CAUGHT, f"{found.test} {found.reason}".strip()
 
 
 if __name__ == "__main__":
