@@ -118,7 +118,7 @@ CHANGING = {
     "RunDirectory": {"_lock": START},
     "Supervisor": {"_started": START, "processes": START, "results_taken": NO_EFFECT},
     "PhaseTimer": dict.fromkeys(("_seconds", "_step_started", "entered", "phase", "since"), NO_EFFECT),
-    "Job": dict.fromkeys(("_events", "_tasks", "cancelled"), NO_EFFECT),
+    "Job": dict.fromkeys(("_events", "_joined", "_ready", "_receivers", "_tasks", "cancelled"), NO_EFFECT),
     "NodeTask": dict.fromkeys(("_driver", "_ray_address", "_requested", "_send"), NO_EFFECT),
     "Placement": {"_known": START},
     "WeightSync": {"_connected": START, "version": CHECKPOINT},
