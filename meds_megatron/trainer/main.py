@@ -53,6 +53,7 @@ def train(config: Config) -> None:
 def report(run: RunDirectory) -> None:
     """Writes the report of a finished run. The run is whole without it, so what goes wrong here is only said."""
     try:
+        run.check_lock()
         write_report([run.path], run.report)
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

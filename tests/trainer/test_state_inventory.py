@@ -39,6 +39,7 @@ RANDOMNESS = {
     "reward/differences.py": "a function of the answers",
     "rollout/engine.py": CHECKPOINT,
     "trainer/attempt.py": NO_EFFECT,  # name of a directory in shared memory
+    "trainer/checkpoint_files.py": NO_EFFECT,  # name of a directory that is being written
     "trainer/wandb_run.py": NO_EFFECT,  # id of the wandb run
 }
 RANDOM = re.compile(
