@@ -1,5 +1,7 @@
 """Checkpoint directories as files: complete or not, found, pruned and removed. Pure file operations.
 
+A checkpoint is written under a hidden name that no other save has, and gets its own when it is complete.
+
 checkpoints/step_000010/
     complete.json            name and size of every other file; written last
     state.json               the TrainerState and the layout
@@ -15,6 +17,7 @@ checkpoints/step_000010/
 import json
 import logging
 import os
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +129,19 @@ def mark_complete(path: Path) -> None:
     _sync(path.parent)
 
 
+def partial_directory(path: Path) -> Path:
+    """A directory in which a save of the checkpoint `path` writes, and no other: processes that were stopped may wake
+    and go on with an older one."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Gives a checkpoint that is complete its name."""
+    remove(path)
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
 def prune(directory: Path, keep_last: int, keep_every: int | None) -> list[Path]:
     """Removes all checkpoints that are older than the newest `keep_last` whole ones, but for those of steps that
     `keep_every` divides; returns the removed ones. Damaged ones do not count."""
@@ -145,10 +161,10 @@ def remove(path: Path) -> None:
 
 
 def remove_incomplete(directory: Path) -> None:
-    """Removes what saves that were interrupted have left."""
-    for path in _steps(directory):
-        if not (path / MARKER).is_file():
-            shutil.rmtree(path, ignore_errors=True)
+    """Removes what saves and removals that were interrupted have left."""
+    removed = [path for path in _steps(directory) if not (path / MARKER).is_file()]
+    for path in [*removed, *directory.glob(".step_*.partial")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _steps(directory: Path) -> list[Path]:

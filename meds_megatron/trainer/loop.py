@@ -82,6 +82,7 @@ def train(
             metrics |= validation_metrics(rollout_manager.validate(), config)
         if export_due(state.step, config):
             with timer("export"):
+                run.check_lock()
                 policy.export(str(run.hf_export(state.step)))
         with timer("memory"):
             memory.wait()

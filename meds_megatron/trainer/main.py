@@ -55,6 +55,7 @@ def report(run: RunDirectory) -> None:
     from meds_megatron.report.page import write_report
 
     try:
+        run.check_lock()
         write_report([run.path], run.report)
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

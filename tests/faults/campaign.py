@@ -100,7 +100,9 @@ class Run:
         made: Counter = Counter()
         for kill in self.kills:
             victim = self._kill(kill)
-            self.complete |= {path: path.read_text() for path in self.directory.glob("checkpoints/*/complete.json")}
+            self.complete |= {
+                path: path.read_text() for path in self.directory.glob("checkpoints/step_*/complete.json")
+            }
             report(f"{self.directory.name}: {kill}, process {victim}, {len(self.steps_made())} steps finished")
             made += Counter([kill.kind, "during a save"] if kill.while_saving else [kill.kind])
             if kill.kind == DRIVER:
@@ -132,7 +134,7 @@ class Run:
             self.orphans += descendants
         if kill.while_saving:
             for _ in self._polls(0.001):
-                if any(not (path / "complete.json").exists() for path in self.directory.glob("checkpoints/step_*")):
+                if any(self.directory.glob("checkpoints/.step_*.partial")):
                     break
         time.sleep(kill.delay)
         os.kill(victim, signal.SIGKILL)

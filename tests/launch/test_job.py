@@ -42,14 +42,14 @@ def test_srun_starts_one_task_a_node_that_ends_by_itself():
 
 
 def run_job_of_one_task(monkeypatch, program: str, end_time: float | None = None) -> int:
-    """Exit code of a job whose task runs `program`: `connection` is authenticated and has sent the task's number."""
+    """Exit code of a job whose task runs `program`: `connect()` is authenticated and has sent the task's number."""
     program = (
         "import json, socket, struct, sys\n"
         "from multiprocessing.connection import Client\n"
         "given = json.loads(sys.stdin.readline())\n"
         "def connect():\n"
         "    connection = Client(('localhost', given['port']), authkey=given['token'].encode())\n"
-        "    connection.send(0)\n"
+        "    connection.send((0, 30.0))\n"
         "    return connection\n"
     ) + textwrap.dedent(program)
     monkeypatch.setattr(SlurmJob, "srun", lambda *_: [sys.executable, "-c", program])

@@ -12,7 +12,7 @@ import pytest
 from meds_megatron.data.sampler import PromptSampler
 from tests.meds_runs import metrics_of, overrides
 
-STEPS, SAVED_STEP, RESUMED_STEPS = 5, 4, 7
+STEPS, SAVED_STEP, RESUMED_STEPS = 6, 4, 7
 PROMPTS, PROBLEMS, RESPONSES = 4, 50, 8
 STALENESS = 2
 

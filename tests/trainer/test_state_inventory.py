@@ -39,6 +39,7 @@ RANDOMNESS = {
     "reward/differences.py": "a function of the answers",
     "rollout/engine.py": CHECKPOINT,
     "trainer/attempt.py": NO_EFFECT,  # name of a directory in shared memory
+    "trainer/checkpoint_files.py": NO_EFFECT,  # name of a directory that is being written
     "trainer/wandb_run.py": NO_EFFECT,  # id of the wandb run
 }
 RANDOM = re.compile(
@@ -118,7 +119,7 @@ CHANGING = {
     "RunDirectory": {"_lock": START},
     "Supervisor": {"_started": START, "processes": START, "results_taken": NO_EFFECT},
     "PhaseTimer": dict.fromkeys(("_seconds", "_step_started", "entered", "phase", "since"), NO_EFFECT),
-    "Job": dict.fromkeys(("_events", "_tasks", "cancelled"), NO_EFFECT),
+    "Job": dict.fromkeys(("_events", "_joined", "_ready", "_receivers", "_tasks", "cancelled"), NO_EFFECT),
     "NodeTask": dict.fromkeys(("_driver", "_ray_address", "_requested", "_send"), NO_EFFECT),
     "Placement": {"_known": START},
     "WeightSync": {"_connected": START, "version": CHECKPOINT},
