@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -114,7 +115,9 @@ def load(
         **_model_state(chunks),
     }
     try:
-        loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
+        loaded = dist_checkpointing.load(
+            state, str(directory), common_strategy=_SafeCommon(), validate_access_integrity=False
+        )
     except (OSError, RuntimeError, KeyError, EOFError, CheckpointingException, CheckpointException) as error:
         # torch's exception has one line for each rank that failed.
         raise UserError(
@@ -127,7 +130,27 @@ def load(
     optimizer_state.set_step(optimizer, loaded["optimizer_step"])
     path = _random_states_file(directory, dist.get_rank())
     if same_layout and path.is_file():
-        set_random_states(torch.load(path, weights_only=True))
+        set_random_states(_read_values(path))
+
+
+class _SafeCommon(TorchCommonLoadStrategy):
+    """Reads the file of everything but tensors, as far as it is plain values: megatron-core's own strategy leaves to
+    torch's default whether a pickle may run anything."""
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict:
+        return _read_values(Path(checkpoint_dir) / COMMON_STATE_FNAME)
+
+
+def _read_values(path: Path) -> dict:
+    """Raises UserError for a file that is damaged, or that holds more than tensors and plain values."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # A damaged pickle can raise any exception.
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}): it is damaged or was not saved by meds train; remove the "
+            "checkpoint to resume from the one before it"
+        ) from error
 
 
 def random_states() -> dict:

@@ -47,8 +47,8 @@ class PolicyGroup:
     def start(self) -> None:
         """Returns when the ranks have formed their process groups and loaded the model."""
         world = self.layout.ranks
-        ((host, port),) = self.results([self.on_rank(0, "open_store", world)])
-        fused = self._on_all("start", host, port, world, self._model_dir)
+        (store,) = self.results([self.on_rank(0, "open_store", world)])
+        fused = self._on_all("start", store, world, self._model_dir)
         if self._config.cluster.device == "cuda" and not all(fused):
             logger.warning(LOCAL_LAYERS)
 
