@@ -5,6 +5,7 @@ them, the optimizer's state beside them, and `rng/` with a file for each rank.
 """
 
 import random
+import re
 from pathlib import Path
 from threading import Thread
 
@@ -21,11 +22,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from meds_megatron.actor import optimizer_state
 from meds_megatron.actor.background_save import BackgroundSave, HostCopies
 from meds_megatron.config.model_shape import ModelShape
+from meds_megatron.digests import DigestFile, Manifest, is_large
 from meds_megatron.errors import UserError
 from meds_megatron.model.gpt import PolicyModel
 from meds_megatron.weights.chunks import unwrapped
 from meds_megatron.weights.collective import on_all_ranks
 from meds_megatron.weights.conversion.checkpoint import METADATA_FILE, read_metadata
+
+_RANK_FILE = re.compile(r"__(\d+)_\w+\.distcp")
 
 
 class PolicySave:
@@ -47,8 +51,9 @@ class PolicySave:
             "optimizer": optimizer_state.sharded_state(optimizer, chunks, shape),
             **_model_state(chunks),
         }
+        self._strategy = BackgroundSave(copies)
         self._request = dist_checkpointing.save(
-            state, str(directory), BackgroundSave(copies), validate_access_integrity=False, async_sharded_save=True
+            state, str(directory), self._strategy, validate_access_integrity=False, async_sharded_save=True
         )
         on_all_ranks(self._save_random_states, self._name)
         self._failure: Exception | None = None
@@ -60,13 +65,14 @@ class PolicySave:
         """Whether this rank has written its share: `finish` does not wait for it."""
         return not self._thread.is_alive()
 
-    def finish(self) -> None:
-        """Waits for the rest and completes the model part of the directory. Raises UserError on all ranks when one
-        could not write."""
+    def finish(self) -> dict[str, str]:
+        """Waits for the rest and completes the model part of the directory. Returns the digests of the files that this
+        rank has written, by name. Raises UserError on all ranks when one could not write."""
         self._thread.join()
         on_all_ranks(self._raise_failure, self._name)
         for finalize in self._request.finalize_fns:
             finalize()
+        return self._strategy.digests | self._random_states_digest
 
     @property
     def _name(self) -> str:
@@ -91,9 +97,25 @@ class PolicySave:
         path = _random_states_file(self._directory, dist.get_rank())
         try:
             path.parent.mkdir(exist_ok=True)
-            torch.save(random_states(), path)
+            with DigestFile(path) as file:
+                torch.save(random_states(), file)
+            self._random_states_digest = {str(path.relative_to(self._directory)): file.digest}
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path} cannot be written ({error}): make space or access there") from error
+
+
+def damage_of(directory: Path, rank: int, ranks: int) -> str | None:
+    """Half a sentence about a large file of a checkpoint that is not as it was written; None if all are. Each of the
+    `ranks` that will read them looks at its share; under the layout that saved them, at what it reads itself."""
+    manifest = Manifest.read(directory)
+    return manifest.damage(directory, (name for name in manifest.sizes if _reader(name, ranks) == rank))
+
+
+def _reader(name: str, ranks: int) -> int | None:
+    writer = _RANK_FILE.fullmatch(name)
+    if writer is None:
+        return 0 if is_large(name) else None
+    return int(writer[1]) % ranks
 
 
 def load(

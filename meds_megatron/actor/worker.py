@@ -6,6 +6,7 @@ with its own environment variables.
 
 import logging
 import warnings
+from pathlib import Path
 
 import numpy as np
 
@@ -138,9 +139,16 @@ class PolicyWorker(SupervisedActor):
         """Whether `finish_save` would not wait for this rank."""
         return self._save.written
 
-    def finish_save(self) -> None:
-        """Waits until all parts are written and completes the checkpoint's model."""
-        self._save.finish()
+    def finish_save(self) -> dict[str, str]:
+        """Waits until all parts are written and completes the checkpoint's model. Returns the digests of the files
+        that this rank has written, by name."""
+        return self._save.finish()
+
+    def damage_of(self, directory: str, world_size: int) -> str | None:
+        """Half a sentence about a damaged file among this rank's share of a checkpoint's large ones."""
+        from meds_megatron.actor.checkpoint import damage_of
+
+        return damage_of(Path(directory), self._rank, world_size)
 
     def load(self, directory: str, same_layout: bool) -> None:
         """Fills the policy with a checkpoint."""

@@ -1,9 +1,11 @@
 """Checkpoints of a run, saved between its steps: everything that it is."""
 
 import logging
+import zlib
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -11,7 +13,7 @@ from meds_megatron.config import Config, save_config
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.errors import UserError
 from meds_megatron.rollout.pool import EnginePool
-from meds_megatron.trainer.checkpoint_files import Checkpoint, mark_complete, prune, remove, write_state
+from meds_megatron.trainer.checkpoint_files import MEMORY, Checkpoint, mark_complete, prune, remove, write_state
 from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.trainer.run_dir import RunDirectory
@@ -78,12 +80,12 @@ class Checkpointer:
             return
         path, self._under_way = self._under_way, None
         with _removed_on_failure(path):
-            self._policy.finish_save()
-            self._memory.finish_save()
+            digests = self._policy.finish_save()
+            digests |= {f"{MEMORY}/{name}": digest for name, digest in self._memory.finish_save().items()}
         # Outside of the block: a process that has taken the lock may be writing the same checkpoint.
         self._run.check_lock()
         with _removed_on_failure(path):
-            mark_complete(path)
+            mark_complete(path, digests)
         settings = self._config.checkpoint
         prune(path.parent, settings.keep_last, settings.keep_every)
         logger.info("checkpoint %s is complete", path)
@@ -97,7 +99,7 @@ class Checkpointer:
             remove(path)
             path.mkdir(parents=True)
             self._policy.begin_save(str(path))
-            self._memory.begin_save(str(path / "memory"))
+            self._memory.begin_save(str(path / MEMORY))
             np.savez(path / "rng" / "engines.npz", **self._pool.random_states())
             copy_model_files(self._model_dir, path)
             save_config(self._config, path / "config.yaml")
@@ -120,5 +122,13 @@ def _removed_on_failure(path: Path):
 
 def restore_engines(checkpoint: Checkpoint, pool: EnginePool) -> bool:
     """Continues the engines' random states; False, and new ones, where other engines saved them."""
-    with np.load(checkpoint.engine_random_states, allow_pickle=False) as states:
-        return pool.set_random_states(dict(states), checkpoint.step)
+    path = checkpoint.engine_random_states
+    try:
+        with np.load(path, allow_pickle=False) as states:
+            saved = dict(states)
+    except (OSError, ValueError, BadZipFile, zlib.error) as error:
+        # Only of a release that kept no digests.
+        raise UserError(
+            f"{path} cannot be read ({error}): it is damaged; remove the checkpoint to resume from the one before it"
+        ) from error
+    return pool.set_random_states(saved, checkpoint.step)

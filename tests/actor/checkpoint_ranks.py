@@ -36,6 +36,13 @@ def train_and_save(rank: int, directory: str, parallel: dict, target: str, steps
     return state
 
 
+def save_with_digests(rank: int, directory: str, parallel: dict, target: str) -> dict[str, str]:
+    """Digests, by name, of the files that this rank has written."""
+    policy = make_policy(directory, parallel)
+    cases.train_step(policy, parallel)
+    return checkpoint.PolicySave(*parts(policy), target, HostCopies()).finish()
+
+
 def load_state(rank: int, directory: str, parallel: dict, target: str, dtype: str = "float32") -> State:
     """The state of a new policy after it was loaded."""
     policy = make_policy(directory, parallel, dtype)

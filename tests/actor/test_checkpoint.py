@@ -80,14 +80,14 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all(cpu_ranks, tmp_path_fact
 
 
 def cut_short(directory: Path) -> None:
-    content = (directory / "__0_0.distcp").read_bytes()
-    (directory / "__0_0.distcp").write_bytes(content[: len(content) // 2])
+    content = (directory / "__0_model_0.distcp").read_bytes()
+    (directory / "__0_model_0.distcp").write_bytes(content[: len(content) // 2])
 
 
 def altered(directory: Path) -> None:
-    content = bytearray((directory / "__0_0.distcp").read_bytes())
+    content = bytearray((directory / "__0_model_0.distcp").read_bytes())
     content[1000 : len(content) - 1000] = bytes(len(content) - 2000)
-    (directory / "__0_0.distcp").write_bytes(content)
+    (directory / "__0_model_0.distcp").write_bytes(content)
 
 
 def with_an_object(directory: Path) -> None:
