@@ -125,13 +125,14 @@ class MemoryShard:
         """Memory that the clustered vectors and their keys take."""
         return self._totals["bytes"]
 
-    def save(self, directory: str | Path) -> None:
-        """Write the whole shard as one file into `directory`. Raises UserError when it cannot be written."""
+    def save(self, directory: str | Path) -> dict[str, str]:
+        """Write the whole shard as one file into `directory`. Returns the file's name and digest (blake2b of 32 bytes).
+        Raises UserError when it cannot be written."""
         clustered = {key: history.records_N for key, history in self._histories.items()}
         pending = {key: np.concatenate(added) for key, added in self._pending.items()}
         config = dataclasses.asdict(self.config)
         saved = snapshot.Snapshot(self.rank, self.shards, self._step, config, self._moments, clustered, pending)
-        snapshot.write_snapshot(Path(directory), saved)
+        return {saved.file_name: snapshot.write_snapshot(Path(directory), saved)}
 
     @classmethod
     def load(

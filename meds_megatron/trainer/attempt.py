@@ -52,7 +52,7 @@ def attempt(config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory
         console.phase("starting engines and trainer ranks")
         processes = start_processes(config, model_dir, run, console, interruption, stack)
         state = TrainerState(PromptSampler(len(prompts.train), config.train.seed, config.data.shuffle))
-        if checkpoint:
+        if checkpoint := _readable(run, checkpoint, processes.policy):
             state.load_state_dict(checkpoint.state)
             resume(checkpoint, processes)
         log = stack.enter_context(RunLog(run, config, console, state.wandb_id))
@@ -108,6 +108,17 @@ def start_processes(
         policy.start()
     pool.start()
     return Processes(policy, pool, memory, graders, supervisor, timer, shared_directory)
+
+
+def _readable(run: RunDirectory, checkpoint: Checkpoint | None, policy: PolicyGroup) -> Checkpoint | None:
+    """`checkpoint`, or the newest before it of which the ranks find the large files as they were written."""
+    passed_over: dict[Path, str] = {}
+    while checkpoint and (damage := policy.damage_of(str(checkpoint.path))):
+        logger.warning("%s: the checkpoint is passed over", damage)
+        passed_over[checkpoint.path] = damage
+        checkpoint = run.newest_checkpoint(passed_over)
+        run.rewind(checkpoint.step if checkpoint else None)
+    return checkpoint
 
 
 def _train(

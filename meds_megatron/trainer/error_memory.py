@@ -93,9 +93,12 @@ class ErrorMemory:
         """The shards write themselves into a directory, each when it has done what was asked of it before."""
         self._saving = [shard.save.remote(directory) for shard in self._shards]
 
-    def finish_save(self) -> None:
-        """Waits until all shards are written. Raises UserError when one could not be."""
-        self._supervisor.results(self._saving)
+    def finish_save(self) -> dict[str, str]:
+        """Waits until all shards are written. Returns the digests of their files, by name. Raises UserError when one
+        could not be."""
+        return {
+            name: digest for of_shard in self._supervisor.results(self._saving) for name, digest in of_shard.items()
+        }
 
     def restore(self, directory: str) -> list[str]:
         """Fills the empty shards with those that were saved in a directory, any number of them; returns a sentence for

@@ -18,6 +18,7 @@ from meds_megatron.errors import UserError
 from meds_megatron.evaluation import evaluate
 from meds_megatron.evaluation.models import find_model
 from meds_megatron.evaluation.settings import dataset_name, request_seed
+from meds_megatron.trainer.checkpoint_files import mark_complete
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBLEMS = 24
@@ -141,7 +142,7 @@ def test_a_run_is_evaluated_at_its_newest_export_or_complete_checkpoint(plain_mo
         (run / name / "config.json").write_text("{}")
     (run / "config.yaml").write_text("data: {system_prompt: null}\nmodel: {setting_of_another_release: 1}\n")
     for step in ("000010", "000020"):
-        (run / f"checkpoints/step_{step}/complete.json").write_text("{}")
+        mark_complete(run / f"checkpoints/step_{step}")
     model = find_model(str(run))
     assert model.path == run / "hf/step_000020" and model.trained_on.system_prompt is None
     assert model.name == "run/hf/step_000020"
