@@ -100,11 +100,11 @@ def start_processes(
     pool = EnginePool(config, str(model_dir), use_gpu, placement, alarm=supervisor.alarm)
     stack.callback(pool.close)
     timer = PhaseTimer(console)
-    stack.enter_context(Watchdog(config.faults.hang_minutes, supervisor, timer, pool))
-    memory = ErrorMemory(config, placement, supervisor)
-    stack.callback(memory.close)
     reward = config.reward
     graders = stack.enter_context(GraderPool(reward.workers, reward.timeout_seconds, reward.memory_gib, reward.grader))
+    stack.enter_context(Watchdog(config.faults.hang_minutes, supervisor, timer, pool, graders))
+    memory = ErrorMemory(config, placement, supervisor)
+    stack.callback(memory.close)
     if not use_gpu:
         policy.start()
     pool.start()
