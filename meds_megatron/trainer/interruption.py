@@ -65,11 +65,14 @@ class Interruption(AbstractContextManager):
         cause = self.requested.result()
         return cause if isinstance(cause, str) else f"{cause.name} stopped the run"
 
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the requested stop."""
+        return EXIT_REQUEUE if self.is_ray_dead else EXIT_CODES[self.requested.result()]
+
     def stopped(self, sentence: str) -> Stopped:
         """What ends the run after the requested stop."""
-        if self.is_ray_dead:
-            return RayDied(sentence, EXIT_REQUEUE)
-        return Stopped(sentence, EXIT_CODES[self.requested.result()])
+        return (RayDied if self.is_ray_dead else Stopped)(sentence, self.exit_code)
 
     def check(self) -> None:
         """Raises Stopped if a stop has been requested."""
