@@ -1,9 +1,12 @@
 """The Ray that tests share, and the engines in it that they share."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import ray
 
+from meds_megatron.config import ClusterConfig
+from meds_megatron.launch.cluster import ray_cluster
 from meds_megatron.launch.placement import Placement
 from meds_megatron.rollout.pool import EnginePool
 from tests.rollout.engine_cases import engine_config, make_model
@@ -15,10 +18,11 @@ class RaySession:
     def __init__(self, directory: Path):
         self._directory = directory
         self._pool: EnginePool | None = None
+        self._running = ExitStack()
 
     def start(self) -> None:
         if not ray.is_initialized():
-            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+            self._running.enter_context(ray_cluster(ClusterConfig()))
 
     @property
     def model(self) -> Path:
@@ -37,7 +41,7 @@ class RaySession:
         if self._pool is not None:
             self._pool.close()
             self._pool = None
-        ray.shutdown()
+        self._running.close()
 
 
 def two_engines(model: Path) -> EnginePool:

@@ -7,6 +7,7 @@ neighbouring GPUs of one node: the same ones as the ranks, or with `rollout.node
 only the node matters, and one machine may stand in for several.
 """
 
+import logging
 import os
 import re
 import socket
@@ -21,6 +22,8 @@ from meds_megatron.errors import UserError
 ALLOCATOR_ENV_VARS = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:False")
 """Settings of torch's allocator under both of their names, in place of inherited ones: from expandable segments neither
 CUDA IPC can share memory nor can vLLM's engines sleep."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,14 @@ class Placement:
 
     def close(self) -> None:
         """Frees the nodes; Ray ends the actors that are still placed there."""
+        import ray
         from ray.util.placement_group import remove_placement_group
 
-        remove_placement_group(self._group)
+        try:
+            remove_placement_group(self._group)
+        except ray.exceptions.GetTimeoutError:
+            # Ray frees them when the driver disconnects.
+            logger.warning("Ray does not answer: its nodes are freed when the run ends")
 
     def wait(self, seconds: float, paths: Sequence[str | Path] = ()) -> bool:
         """Whether the nodes could be reserved within `seconds`. Raises UserError if one of them cannot read `paths`."""

@@ -88,7 +88,8 @@ def start_processes(
     stack.callback(shutil.rmtree, shared_directory, ignore_errors=True)
     placement = reserve_nodes(config, use_gpu, paths=[model_dir, run.path])
     supervisor = stack.enter_context(Supervisor(config.run_dir, interruption))
-    stack.callback(placement.close)
+    # A GCS that has ended would be waited for.
+    stack.callback(lambda: None if interruption.is_ray_dead else placement.close())
     policy = PolicyGroup(config, str(model_dir), placement, supervisor)
     stack.callback(policy.close)
     if use_gpu:
@@ -99,11 +100,11 @@ def start_processes(
     pool = EnginePool(config, str(model_dir), use_gpu, placement, alarm=supervisor.alarm)
     stack.callback(pool.close)
     timer = PhaseTimer(console)
-    stack.enter_context(Watchdog(config.faults.hang_minutes, supervisor, timer, pool))
-    memory = ErrorMemory(config, placement, supervisor)
-    stack.callback(memory.close)
     reward = config.reward
     graders = stack.enter_context(GraderPool(reward.workers, reward.timeout_seconds, reward.memory_gib, reward.grader))
+    stack.enter_context(Watchdog(config.faults.hang_minutes, supervisor, timer, pool, graders))
+    memory = ErrorMemory(config, placement, supervisor)
+    stack.callback(memory.close)
     if not use_gpu:
         policy.start()
     pool.start()
@@ -150,7 +151,7 @@ def _train(
         # Raised before the step changes the policy or the memory.
         path = checkpointer.save_last()
         saved = f"the run goes on from {path}" if path else "nothing is saved (checkpoint.every=0)"
-        raise Stopped(f"{stop} after step {state.step - 1}: {saved}", stop.exit_code) from stop
+        raise interruption.stopped(f"{stop} after step {state.step - 1}: {saved}") from stop
     checkpointer.complete()
 
 

@@ -12,6 +12,7 @@ import ray
 
 from meds_megatron.errors import RunFailed, Stopped, UserError
 from meds_megatron.logs import process_logging
+from meds_megatron.reward.grading import GraderPool
 from meds_megatron.supervised import CONCURRENCY_GROUPS
 from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.main import failure_of
@@ -40,7 +41,8 @@ def members(shared_ray, tmp_path):
 
 
 def watchdog(minutes: float, supervisor: Supervisor) -> Watchdog:
-    return Watchdog(minutes, supervisor, PhaseTimer(), SimpleNamespace(finished_requests=0))
+    pool = SimpleNamespace(finished_requests=0, engines=[])
+    return Watchdog(minutes, supervisor, PhaseTimer(), pool, GraderPool(workers=1, timeout_seconds=1))
 
 
 def test_results_are_in_order_and_a_mistake_of_the_user_is_raised_as_it_is(members):
