@@ -63,6 +63,7 @@ def test_every_run_has_a_token_of_its_own(temporary):
         assert (first / "token").read_text() != (second / "token").read_text()
 
 
+@pytest.mark.usefixtures("processes")
 def test_what_a_killed_run_left_is_removed_by_the_next_and_what_a_live_one_has_stays(temporary):
     (temporary / "meds-17.0").mkdir()  # Of a Slurm job.
     with ray_directory.ray_directory() as live:

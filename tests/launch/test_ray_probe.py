@@ -13,6 +13,8 @@ from meds_megatron.config import ClusterConfig
 from meds_megatron.launch.cluster import ray_cluster
 from meds_megatron.launch.ray_probe import RayProbe
 
+pytestmark = pytest.mark.usefixtures("own_ray")
+
 SECONDS = 120
 """Far longer than a death takes to be noticed on a machine with other work."""
 

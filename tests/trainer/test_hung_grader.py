@@ -14,6 +14,8 @@ from meds_megatron.trainer.supervision import Supervisor
 from meds_megatron.trainer.timer import PhaseTimer
 from meds_megatron.trainer.watchdog import Watchdog
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 SECONDS = 120
 """Far longer than what is waited for takes on a machine with other work, and shorter than the grader's own limit."""
 

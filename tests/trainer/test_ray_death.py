@@ -20,6 +20,8 @@ from meds_megatron.trainer import main
 from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.supervision import Supervisor
 
+pytestmark = pytest.mark.usefixtures("own_ray")
+
 SECONDS = 120
 """Far longer than a death takes to be noticed on a machine with other work."""
 
