@@ -6,6 +6,7 @@ with its own environment variables.
 
 import logging
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOut
 from meds_megatron.config import Config
 from meds_megatron.config.network import LOOPBACK, network_env_vars, on_one_machine
 from meds_megatron.launch.device import require_gpu
+from meds_megatron.lean_imports import lean_megatron
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.supervised import SupervisedActor, ignore_stop_signals
 from meds_megatron.weights.resharding.types import SyncSpec
@@ -79,12 +81,14 @@ class PolicyWorker(SupervisedActor):
         # megatron-core warns at every import of the optional packages that are absent.
         warnings.filterwarnings("ignore", module=r"megatron\.")
         logging.getLogger("megatron").setLevel(logging.ERROR)
-        from meds_megatron.actor.background_save import HostCopies
-        from meds_megatron.actor.policy import Policy
-        from meds_megatron.actor.process_group import form_groups, join
-        from meds_megatron.model.attention import use_transformer_engine
+        on_gpu = self._config.cluster.device == "cuda"
+        with nullcontext() if on_gpu else lean_megatron():
+            from meds_megatron.actor.background_save import HostCopies
+            from meds_megatron.actor.policy import Policy
+            from meds_megatron.actor.process_group import form_groups, join
+            from meds_megatron.model.attention import use_transformer_engine
 
-        if self._config.cluster.device == "cuda":
+        if on_gpu:
             require_gpu()
         torch.set_num_threads(self._config.cluster.threads_per_rank)
         timeout = self._config.cluster.collective_timeout_minutes

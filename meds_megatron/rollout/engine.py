@@ -10,6 +10,7 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,6 +21,7 @@ import numpy as np
 from meds_megatron.config import Config
 from meds_megatron.data.tokenizer import load_tokenizer
 from meds_megatron.launch.device import require_gpu
+from meds_megatron.lean_imports import lean_vllm
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.rollout.answer_position import AnswerLocator
 from meds_megatron.rollout.llm import check_cpu_can_run, make_llm, stop_token_ids
@@ -224,6 +226,10 @@ class RolloutEngine:
     def _start(self, restarts: int) -> None:
         # vLLM logs warnings while it is imported, before it applies the level that its environment sets.
         logging.getLogger("vllm").setLevel(logging.ERROR)
+        with nullcontext() if self._use_gpu else lean_vllm():
+            self._load(restarts)
+
+    def _load(self, restarts: int) -> None:
         if self._use_gpu:
             require_gpu()
         else:
