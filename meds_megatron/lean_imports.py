@@ -1,5 +1,5 @@
-"""Imports without what they drag in: libraries import packages that no run of ours uses only because they are installed,
-and compile functions at import that only a GPU profits from. That is 2 of megatron-core's 4 CPU seconds, and 60 MiB, in
+"""Imports without what they drag in: libraries import packages that no run uses only because they are installed, and
+compile functions at import that only a GPU profits from. That is 2 of megatron-core's 4 CPU seconds, and 60 MiB, in
 every trainer rank.
 """
 
@@ -52,6 +52,6 @@ def lean_megatron() -> Iterator[None]:
 @contextmanager
 def lean_vllm() -> Iterator[None]:
     """While open, vLLM and transformers are imported without scikit-learn and SciPy, which they use for audio, assisted
-    decoding and losses of vision models."""
-    with hidden("sklearn", "scipy"):
+    decoding and losses of vision models, and, before Ray is, without Ray, which no engine of ours uses."""
+    with hidden("sklearn", "scipy", "ray"):
         yield

@@ -6,7 +6,6 @@ with its own environment variables.
 
 import logging
 import warnings
-from contextlib import nullcontext
 
 import numpy as np
 
@@ -44,6 +43,21 @@ def rank_log(rank: int) -> str:
     return f"rank{rank:05d}"
 
 
+def silence_megatron() -> None:
+    """megatron-core warns at every import of the optional packages that are absent."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def import_without_gpu() -> None:
+    """Imports what a rank without a GPU needs; a fork server does it once for all ranks."""
+    silence_megatron()
+    with lean_megatron():
+        import meds_megatron.actor.background_save
+        import meds_megatron.actor.checkpoint
+        import meds_megatron.actor.policy  # noqa: F401
+
+
 class PolicyWorker(SupervisedActor):
     """One rank. The driver calls every method on all ranks at once; results come from the output ranks."""
 
@@ -78,18 +92,16 @@ class PolicyWorker(SupervisedActor):
         whether its layers are Transformer Engine's."""
         import torch
 
-        # megatron-core warns at every import of the optional packages that are absent.
-        warnings.filterwarnings("ignore", module=r"megatron\.")
-        logging.getLogger("megatron").setLevel(logging.ERROR)
-        on_gpu = self._config.cluster.device == "cuda"
-        with nullcontext() if on_gpu else lean_megatron():
-            from meds_megatron.actor.background_save import HostCopies
-            from meds_megatron.actor.policy import Policy
-            from meds_megatron.actor.process_group import form_groups, join
-            from meds_megatron.model.attention import use_transformer_engine
-
-        if on_gpu:
+        silence_megatron()
+        if self._config.cluster.device == "cuda":
             require_gpu()
+        else:
+            import_without_gpu()
+        from meds_megatron.actor.background_save import HostCopies
+        from meds_megatron.actor.policy import Policy
+        from meds_megatron.actor.process_group import form_groups, join
+        from meds_megatron.model.attention import use_transformer_engine
+
         torch.set_num_threads(self._config.cluster.threads_per_rank)
         timeout = self._config.cluster.collective_timeout_minutes
         device = join(host, port, self._rank, world_size, timeout, self._store)

@@ -10,7 +10,6 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -70,6 +69,17 @@ class _Finished:
 def engine_log(index: int) -> str:
     """Name of an engine's log."""
     return f"engine{index:03d}"
+
+
+def import_without_gpu() -> None:
+    """Imports what an engine without a GPU needs; a fork server does it ahead of the engines."""
+    with lean_vllm():
+        import vllm.v1.executor.uniproc_executor
+        import vllm.v1.worker.cpu_worker  # noqa: F401
+        from transformers import AutoTokenizer  # noqa: F401
+        from vllm import LLM  # noqa: F401
+
+        import meds_megatron.weights.resharding.vllm_backend  # noqa: F401
 
 
 class RolloutEngine:
@@ -226,13 +236,10 @@ class RolloutEngine:
     def _start(self, restarts: int) -> None:
         # vLLM logs warnings while it is imported, before it applies the level that its environment sets.
         logging.getLogger("vllm").setLevel(logging.ERROR)
-        with nullcontext() if self._use_gpu else lean_vllm():
-            self._load(restarts)
-
-    def _load(self, restarts: int) -> None:
         if self._use_gpu:
             require_gpu()
         else:
+            import_without_gpu()
             check_cpu_can_run(self._model_dir)
         self._tokenizer = load_tokenizer(self._model_dir)
         self._answers = AnswerLocator(self._tokenizer)

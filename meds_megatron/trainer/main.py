@@ -1,6 +1,7 @@
 """`meds train`: from a config to a trained model, in as many attempts as it takes."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from meds_megatron.config import Config
@@ -10,6 +11,7 @@ from meds_megatron.embedded.make import ensure_model
 from meds_megatron.errors import RunFailed, Stopped, UserError
 from meds_megatron.launch.cluster import NoNodes, ray_cluster
 from meds_megatron.launch.device import resolve_device
+from meds_megatron.launch.fork_server import ForkServer
 from meds_megatron.plan.choices import with_choices
 from meds_megatron.plan.fit import check_fit
 from meds_megatron.plan.hardware import CPU, H100
@@ -23,8 +25,9 @@ from meds_megatron.trainer.supervision import HardwareFailed, ProcessDied
 from meds_megatron.trainer.watchdog import Hung
 
 
-def train(config: Config) -> None:
-    """Runs `config` to its end. Raises UserError, before anything is started, for what can be found out by then."""
+def train(config: Config, servers: Sequence[ForkServer] = ()) -> None:
+    """Runs `config` to its end, with workers from `servers`. Raises UserError, before Ray is started, for what can be
+    found out by then."""
     config.cluster.device = resolve_device(config.cluster)
     validate(config)
     check_machine(config)
@@ -45,7 +48,7 @@ def train(config: Config) -> None:
         # Processes on other nodes have other working directories.
         config.run_dir = str(run.path)
         with ray_cluster(config.cluster), Interruption() as interruption:
-            repeat_attempts(config, model_dir, prompts, run, interruption)
+            repeat_attempts(config, model_dir, prompts, run, interruption, servers)
         report(run)
 
 
@@ -64,7 +67,12 @@ def report(run: RunDirectory) -> None:
 
 
 def repeat_attempts(
-    config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory, interruption: Interruption
+    config: Config,
+    model_dir: Path,
+    prompts: Prompts,
+    run: RunDirectory,
+    interruption: Interruption,
+    servers: Sequence[ForkServer] = (),
 ) -> None:
     """Attempts the run until it is finished.
 
@@ -74,7 +82,7 @@ def repeat_attempts(
     recovery = Recovery(config.faults.max_restarts, run.last_logged_step())
     while True:
         try:
-            attempt(config, model_dir, prompts, run, interruption)
+            attempt(config, model_dir, prompts, run, interruption, servers)
             return
         except (RunFailed, NoNodes) as error:
             recovery.finished(run.last_logged_step())
