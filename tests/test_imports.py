@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "meds_megatron"
 PACKAGES = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
 
-SHARED = {"digests", "errors", "latex", "logs", "supervised"}
+SHARED = {"digests", "errors", "latex", "lean_imports", "logs", "supervised"}
 """Top-level modules that every package may import."""
 ALLOWED = {
     "config": set(),

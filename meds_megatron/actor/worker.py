@@ -14,6 +14,7 @@ from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOut
 from meds_megatron.config import Config
 from meds_megatron.config.network import LOOPBACK, network_env_vars, on_one_machine
 from meds_megatron.launch.device import require_gpu
+from meds_megatron.lean_imports import lean_megatron
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.supervised import SupervisedActor, ignore_stop_signals
 from meds_megatron.weights.resharding.types import SyncSpec
@@ -42,6 +43,21 @@ def rank_env_vars(config: Config) -> dict[str, str]:
 def rank_log(rank: int) -> str:
     """Name of a rank's log."""
     return f"rank{rank:05d}"
+
+
+def silence_megatron() -> None:
+    """megatron-core warns at every import of the optional packages that are absent."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def import_without_gpu() -> None:
+    """Imports what a rank without a GPU needs; a fork server does it once for all ranks."""
+    silence_megatron()
+    with lean_megatron():
+        import meds_megatron.actor.background_save
+        import meds_megatron.actor.checkpoint
+        import meds_megatron.actor.policy  # noqa: F401
 
 
 class PolicyWorker(SupervisedActor):
@@ -77,16 +93,16 @@ class PolicyWorker(SupervisedActor):
         whether its layers are Transformer Engine's."""
         import torch
 
-        # megatron-core warns at every import of the optional packages that are absent.
-        warnings.filterwarnings("ignore", module=r"megatron\.")
-        logging.getLogger("megatron").setLevel(logging.ERROR)
+        silence_megatron()
+        if self._config.cluster.device == "cuda":
+            require_gpu()
+        else:
+            import_without_gpu()
         from meds_megatron.actor.background_save import HostCopies
         from meds_megatron.actor.policy import Policy
         from meds_megatron.actor.process_group import form_groups, join
         from meds_megatron.model.attention import use_transformer_engine
 
-        if self._config.cluster.device == "cuda":
-            require_gpu()
         torch.set_num_threads(self._config.cluster.threads_per_rank)
         timeout = self._config.cluster.collective_timeout_minutes
         device = join(store, self._rank, world_size, timeout, self._store)

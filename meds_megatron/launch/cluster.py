@@ -7,6 +7,7 @@ from pathlib import Path
 
 from meds_megatron.config import ClusterConfig, Config
 from meds_megatron.errors import RayDied, UserError
+from meds_megatron.launch.fork_server import ForkServer
 from meds_megatron.launch.placement import Placement
 from meds_megatron.launch.ray_directory import ray_directory
 from meds_megatron.launch.ray_output import redirect_ray_output
@@ -87,10 +88,12 @@ class NoNodes(UserError):
     """The Ray cluster does not have the nodes of the run."""
 
 
-def reserve_nodes(config: Config, use_gpu: bool, paths: Sequence[str | Path] = ()) -> Placement:
+def reserve_nodes(
+    config: Config, use_gpu: bool, paths: Sequence[str | Path] = (), fork_servers: Sequence[ForkServer] = ()
+) -> Placement:
     """The nodes of the run. Raises NoNodes when the Ray cluster does not have them in time, and UserError when one of
     them cannot read `paths`."""
-    placement = Placement(config.cluster, use_gpu, config.rollout.nodes or 0)
+    placement = Placement(config.cluster, use_gpu, config.rollout.nodes or 0, fork_servers)
     if not placement.wait(PLACEMENT_SECONDS, paths):
         kind = f" with {config.cluster.ranks_per_node} free GPUs each" if use_gpu else ""
         placement.close()

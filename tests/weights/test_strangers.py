@@ -119,6 +119,7 @@ def first_members_end(other: object, marker: Path) -> str:
             process.join()
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     ("stranger", "sentence"),
     [
@@ -138,6 +139,7 @@ def test_a_stranger_is_no_member_and_nothing_of_his_is_run(stranger, sentence, t
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_same_program_of_a_member_is_run(tmp_path, monkeypatch):
     """The strangers' program would be: torch reads objects of a group's members as pickles."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
