@@ -15,13 +15,14 @@ import ray
 
 from meds_megatron.config import ClusterConfig
 from meds_megatron.launch.cluster import ray_cluster
+from tests.limits import HANG_SECONDS
 
 CONNECT = """
 import sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False)
 print("nodes:", len(ray.nodes()))
 """
-SECONDS = 120
+
 """Far longer than what is waited for takes on a machine with other work."""
 
 
@@ -96,7 +97,7 @@ def test_what_ray_says_of_a_death_is_in_the_log_and_not_on_the_terminal(address,
 
 
 def wait_until(condition) -> None:
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
