@@ -92,6 +92,12 @@ def qwen_tokenizer(shared_data: Path):
     return AutoTokenizer.from_pretrained(shared_data / "qwen2-tokenizer")
 
 
+@pytest.fixture
+def without_fork_servers(monkeypatch) -> None:
+    """`meds train` in this process starts no process before it starts Ray."""
+    monkeypatch.setattr("meds_megatron.trainer.fork_servers.runs_here_without_gpu", lambda config: False)
+
+
 @pytest.fixture(scope="session")
 def processes() -> None:
     """For tests that start processes of their own, which are neither ranks, engines nor whole runs."""

@@ -381,7 +381,7 @@ def whole_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def place(whole_model, tmp_path, monkeypatch) -> Place:
+def place(whole_model, tmp_path, monkeypatch, without_fork_servers) -> Place:
     def start(*_, **__):
         raise AssertionError("something was started")
 
