@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "meds_megatron"
 PACKAGES = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
 
-SHARED = {"errors", "latex", "logs", "supervised"}
+SHARED = {"errors", "json_text", "latex", "logs", "metrics_file", "supervised"}
 """Top-level modules that every package may import."""
 ALLOWED = {
     "config": set(),

@@ -25,6 +25,7 @@ from typing import Any
 
 from meds_megatron.config import Config, load_config
 from meds_megatron.errors import UserError
+from meds_megatron.json_text import parse_json
 
 MARKER = "complete.json"
 STATE_FILE = "state.json"
@@ -109,10 +110,25 @@ def damage_of(path: Path) -> str | None:
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             return f"{file} is missing" if found is None else f"{file} has {found} bytes, expected {size}"
+    return _damage_of_state(path)
+
+
+def _damage_of_state(path: Path) -> str | None:
+    """Half a sentence about a state that is not one of this step; None for that of another format too."""
+    file = path / STATE_FILE
     try:
-        json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        return f"{path / STATE_FILE} cannot be read ({error})"
+        return f"{file} cannot be read ({error})"
+    if not isinstance(content, dict):
+        return f"{file} is no JSON object"
+    if content.get("format") != FORMAT:
+        return None
+    state, layout = content.get("state"), content.get("layout")
+    if not isinstance(state, dict) or not isinstance(layout, dict):
+        return f"{file} has no state or no layout"
+    if state.get("step") != _step(path):
+        return f"{file} is of step {state.get('step')}, expected {_step(path)}"
     return None
 
 
