@@ -135,7 +135,11 @@ CONFIGS = {
     "not YAML": yaml("mine.yaml line 3: not readable as YAML", "train:\n  steps: [1, 2\n"),
     "a list": yaml("expected `key: value` lines at the top level, found a list", "- train\n- steps\n"),
     "an empty value": yaml("mine.yaml: train.steps is None, expected a whole number", "train:\n  steps:\n"),
-    "nested too deep": yaml("mine.yaml: not readable as YAML", "a: " + "[" * 10**5),
+    "nested too deep": yaml("mine.yaml line 1: not readable as YAML", "a: " + "[" * 10**5),
+    "nested too deep for OmegaConf": yaml("mine.yaml: not readable as YAML", "a: " + "[" * 500 + "]" * 500),
+    "an override that is nested too deep": setting(
+        "the value is not readable as YAML", data__train="[" * 500 + "]" * 500
+    ),
     "bytes": yaml("mine.yaml: not readable as YAML", b"\xff\xfe\x00\x01"),
     "a key twice": yaml(
         "mine.yaml line 3: not readable as YAML: found duplicate key", "train:\n  steps: 1\ntrain: 2\n"
