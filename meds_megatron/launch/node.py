@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,6 +26,8 @@ from meds_megatron.config.schema import FaultsConfig
 from meds_megatron.config.validate import validate
 from meds_megatron.errors import UserError
 from meds_megatron.launch import processes
+from meds_megatron.launch.cluster import RAY_SETTINGS
+from meds_megatron.launch.ray_directory import TOKEN_VARIABLE, base_directory, write_token
 from meds_megatron.launch.slurm import EXIT_REQUEUE, SlurmJob, exit_code, present_jobs
 from meds_megatron.weights.resharding.shared_directory import remove_unclaimed
 
@@ -34,8 +35,6 @@ EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 KILL_SECONDS = 5
 START_TRIES = 3
-LONGEST_DIRECTORY = 40
-"""Characters: the path of a socket may have 107, of which Ray adds 60."""
 DIRECTORY = re.compile(r"meds-(\d+)\.\d+")
 """Name of a job's directory on a node, with the job's id."""
 
@@ -168,9 +167,7 @@ def _ignore_save_signal() -> None:
 def make_directory(job: SlurmJob) -> Path:
     """A new directory for temporary files on this node. Those of earlier starts of the job are removed, and those of
     jobs that ended without removing them, as all their processes were killed."""
-    base = Path(tempfile.gettempdir())
-    if len(str(base)) > LONGEST_DIRECTORY - len("/meds-123456789.99"):
-        base = Path("/tmp")
+    base = base_directory(f"meds-{job.label}")
     for left in left_directories(base, job):
         shutil.rmtree(left, ignore_errors=True)
     directory = base / f"meds-{job.label}"
@@ -199,14 +196,12 @@ def _is_own(path: Path) -> bool:
 
 def environment(directory: Path, token: str) -> dict[str, str]:
     """Environment of the job's processes on this node; Ray takes only those into the cluster that know the token."""
-    token_file = directory / "token"
-    token_file.touch(mode=0o600)
-    token_file.write_text(token)
     return {
         **os.environ,
         "TMPDIR": str(directory),
+        **{f"RAY_{name}": str(value) for name, value in RAY_SETTINGS.items()},
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        TOKEN_VARIABLE: str(write_token(directory, token)),
         "PYTHONUNBUFFERED": "1",
     }
 

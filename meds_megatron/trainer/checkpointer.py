@@ -1,10 +1,12 @@
 """Checkpoints of a run, saved between its steps: everything that it is."""
 
 import logging
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.errors import UserError
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.trainer.checkpoint_files import (
+    MEMORY,
     Checkpoint,
     mark_complete,
     partial_directory,
@@ -89,9 +92,9 @@ class Checkpointer:
         partial, self._under_way = self._under_way, None
         path = self._run.checkpoint(self._newest)
         with self._removed_on_failure(path, partial):
-            self._policy.finish_save()
-            self._memory.finish_save()
-            mark_complete(partial)
+            digests = self._policy.finish_save()
+            digests |= {f"{MEMORY}/{name}": digest for name, digest in self._memory.finish_save().items()}
+            mark_complete(partial, digests)
             self._run.check_lock()
             publish(partial, path)
         settings = self._config.checkpoint
@@ -108,7 +111,7 @@ class Checkpointer:
         with self._removed_on_failure(path, partial):
             partial.mkdir(parents=True)
             self._policy.begin_save(str(partial))
-            self._memory.begin_save(str(partial / "memory"))
+            self._memory.begin_save(str(partial / MEMORY))
             np.savez(partial / "rng" / "engines.npz", **self._pool.random_states())
             copy_model_files(self._model_dir, partial)
             save_config(self._config, partial / "config.yaml")
@@ -132,5 +135,13 @@ class Checkpointer:
 
 def restore_engines(checkpoint: Checkpoint, pool: EnginePool) -> bool:
     """Continues the engines' random states; False, and new ones, where other engines saved them."""
-    with np.load(checkpoint.engine_random_states, allow_pickle=False) as states:
-        return pool.set_random_states(dict(states), checkpoint.step)
+    path = checkpoint.engine_random_states
+    try:
+        with np.load(path, allow_pickle=False) as states:
+            saved = dict(states)
+    except (OSError, ValueError, BadZipFile, zlib.error) as error:
+        # Only of a release that kept no digests.
+        raise UserError(
+            f"{path} cannot be read ({error}): it is damaged; remove the checkpoint to resume from the one before it"
+        ) from error
+    return pool.set_random_states(saved, checkpoint.step)

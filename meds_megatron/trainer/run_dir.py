@@ -52,6 +52,7 @@ class RunDirectory:
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser().absolute()
         self._lock: SoftFileLease | None = None
+        self._skip_memory = False
 
     @contextmanager
     def claim(self, config: Config) -> Iterator["RunDirectory"]:
@@ -61,6 +62,7 @@ class RunDirectory:
         differ that make it another run (`config.changes`), and where it cannot be written. A run that ends before its
         first line of metrics leaves its name free, and logs only after an error that is not the user's.
         """
+        self._skip_memory = config.memory.skip_damaged
         with ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -92,9 +94,10 @@ class RunDirectory:
         if self._lock is not None:
             check_lock(self._lock)
 
-    def newest_checkpoint(self) -> Checkpoint | None:
-        """The checkpoint to resume from; None where a run starts. Raises UserError when every one is damaged."""
-        return newest(self.checkpoints)
+    def newest_checkpoint(self, passed_over: Mapping[Path, str] | None = None) -> Checkpoint | None:
+        """The checkpoint to resume from, none of those `passed_over`; None where a run starts. Raises UserError when
+        every one is damaged."""
+        return newest(self.checkpoints, passed_over, self._skip_memory)
 
     def rewind(self, step: int | None) -> None:
         """Removes what was written after step `step` (None: all of it), a torn end of the metrics, and incomplete

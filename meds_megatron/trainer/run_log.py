@@ -23,7 +23,7 @@ class RunLog:
     def __init__(self, run: RunDirectory, config: Config, console: Console, wandb_id: str | None = None):
         """`wandb_id` continues the wandb run of that id."""
         self._console, self._run = console, run
-        self._file = open(run.metrics, "ab", buffering=0)
+        self._file = open(run.metrics, "ab", buffering=0)  # noqa: SIM115
         self._wandb = WandbRun(run, config, wandb_id) if config.wandb.enabled else None
         self._responses_every = config.wandb.responses_every
 

@@ -16,6 +16,8 @@ from meds_megatron.launch.job import EXIT_FAILURE, Job
 from meds_megatron.launch.node import make_directory
 from meds_megatron.launch.slurm import EXIT_REQUEUE, SlurmJob
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 TASKS = """
 import json, os, signal, socket, sys
 from multiprocessing.connection import Client

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANG_SECONDS
 from tests.slurm.cluster import ROOT, Cluster
-
-JOB_SECONDS = 120
 
 
 class Start:
@@ -27,11 +26,11 @@ class Start:
         self.id = self._slurm.run("sbatch", "--parsable", *place, export, script, *overrides)
 
     def wait_for(self, event: str) -> None:
-        self._slurm.wait((self.events / event).exists, JOB_SECONDS)
+        self._slurm.wait((self.events / event).exists, HANG_SECONDS)
 
     def end(self) -> tuple[str, str]:
         """State and exit code."""
-        return self._slurm.finish(self.id, JOB_SECONDS), self._slurm.exit_code(self.id)
+        return self._slurm.finish(self.id, HANG_SECONDS), self._slurm.exit_code(self.id)
 
     def process(self, node: str, pattern: str) -> str:
         """Id of the oldest process whose command line has the pattern."""
@@ -103,7 +102,7 @@ def test_what_a_killed_job_left_is_removed_by_a_later_one(slurm, job, tmp_path_f
         killed.kill(node, killed.process(node, r"^\S*python -m meds_megatron.launch.node"))
     assert killed.end() == ("FAILED", "1:0"), killed.log
     assert "meds: the task on node0 of the job is gone\n" in killed.log
-    slurm.wait(lambda: slurm.idle() == slurm.names, JOB_SECONDS)
+    slurm.wait(lambda: slurm.idle() == slurm.names, HANG_SECONDS)
     assert killed.directories() == 2 * [f"meds-{killed.id}.0"]
     job.submit()
     job.wait_for("train")

@@ -61,7 +61,7 @@ def test_a_damaged_line_at_the_end_of_the_metrics_is_left_out(tmp_path, line):
 def test_a_saved_config_that_is_nested_too_deep_is_one_sentence(tmp_path):
     run = run_with(tmp_path, '{"step": 1}')
     (run / "config.yaml").write_text("[" * 10**5)
-    with pytest.raises(UserError, match="config.yaml: not readable as YAML"):
+    with pytest.raises(UserError, match=r"config\.yaml: not readable as YAML"):
         read_report(run)
 
 

@@ -17,6 +17,8 @@ from meds_megatron.trainer.main import report
 from meds_megatron.trainer.run_dir import RunDirectory
 from tests.trainer.lock_owner import Owner, config_of
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 
 def contents(directory: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
