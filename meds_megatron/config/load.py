@@ -85,7 +85,7 @@ def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict:
         raise UserError(f"{path}: there is no such config file{named_by}; give the path of a YAML file.")
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
+    except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or _first_line(error)
@@ -102,7 +102,7 @@ def _override_layer(override: str) -> tuple[str, dict]:
         raise UserError(f"{source}: expected key=value, such as penalty.alpha=0.02.")
     try:
         return source, OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"{source}: the value is not readable as YAML; quote it.") from error
 
 

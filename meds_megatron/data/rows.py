@@ -11,12 +11,12 @@ has one of its own. An empty assistant message is not rendered: a chat template 
 would put an empty assistant turn before the generation prompt.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from meds_megatron.errors import UserError
+from meds_megatron.json_text import parse_json
 from meds_megatron.latex import last_boxed
 
 QUESTION_FIELDS = ("question", "problem", "Question", "prompt", "input")
@@ -44,7 +44,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 raise UserError(
                     f"{path}, row {number}: not valid JSON ({error}); expected one JSON object: correct or remove it"

@@ -29,8 +29,9 @@ from meds_megatron.config import load_config
 from meds_megatron.config.changes import make_another_run
 from meds_megatron.errors import UserError
 from meds_megatron.launch.job import run_job
-from meds_megatron.launch.slurm import SlurmJob
+from meds_megatron.launch.slurm import SlurmJob, present_jobs
 from meds_megatron.launch.sweep_config import SEED, SweepConfig, SweepRun, expand, load_sweep
+from meds_megatron.metrics_file import read_metrics
 
 POLL_SECONDS = {"local": 2.0, "slurm": 15.0}
 LOST_SECONDS = 30.0
@@ -85,7 +86,7 @@ class Tracked:
     missing_since: float | None = None
     gpus: list[str] = field(default_factory=list)
     """Of this machine, that a local run has to itself."""
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 class Sweep:
@@ -363,24 +364,22 @@ def _visible_gpus() -> list[str]:
 
 def _slurm_jobs() -> set[str] | None:
     """Ids of all jobs of this user that are queued or running; None when Slurm does not answer."""
-    listed = subprocess.run(["squeue", "--me", "--noheader", "--format=%i"], capture_output=True, text=True)
-    if listed.returncode != 0:
-        print(f"meds: squeue: {listed.stderr.strip()}; asking again", file=sys.stderr)
-        return None
-    return set(listed.stdout.split())
+    jobs = present_jobs()
+    if jobs is None:
+        print("meds: squeue does not answer; asking again", file=sys.stderr)
+    return jobs
 
 
 def _is_complete(tracked: Tracked) -> bool:
     return tracked.metrics.get("step", -1) >= tracked.run.steps
 
 
-def _last_metrics(directory: Path) -> dict[str, float]:
+def _last_metrics(directory: Path) -> dict[str, Any]:
     """The last value of every metric of a run."""
-    values: dict[str, float] = {}
-    with suppress(FileNotFoundError), open(directory / "metrics.jsonl", encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):  # The last one may be being written.
-                values |= json.loads(line)
+    values: dict[str, Any] = {}
+    with suppress(FileNotFoundError):
+        for line in read_metrics(directory / "metrics.jsonl"):
+            values |= line.values
     return values
 
 

@@ -3,7 +3,6 @@
 Importing this module does not import vLLM.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from meds_megatron.config import Config, RolloutConfig
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.config.schema import CPU_KV_CACHE_GIB
 from meds_megatron.errors import UserError
+from meds_megatron.json_text import parse_json
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -101,7 +101,7 @@ def stop_token_ids(model_dir: str | Path, tokenizer_eos: int | None) -> list[int
     for name in ("generation_config.json", "config.json"):
         path = Path(model_dir) / name
         try:
-            eos = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+            eos = parse_json(path.read_text()).get("eos_token_id") if path.is_file() else None
         except (ValueError, AttributeError) as error:
             raise UserError(f"{path} is not JSON of a model ({error}): download the model again") from error
         if eos is not None:

@@ -98,6 +98,7 @@ class Checkpointer:
             self._run.check_lock()
             publish(partial, path)
         settings = self._config.checkpoint
+        self._run.check_lock()
         prune(path.parent, settings.keep_last, settings.keep_every)
         logger.info("checkpoint %s is complete", path)
 

@@ -1,6 +1,5 @@
 """The safetensors of a Hugging Face directory, read slice by slice and without megatron-core."""
 
-import json
 from math import prod
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from meds_megatron.errors import UserError
+from meds_megatron.json_text import parse_json
 from meds_megatron.weights.table import LM_HEAD, HfShape, MegatronParameter
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -90,7 +90,7 @@ class HfWeights:
 
     def _indexed(self, index: Path) -> dict[str, Path]:
         try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            weight_map: dict[str, str] = parse_json(index.read_text())["weight_map"]
             files = {name: self.directory / file for name, file in weight_map.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is not a safetensors index ({error}): download the model again") from error
