@@ -14,6 +14,8 @@ from meds_megatron.launch.ray_output import redirect_ray_output
 from meds_megatron.launch.slurm import EXIT_REQUEUE
 
 PLACEMENT_SECONDS = 120
+START_TRIES = 3
+"""Ray gives its processes 30 s to start, which may be too few on a machine with much other work."""
 RAY_SETTINGS = {
     # From the death of the GCS until Ray ends the driver: for the run to save.
     "gcs_rpc_server_reconnect_timeout_s": 600,
@@ -23,6 +25,8 @@ RAY_SETTINGS = {
     "prestart_worker_first_driver": False,
 }
 """Of the Ray clusters that runs and Slurm jobs start."""
+
+logger = logging.getLogger(__name__)
 
 
 class RayCluster:
@@ -48,18 +52,23 @@ class RayCluster:
         # Ray listens on all interfaces, and its own clusters accept only who has their token. It logs that at every
         # start.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        try:
-            ray.init(
-                # Without it, RAY_ADDRESS or a running Ray of this machine would be taken.
-                address="local",
-                include_dashboard=False,
-                logging_level="warning",
-                log_to_driver=True,
-                _temp_dir=str(self._directory / "ray"),
-                _system_config=dict(RAY_SETTINGS),  # Ray adds to it.
-            )
-        except Exception as error:  # Ray has no class for it.
-            raise RayDied(f"Ray did not start on this machine: {error}", EXIT_REQUEUE) from error
+        for left in reversed(range(START_TRIES)):
+            try:
+                ray.init(
+                    # Without it, RAY_ADDRESS or a running Ray of this machine would be taken.
+                    address="local",
+                    include_dashboard=False,
+                    logging_level="warning",
+                    log_to_driver=True,
+                    _temp_dir=str(self._directory / "ray"),
+                    _system_config=dict(RAY_SETTINGS),  # Ray adds to it.
+                )
+                return
+            except Exception as error:  # Ray has no class for it.
+                ray.shutdown()
+                if not left:
+                    raise RayDied(f"Ray did not start on this machine: {error}", EXIT_REQUEUE) from error
+                logger.warning("Ray did not start on this machine and is started again: %s", error)
 
     def close(self) -> None:
         """Disconnects; a Ray of the run's own ends with all that runs on it."""
