@@ -20,6 +20,8 @@ from meds_megatron.launch.cluster import ray_cluster
 from meds_megatron.launch.fork_server import ForkServer
 from meds_megatron.launch.placement import Place, Placement
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 ENV_VARS = {"OMP_NUM_THREADS": "1", "MEDS_TEST": "of the server"}
 IMPORTS = f"{worker.__name__}:{worker.silence_megatron.__name__}"
 """Imports something, quickly."""
