@@ -19,13 +19,13 @@ from meds_megatron.config import ClusterConfig
 from meds_megatron.launch.cluster import ray_cluster
 from meds_megatron.launch.fork_server import ForkServer
 from meds_megatron.launch.placement import Place, Placement
+from tests.limits import HANG_SECONDS
 
 pytestmark = pytest.mark.usefixtures("processes")
 
 ENV_VARS = {"OMP_NUM_THREADS": "1", "MEDS_TEST": "of the server"}
 IMPORTS = f"{worker.__name__}:{worker.silence_megatron.__name__}"
 """Imports something, quickly."""
-TIMEOUT_SECONDS = 120
 
 DESCRIBE = """
 import json, os, sys
@@ -71,7 +71,7 @@ def start(server: ForkServer, program: str, directory: Path, *arguments: str, **
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -115,7 +115,7 @@ def test_a_fork_has_the_imports_of_the_server_and_all_else_of_its_client(server,
         stdout=subprocess.PIPE,
         preexec_fn=prepare,
     )
-    found = json.loads(client.communicate(timeout=TIMEOUT_SECONDS)[0])
+    found = json.loads(client.communicate(timeout=HANG_SECONDS)[0])
     assert found == {
         "arguments": ["a", "b c"],
         "name": "__main__",
@@ -135,7 +135,7 @@ def test_without_its_server_a_worker_starts_in_the_ordinary_way(server, tmp_path
     server.process.wait()
     environment = os.environ | {"MEDS_TEST": "of the client"}
     client = start(server, DESCRIBE, tmp_path, env=environment, stdout=subprocess.PIPE)
-    found = json.loads(client.communicate(timeout=TIMEOUT_SECONDS)[0])
+    found = json.loads(client.communicate(timeout=HANG_SECONDS)[0])
     assert (found["parent"], found["imported"]) == (os.getpid(), False)
 
 
@@ -143,7 +143,7 @@ def test_a_server_whose_imports_fail_leaves_its_clients_to_start_in_the_ordinary
     environment = os.environ | {"MEDS_TEST": "of the client"}
     with ForkServer(ENV_VARS, "meds_megatron.no_such_module:name") as server:
         client = start(server, DESCRIBE, tmp_path, env=environment, stdout=subprocess.PIPE)
-        found = json.loads(client.communicate(timeout=TIMEOUT_SECONDS)[0])
+        found = json.loads(client.communicate(timeout=HANG_SECONDS)[0])
     assert found["parent"] == os.getpid()
 
 
@@ -159,8 +159,8 @@ def test_a_server_whose_imports_have_started_a_thread_does_not_fork(tmp_path):
         server = ForkServer(ENV_VARS, "starts_a_thread:run").__enter__()
     with server:
         client = start(server, DESCRIBE, tmp_path, env=environment, stdout=subprocess.PIPE)
-        found = json.loads(client.communicate(timeout=TIMEOUT_SECONDS)[0])
-        assert server.process.wait(TIMEOUT_SECONDS) == 1
+        found = json.loads(client.communicate(timeout=HANG_SECONDS)[0])
+        assert server.process.wait(HANG_SECONDS) == 1
     assert found["parent"] == os.getpid()
 
 
@@ -173,7 +173,7 @@ def test_fork_and_client_end_with_each_other(server, tmp_path):
     (tmp_path / "process").unlink()
     client, process = sleeping_fork(server, tmp_path)
     os.kill(process, signal.SIGKILL)
-    assert client.wait(TIMEOUT_SECONDS) == 0
+    assert client.wait(HANG_SECONDS) == 0
     # Supervision takes an entry in /proc for a process that still has memory.
     wait_until(lambda: not Path(f"/proc/{process}").exists())
 
@@ -184,11 +184,11 @@ def test_signals_that_a_scheduler_sends_to_all_processes_end_neither_server_nor_
         os.kill(client.pid, number)
         server.process.send_signal(number)
     other = start(server, DESCRIBE, tmp_path, env=os.environ | ENV_VARS, stdout=subprocess.PIPE)
-    assert json.loads(other.communicate(timeout=TIMEOUT_SECONDS)[0])["parent"] == server.process.pid
+    assert json.loads(other.communicate(timeout=HANG_SECONDS)[0])["parent"] == server.process.pid
     assert client.poll() is None
     assert running(process)
     os.kill(process, signal.SIGKILL)
-    client.wait(TIMEOUT_SECONDS)
+    client.wait(HANG_SECONDS)
 
 
 DRIVER = f"""
@@ -211,10 +211,11 @@ def test_server_and_forks_end_with_a_driver_that_is_killed(tmp_path):
     process = int(written.read_text().split()[0])
     driver.kill()
     driver.wait()
-    assert client.wait(TIMEOUT_SECONDS) == 0
+    assert client.wait(HANG_SECONDS) == 0
     wait_until(lambda: not running(process) and not running(server))
 
 
+@pytest.mark.usefixtures("own_ray")
 def test_ray_starts_finds_and_kills_an_actor_that_is_a_fork(server):
     class Actor:
         def places(self) -> tuple[int, int]:
@@ -225,7 +226,7 @@ def test_ray_starts_finds_and_kills_an_actor_that_is_a_fork(server):
 
     with ray_cluster(ClusterConfig()):
         placement = Placement(ClusterConfig(), use_gpu=False, fork_servers=[server])
-        assert placement.wait(TIMEOUT_SECONDS)
+        assert placement.wait(HANG_SECONDS)
         actor = ray.remote(Actor).options(**placement.options(Place(0, ()), ENV_VARS)).remote()
         other = ray.remote(Actor).options(**placement.options(Place(0, ()), {"OMP_NUM_THREADS": "1"})).remote()
         (process, parent), (_, others_parent) = ray.get([actor.places.remote(), other.places.remote()])
