@@ -9,6 +9,7 @@ from meds_megatron.config import ClusterConfig, Config
 from meds_megatron.errors import RayDied, UserError
 from meds_megatron.launch.fork_server import ForkServer
 from meds_megatron.launch.placement import Placement
+from meds_megatron.launch.processes import descendants, kill_tree
 from meds_megatron.launch.ray_directory import ray_directory
 from meds_megatron.launch.ray_output import redirect_ray_output
 from meds_megatron.launch.slurm import EXIT_REQUEUE
@@ -53,6 +54,7 @@ class RayCluster:
         # start.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         for left in reversed(range(START_TRIES)):
+            before = descendants()
             try:
                 ray.init(
                     # Without it, RAY_ADDRESS or a running Ray of this machine would be taken.
@@ -65,7 +67,9 @@ class RayCluster:
                 )
                 return
             except Exception as error:  # Ray has no class for it.
-                ray.shutdown()
+                # It does not end what it has started.
+                for process in descendants() - before:
+                    kill_tree(process)
                 if not left:
                     raise RayDied(f"Ray did not start on this machine: {error}", EXIT_REQUEUE) from error
                 logger.warning("Ray did not start on this machine and is started again: %s", error)

@@ -24,9 +24,6 @@ from tests.limits import HANG_SECONDS
 pytestmark = pytest.mark.usefixtures("own_ray")
 
 
-"""Far longer than a death takes to be noticed on a machine with other work."""
-
-
 class StepByStep:
     """Attempts in whose first one a process of Ray is killed; each finishes after three steps more."""
 
