@@ -423,15 +423,16 @@ class FaultsConfig:
     """What a run does when something breaks."""
 
     max_restarts: int = setting(3, ge=0)
-    """Consecutive restarts from the last checkpoint after a trainer rank or a memory shard died or the run hung. A step
+    """Consecutive restarts from the last checkpoint after a trainer rank, a memory shard or Ray died or the run hung. A step
     beyond all that were finished before sets the count back to 0. Engines are restarted alone
     (`rollout.max_failures`), and graders always."""
     max_bad_updates: int = setting(3, gt=0)
     """Consecutive optimizer updates that are skipped because their loss or gradient is not finite, before the run
     stops."""
     hang_minutes: float | None = setting(20.0, gt=0)
-    """Time without any progress after which the phase and stack of every rank are logged and the run restarts from its
-    last checkpoint; shorter than cluster.collective_timeout_minutes. Null is never."""
+    """Time without any progress after which engines and graders that hang are replaced; if none does, the phase and
+    stack of every rank are logged and the run restarts from its last checkpoint. Shorter than
+    cluster.collective_timeout_minutes, longer than the start of an engine. Null is never."""
     cancel_seconds: int = setting(25, gt=0)
     """In a Slurm job, for the run to save and end after SIGTERM (scancel, preemption); a little less than Slurm's
     KillWait (by default 30), or the partition's GraceTime where that is longer."""
