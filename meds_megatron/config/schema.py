@@ -423,8 +423,8 @@ class FaultsConfig:
     """What a run does when something breaks."""
 
     max_restarts: int = setting(3, ge=0)
-    """Consecutive restarts from the last checkpoint after a trainer rank, a memory shard or Ray died or the run hung. A step
-    beyond all that were finished before sets the count back to 0. Engines are restarted alone
+    """Consecutive restarts from the last checkpoint after a trainer rank, a memory shard or Ray died or the run hung. A
+    step beyond all that were finished before sets the count back to 0. Engines are restarted alone
     (`rollout.max_failures`), and graders always."""
     max_bad_updates: int = setting(3, gt=0)
     """Consecutive optimizer updates that are skipped because their loss or gradient is not finite, before the run
