@@ -423,15 +423,16 @@ class FaultsConfig:
     """What a run does when something breaks."""
 
     max_restarts: int = setting(3, ge=0)
-    """Consecutive restarts from the last checkpoint after a trainer rank or a memory shard died or the run hung. A step
-    beyond all that were finished before sets the count back to 0. Engines are restarted alone
+    """Consecutive restarts from the last checkpoint after a trainer rank, a memory shard or Ray died or the run hung. A
+    step beyond all that were finished before sets the count back to 0. Engines are restarted alone
     (`rollout.max_failures`), and graders always."""
     max_bad_updates: int = setting(3, gt=0)
     """Consecutive optimizer updates that are skipped because their loss or gradient is not finite, before the run
     stops."""
     hang_minutes: float | None = setting(20.0, gt=0)
-    """Time without any progress after which the phase and stack of every rank are logged and the run restarts from its
-    last checkpoint; shorter than cluster.collective_timeout_minutes. Null is never."""
+    """Time without any progress after which engines and graders that hang are replaced; if none does, the phase and
+    stack of every rank are logged and the run restarts from its last checkpoint. Shorter than
+    cluster.collective_timeout_minutes, longer than the start of an engine. Null is never."""
     start_minutes: float = setting(30.0, gt=0)
     """In a Slurm job, for Ray to be up on all nodes after the task of the first has started; beyond it the job fails.
     Nodes that import a container may differ by minutes."""

@@ -12,7 +12,7 @@ import ray
 
 from meds_megatron.errors import RunFailed
 from meds_megatron.reward.grading import GraderPool
-from meds_megatron.rollout.engine import DECODING
+from meds_megatron.rollout.engine import MAY_WAIT
 from meds_megatron.rollout.engine_record import Engine, kill_hung
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.supervised import SUPERVISION, Activity, node_name, request_stacks
@@ -96,7 +96,8 @@ class Watchdog(AbstractContextManager):
             return False  # Whatever else hangs may wait for that rank or shard.
         hung = [engine for engine in self._pool.engines if _hangs(activities[engine.name])]
         for engine in hung:
-            what = "generates nothing" if activities[engine.name] else "does not answer"
+            activity = activities[engine.name]
+            what = f"is stuck in {activity.method} ({activity.place})" if activity else "does not answer"
             kill_hung(engine, f"{what}, and {self._no_progress}")
         # Those that began when the progress ended; others are not late.
         killed = self._graders.kill_hung(self._limit - 2 * period)
@@ -169,5 +170,5 @@ class Watchdog(AbstractContextManager):
 
 
 def _hangs(activity: Activity | None) -> bool:
-    """Whether an engine of a run without progress is its cause: what else an engine does may wait for the trainer."""
-    return activity is None or activity.method == DECODING
+    """Whether an engine of a run without progress is its cause."""
+    return activity is None or (activity.method is not None and activity.method not in MAY_WAIT)
