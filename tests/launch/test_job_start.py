@@ -230,8 +230,7 @@ def slurm_commands(tmp_path, monkeypatch) -> Callable[[str, str], None]:
 def test_the_directories_of_jobs_that_have_ended_are_removed(tmp_path, monkeypatch, slurm_commands):
     base = tmp_path / "t"
     base.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(base))
-    monkeypatch.setattr("meds_megatron.launch.node.LONGEST_DIRECTORY", 1000)
+    monkeypatch.setattr("meds_megatron.launch.node.base_directory", lambda _: base)
     kept = ("meds-16.0", "meds-weights-3", "meds-x.0", "other")
     for name in (*kept, "meds-14.0", "meds-14.1", "meds-17.0"):
         (base / name / "ray").mkdir(parents=True)
@@ -246,8 +245,7 @@ def test_without_an_answer_of_slurm_no_directory_of_another_job_is_removed(
     tmp_path, monkeypatch, slurm_commands, answer
 ):
     base = tmp_path / "t"
-    monkeypatch.setattr("tempfile.tempdir", str(base))
-    monkeypatch.setattr("meds_megatron.launch.node.LONGEST_DIRECTORY", 1000)
+    monkeypatch.setattr("meds_megatron.launch.node.base_directory", lambda _: base)
     for name in ("meds-14.0", "meds-17.0"):
         (base / name).mkdir(parents=True)
     slurm_commands("squeue", answer)
