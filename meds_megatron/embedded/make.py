@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 
 from meds_megatron.config import DataConfig, ModelConfig, ModelShape, RandomModelConfig
+from meds_megatron.data.tokenizer import TOKENIZER_FILES
 from meds_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -40,37 +40,35 @@ def ensure_model(
 
 
 def _arithmetic_model(rules: str, cache: Path, report: Callable[[str], None]) -> Path:
-    from meds_megatron.embedded import arithmetic, arithmetic_model, random_model, remainder
+    def make(directory: Path) -> None:
+        from meds_megatron.embedded.arithmetic_model import WarmUp, make_arithmetic_model
 
-    warm_up = arithmetic_model.WarmUp()
+        warm_up = WarmUp()
 
-    def progress(step: int, loss: float) -> None:
-        if step % REPORT_EVERY == 0:
-            report(f"warming up the arithmetic model: step {step} of {warm_up.steps}, loss {loss:.3f}")
+        def progress(step: int, loss: float) -> None:
+            if step % REPORT_EVERY == 0:
+                report(f"warming up the arithmetic model: step {step} of {warm_up.steps}, loss {loss:.3f}")
 
-    sources = _sources(arithmetic, arithmetic_model, random_model, remainder)
-    key = {"rules": rules, "warm_up": asdict(warm_up), "sources": sources}
-    return _cached(
-        cache,
-        f"arithmetic-{rules}",
-        key,
-        lambda directory: arithmetic_model.make_arithmetic_model(directory, rules, warm_up, progress),
-    )
+        make_arithmetic_model(directory, rules, warm_up, progress)
+
+    key = {"rules": rules, "sources": _sources("arithmetic", "arithmetic_model", "random_model", "remainder")}
+    return _cached(cache, f"arithmetic-{rules}", key, make)
 
 
 def _random_model(config: RandomModelConfig, cache: Path) -> Path:
-    from meds_megatron.embedded import random_model
+    def make(directory: Path) -> None:
+        from meds_megatron.embedded.random_model import make_random_model
+
+        make_random_model(config, directory)
 
     tokenizer = Path(config.tokenizer).expanduser()
-    files = [tokenizer / name for name in random_model.TOKENIZER_FILES if (tokenizer / name).is_file()]
+    files = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
     key = {
         "config": asdict(config),
         "files": {file.name: _digest(file.read_bytes()) for file in files},
-        "sources": _sources(random_model),
+        "sources": _sources("random_model"),
     }
-    return _cached(
-        cache, f"random-{config.architecture}", key, lambda directory: random_model.make_random_model(config, directory)
-    )
+    return _cached(cache, f"random-{config.architecture}", key, make)
 
 
 def _cached(cache: Path, name: str, key: dict, make: Callable[[Path], None]) -> Path:
@@ -102,9 +100,10 @@ def _cached(cache: Path, name: str, key: dict, make: Callable[[Path], None]) -> 
     return final
 
 
-def _sources(*modules: ModuleType) -> list[str]:
-    """The code that generates a model: a change of it invalidates the cache."""
-    return [Path(module.__file__).read_text() for module in modules]
+def _sources(*modules: str) -> list[str]:
+    """The code that generates a model: a change of it invalidates the cache. Read and not imported, which would take a
+    start seconds for transformers' models although there is nothing to generate."""
+    return [Path(__file__).with_name(f"{module}.py").read_text() for module in modules]
 
 
 def _digest(data: bytes) -> str:
