@@ -12,21 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from meds_megatron.config import RandomModelConfig
-from meds_megatron.data.tokenizer import load_tokenizer
+from meds_megatron.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from meds_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 INIT_STD = 0.02
 MAX_POSITIONS = 32768
 BOXING_BATCH = 8
