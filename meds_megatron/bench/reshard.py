@@ -78,10 +78,11 @@ class Ranks:
 
     def measure(self, rounds: int) -> dict:
         try:
-            bytes_of, seconds, peaks = {}, {kind: [] for kind in KINDS}, {}
+            bytes_of, peaks = {}, {}
+            seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
             for kind in KINDS:
                 self._all(kind)
-                with PeakMemory([process.pid for process in self._processes]) as memory:
+                with PeakMemory([process.pid for process in self._processes if process.pid]) as memory:
                     self._all(kind)
                 peaks[kind] = memory.extra
             for _ in range(rounds):
@@ -241,7 +242,7 @@ class _Signals:
         self._round += 1
 
     def send(self, name: str, message: dict) -> None:
-        self._store.set(f"round{self._round}-{name}", pickle.dumps(message))
+        self._store.set(f"round{self._round}-{name}", pickle.dumps(message))  # type: ignore[arg-type]
 
     def wait(self, name: str) -> dict:
         return pickle.loads(self._store.get(f"round{self._round}-{name}"))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meds_megatron.config import DataConfig
 from meds_megatron.data.problems import Problem
@@ -67,5 +67,7 @@ def _text(problem: Problem, tokenizer: "PreTrainedTokenizerBase", config: DataCo
         return problem.question
     system = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
     messages = [*system, {"role": "user", "content": problem.question}]
-    thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **thinking)
+    thinking: dict[str, Any] = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **thinking)
+    assert isinstance(text, str)
+    return text

@@ -1,6 +1,7 @@
 """The directory of the model to train: the user's own, or a generated one that is kept in a cache."""
 
 import hashlib
+import inspect
 import json
 import logging
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from meds_megatron.config import DataConfig, ModelConfig, ModelShape, RandomModelConfig
+from meds_megatron.embedded.arithmetic import Variant
 from meds_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ def ensure_model(
     return Path(config.path).expanduser().absolute()
 
 
-def _arithmetic_model(rules: str, cache: Path, report: Callable[[str], None]) -> Path:
+def _arithmetic_model(rules: Variant, cache: Path, report: Callable[[str], None]) -> Path:
     from meds_megatron.embedded import arithmetic, arithmetic_model, random_model, remainder
 
     warm_up = arithmetic_model.WarmUp()
@@ -61,6 +63,7 @@ def _arithmetic_model(rules: str, cache: Path, report: Callable[[str], None]) ->
 def _random_model(config: RandomModelConfig, cache: Path) -> Path:
     from meds_megatron.embedded import random_model
 
+    assert config.tokenizer is not None  # `validate_model` has checked it.
     tokenizer = Path(config.tokenizer).expanduser()
     files = [tokenizer / name for name in random_model.TOKENIZER_FILES if (tokenizer / name).is_file()]
     key = {
@@ -104,7 +107,7 @@ def _cached(cache: Path, name: str, key: dict, make: Callable[[Path], None]) -> 
 
 def _sources(*modules: ModuleType) -> list[str]:
     """The code that generates a model: a change of it invalidates the cache."""
-    return [Path(module.__file__).read_text() for module in modules]
+    return [inspect.getsource(module) for module in modules]
 
 
 def _digest(data: bytes) -> str:

@@ -56,7 +56,7 @@ class NodeTask:
         self._driver: subprocess.Popen | None = None
         self._requested: int | None = None
         """Signal that the driver is to get."""
-        self._ray_address = ""
+        self._ray_address: str | None = None
 
     def run(self) -> None:
         """Returns when the job is over."""
@@ -134,9 +134,9 @@ class NodeTask:
         self._send(("ended", 128 - code if code < 0 else code))
 
     def _run_command(self, *command: str) -> int:
-        command = [sys.executable, "-m", "meds_megatron.cli", *command, *self._train]
-        command.append(f"cluster.address={self._ray_address}")
-        self._driver = subprocess.Popen(command, env=self._environment, preexec_fn=processes.ends_with_parent)
+        line = [sys.executable, "-m", "meds_megatron.cli", *command, *self._train]
+        line.append(f"cluster.address={self._ray_address}")
+        self._driver = subprocess.Popen(line, env=self._environment, preexec_fn=processes.ends_with_parent)
         if self._requested is not None:
             # The signal may have come before there was a process to get it.
             self._driver.send_signal(self._requested)
@@ -233,6 +233,7 @@ def job_settings(config: Config, nodes: int, overrides: Sequence[str]) -> list[s
 
 def main(arguments: Sequence[str]) -> int:
     job = SlurmJob.from_environment()
+    assert job is not None
     number = int(os.environ["SLURM_PROCID"])
     given = json.loads(sys.stdin.readline())
     config_file, *overrides = arguments

@@ -4,6 +4,7 @@ import logging
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -98,7 +99,8 @@ class Checkpointer:
             path.mkdir(parents=True)
             self._policy.begin_save(str(path))
             self._memory.begin_save(str(path / "memory"))
-            np.savez(path / "rng" / "engines.npz", **self._pool.random_states())
+            random_states: dict[str, Any] = self._pool.random_states()
+            np.savez(path / "rng" / "engines.npz", **random_states)
             copy_model_files(self._model_dir, path)
             save_config(self._config, path / "config.yaml")
             write_state(path, self._state, asdict(ParallelLayout.from_config(self._config)))

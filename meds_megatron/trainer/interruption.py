@@ -9,6 +9,7 @@ import time
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from queue import SimpleQueue
+from typing import Any
 
 from meds_megatron.errors import Stopped
 from meds_megatron.launch.slurm import EXIT_REQUEUE
@@ -35,9 +36,9 @@ class Interruption(AbstractContextManager):
     def __init__(self) -> None:
         self.requested: Future[signal.Signals] = Future()
         # `SimpleQueue.put` is reentrant, so a handler may call it wherever it interrupts the main thread.
-        self._received: SimpleQueue[signal.Signals | None] = SimpleQueue()
+        self._received: SimpleQueue[int | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._take, name="signals", daemon=True)
-        self._handlers: dict[signal.Signals, object] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interruption":
         self._thread.start()

@@ -1,6 +1,7 @@
 """Watchdog of a run: when nothing progresses any more, it logs where every process is and ends the attempt."""
 
 import logging
+import math
 import os
 import threading
 import time
@@ -35,24 +36,25 @@ class Watchdog(AbstractContextManager):
 
     def __init__(self, minutes: float | None, supervisor: Supervisor, timer: PhaseTimer, pool: EnginePool):
         """`minutes` without progress fail the supervisor's alarm with Hung; None never does."""
-        self._limit = None if minutes is None else 60 * minutes
+        self._limit = math.inf if minutes is None else 60 * minutes
         self._supervisor, self._timer, self._pool = supervisor, timer, pool
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        if self._limit is not None:
+        if self._limit < math.inf:
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
-        if self._limit is not None:
+        if self._limit < math.inf:
             self._thread.join()
 
     def _watch(self) -> None:
         period = self._limit / 10
-        seen, since, work = None, time.monotonic(), {}
+        seen, since = None, time.monotonic()
+        work: dict[str, int] = {}
         while not self._closing.wait(period):
             progress = (self._timer.entered, self._supervisor.results_taken, self._pool.finished_requests)
             if progress == seen and time.monotonic() - since > 2 * period:
@@ -71,7 +73,7 @@ class Watchdog(AbstractContextManager):
         processes = self._supervisor.processes
         calls = [p.actor.activity.options(concurrency_group=SUPERVISION).remote() for p in processes]
         answered, _ = ray.wait(calls, num_returns=len(calls), timeout=ANSWER_SECONDS)
-        found = {}
+        found: dict[str, Activity | None] = {}
         for process, call in zip(processes, calls, strict=True):
             try:
                 found[process.name] = ray.get(call) if call in answered else None
@@ -87,8 +89,8 @@ class Watchdog(AbstractContextManager):
         for process in self._supervisor.processes:
             activity = activities[process.name]
             if activity is None:
-                place = process.place
-                found = f"does not answer ({process.place_name}, {states.get(place, 'state unknown')})"
+                state = states.get(process.place, "state unknown") if process.place else "state unknown"
+                found = f"does not answer ({process.place_name}, {state})"
             else:
                 found = f"in {activity.method} ({activity.place})" if activity.method else "idle"
             names[found].append(process.name)
@@ -104,15 +106,16 @@ class Watchdog(AbstractContextManager):
 
         Signals are sent by a process of the same node that answers.
         """
-        on_host: dict[str, list[Process]] = defaultdict(list)
+        on_host: dict[str, dict[int, Process]] = defaultdict(dict)
         for process in self._supervisor.processes:
-            if place := process.place:
-                on_host[place[0]].append(process)
+            if process.place:
+                host, number = process.place
+                on_host[host][number] = process
         states: dict[tuple[str, int], str] = {}
         request_stacks([os.getpid()])
         for host, processes in on_host.items():
-            numbers = [process.place[1] for process in processes]
-            answering = [process for process in processes if activities[process.name]]
+            numbers = list(processes)
+            answering = [process for process in processes.values() if activities[process.name]]
             if host == node_name():
                 found = request_stacks(numbers)
             elif answering:

@@ -135,7 +135,7 @@ class CudaIpc:
 
     def put(self, name: str, parts: list[Tensor], dtype: torch.dtype) -> GpuMemory:
         """Raises RuntimeError when the block is too small."""
-        if self._exported is None:
+        if self._block is None or self._exported is None:
             self._block = torch.empty(self._elements, dtype=dtype, device=parts[0].device)
             _, arguments = reduce_tensor(self._block)
             self._exported = ExportedBlock(secrets.token_hex(8), _uuid(self._block.device.index), arguments)
@@ -239,7 +239,8 @@ def _wait_for_members(store: dist.TCPStore, member: int, members: int) -> None:
     store.wait([f"here{other}" for other in range(members)], TIMEOUT)
 
 
-def _process_group(store: dist.TCPStore, member: int, members: int, device: str) -> dist.ProcessGroup:
+def _process_group(store: dist.TCPStore, member: int, members: int, device: str) -> Any:
+    """A group of torch's classes for gloo or NCCL, whose types lack their methods."""
     if device == "cpu":
         return dist.ProcessGroupGloo(store, member, members, TIMEOUT)
     options = dist.ProcessGroupNCCL.Options()
