@@ -12,3 +12,7 @@ class Stopped(Exception):
     def __init__(self, sentence: str, exit_code: int):
         super().__init__(sentence)
         self.exit_code = exit_code
+
+
+class RayDied(Stopped):
+    """Processes of Ray itself have ended; one sentence says which, and what was saved before the run stopped."""

@@ -38,6 +38,8 @@ class SupervisedActor:
 
     work = 0
     """Pieces of work begun: as long as it grows, the actor is not stuck."""
+    waiting_methods: tuple[str, ...] = ("watch",)
+    """Methods whose calls wait for something to happen: no activity."""
 
     def watch(self) -> None:
         """Never returns: the call fails when the actor's process dies."""
@@ -56,7 +58,7 @@ class SupervisedActor:
                 if frame.f_locals.get("self") is self and frame.f_code.co_name != RAYS_WRAPPER:
                     methods.append(frame.f_code.co_name)  # The outermost one last.
                 frame = frame.f_back
-            if thread != threading.get_ident() and methods and methods[-1] != SupervisedActor.watch.__name__:
+            if thread != threading.get_ident() and methods and methods[-1] not in self.waiting_methods:
                 code = innermost.f_code
                 place = f"{code.co_name}, {Path(code.co_filename).name}:{innermost.f_lineno}"
                 return Activity(methods[-1], place, self.work)
@@ -94,10 +96,15 @@ def request_stacks(processes: list[int]) -> dict[int, str]:
     for process in processes:
         with suppress(ProcessLookupError, FileNotFoundError):
             os.kill(process, STACKS_SIGNAL)
-            status = Path(f"/proc/{process}/status").read_text()
-            if state := re.search(r"State:\s+\S+ \(([^)]*)\)", status):
-                states[process] = state[1]
+            states[process] = process_state(process)
     return states
+
+
+def process_state(process: int) -> str:
+    """The kernel's word for the state of a process of this machine. Raises FileNotFoundError when it has ended."""
+    status = Path(f"/proc/{process}/status").read_text()
+    state = re.search(r"State:\s+\S+ \(([^)]*)\)", status)
+    return state[1] if state else "state unknown"
 
 
 def failed_process(error: BaseException | None) -> str:

@@ -7,12 +7,7 @@ import ray
 
 from meds_megatron.supervised import failed_process, failure_reason
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("shared_ray")
 
 
 @ray.remote(num_cpus=0)

@@ -25,13 +25,20 @@ def ends_with_parent() -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def descendants() -> set[int]:
-    """Ids of all processes that descend from this one."""
+def dies_with_parent(parent: int) -> None:
+    """Has this process killed when the thread of process `parent` that started it ends, also if it has ended by now."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def descendants(ancestor: int | None = None) -> set[int]:
+    """Ids of all processes that descend from `ancestor`, by default from this one."""
     children = defaultdict(list)
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (parent := _parent(entry)) is not None:
             children[parent].append(int(entry.name))
-    found, queue = set(), [os.getpid()]
+    found, queue = set(), [os.getpid() if ancestor is None else ancestor]
     while queue:
         queue += (below := children[queue.pop()])
         found.update(below)
@@ -44,6 +51,13 @@ def _parent(process: Path) -> int | None:
         return int((process / "stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return None
+
+
+def kill_tree(process: int) -> None:
+    """Kills a process and its descendants, also those that are stopped."""
+    for found in {process, *descendants(process)}:
+        with suppress(ProcessLookupError):
+            os.kill(found, signal.SIGKILL)
 
 
 def kill_descendants(seconds: float) -> None:

@@ -13,12 +13,14 @@ of a fork server outlive a killed driver.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from typing import Literal
@@ -27,6 +29,7 @@ from meds_megatron.config.schema import RewardConfig
 from meds_megatron.reward import worker
 from meds_megatron.reward.notation import normalised
 from meds_megatron.reward.rules import RULES, Rules
+from meds_megatron.supervised import process_state
 
 MAX_ANSWER_CHARACTERS = 2000
 """A longer answer or ground truth is not the answer to a problem; parsing it would only use up the time limit."""
@@ -87,6 +90,8 @@ class GraderPool(AbstractContextManager):
         self.rules = RULES[grader]
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="grader")
         self._processes: dict[int, GraderProcess] = {}
+        self.verdicts = 0
+        """Answers judged by the processes, failures too: grows as long as they make progress."""
         self._closed = False
         self._lock = threading.Lock()
         self._futures: dict[tuple[str, str], Future[Grade]] = {}
@@ -129,6 +134,19 @@ class GraderPool(AbstractContextManager):
             self.close()
             raise
 
+    def kill_hung(self, seconds: float) -> list[str]:
+        """Kills the processes that have been at one answer for `seconds`, whose grading then has failed; returns what
+        they were."""
+        now, found = time.monotonic(), []
+        for process in list(self._processes.values()):
+            since = process.since
+            if since is None or now - since < seconds:
+                continue
+            with suppress(FileNotFoundError):
+                found.append(f"process {process.pid} on {socket.gethostname()}, {process_state(process.pid)}")
+                process.kill()
+        return found
+
     def close(self) -> None:
         """Kills the processes and cancels the unfinished futures. The pool cannot be used again."""
         self._closed = True
@@ -146,6 +164,7 @@ class GraderPool(AbstractContextManager):
             process = self._start()
         pair = self.rules.spell(answer), self.rules.spell(truth)
         grade = process.grade(*pair, self.timeout_seconds)
+        self.verdicts += 1
         if self._closed:
             raise CancelledError("The grader pool was closed")
         if grade.outcome == "timeout" and self.rules.slow_is_wrong:
@@ -178,6 +197,8 @@ class GraderProcess(subprocess.Popen):
 
     def __init__(self, memory_gib: float, grader: str = RewardConfig.grader) -> None:
         self._memory_gib = memory_gib
+        self.since: float | None = None
+        """When it got the answer that it is judging (time.monotonic); None between two."""
         self._pipe, theirs = Pipe()
         with theirs:
             descriptor = theirs.fileno()
@@ -193,6 +214,7 @@ class GraderProcess(subprocess.Popen):
     def grade(self, answer: str, truth: str, timeout_seconds: float) -> Grade:
         """Verdict on one answer; unless math-verify returned or raised, the process has ended afterwards."""
         in_time = True
+        self.since = time.monotonic()
         try:
             job = json.dumps([answer, truth, timeout_seconds], ensure_ascii=False)
             self._pipe.send_bytes(job.encode("utf-8", "replace"))
@@ -201,6 +223,8 @@ class GraderProcess(subprocess.Popen):
                 return Grade(*json.loads(self._pipe.recv_bytes()))
         except (EOFError, OSError):
             pass  # The process has ended, and its exit code has the reason.
+        finally:
+            self.since = None
         code = self.end()
         if not in_time or code == -signal.SIGPROF:
             return Grade(False, "timeout", f"no verdict on {answer!r} in {timeout_seconds} seconds")

@@ -6,7 +6,6 @@ variables of `rollout.settings.engine_env_vars`.
 
 import itertools
 import logging
-import os
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +19,13 @@ import numpy as np
 from meds_megatron.config import Config
 from meds_megatron.data.tokenizer import load_tokenizer
 from meds_megatron.launch.device import require_gpu
+from meds_megatron.lean_imports import lean_vllm
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.rollout.answer_position import AnswerLocator
 from meds_megatron.rollout.llm import check_cpu_can_run, make_llm, stop_token_ids
 from meds_megatron.rollout.samples import Completion
 from meds_megatron.rollout.settings import Sampling
-from meds_megatron.supervised import ignore_stop_signals, node_name
+from meds_megatron.supervised import SupervisedActor, ignore_stop_signals
 from meds_megatron.weights.resharding.shared_directory import (
     PREFIX,
     SHARED_MEMORY,
@@ -71,7 +71,22 @@ def engine_log(index: int) -> str:
     return f"engine{index:03d}"
 
 
-class RolloutEngine:
+DECODING = "_decode_step"
+"""Name of the method that is under way while an engine generates."""
+
+
+def import_without_gpu() -> None:
+    """Imports what an engine without a GPU needs; a fork server does it ahead of the engines."""
+    with lean_vllm():
+        import vllm.v1.executor.uniproc_executor
+        import vllm.v1.worker.cpu_worker  # noqa: F401
+        from transformers import AutoTokenizer  # noqa: F401
+        from vllm import LLM  # noqa: F401
+
+        import meds_megatron.weights.resharding.vllm_backend  # noqa: F401
+
+
+class RolloutEngine(SupervisedActor):
     """Generates completions with the weights of its last weight update, or those on disk.
 
     All calls of vLLM are made on one thread, decode steps included. A decode step queues the next one behind the calls
@@ -82,8 +97,11 @@ class RolloutEngine:
     computed anew when they go on.
 
     The actor is neither asynchronous nor has it several threads for its calls, since Ray would then not keep their
-    order, which weights on the network need. `take_finished`, which waits, has a concurrency group of its own.
+    order, which weights on the network need. `take_finished`, which waits, has a concurrency group of its own, and so
+    has what is asked of any supervised actor.
     """
+
+    waiting_methods = ("watch", "take_finished")
 
     def __init__(
         self,
@@ -112,15 +130,14 @@ class RolloutEngine:
         """Numbers of the unfinished requests by vLLM's name for them."""
         self._finished: SimpleQueue[_Finished | Exception] = SimpleQueue()
 
-    def start(self, restarts: int = 0) -> tuple[str, int]:
-        """Loads the model; returns the node and process id of the engine. `restarts` is how often the engine was
-        started before. Raises UserError when this machine cannot run it, and what vLLM raises otherwise."""
+    def start(self, restarts: int = 0) -> None:
+        """Loads the model. `restarts` is how often the engine was started before. Raises UserError when this machine
+        cannot run it, and what vLLM raises otherwise."""
         configure_process_logging(self._config.run_dir, engine_log(self._index))
         for left_over in remove_unclaimed():
             logger.info("removed %s, which a killed process left", left_over)
         self.on_vllm_thread(self._start, restarts)
         logger.info("engine %d has loaded %s", self._index, self._model_dir)
-        return node_name(), os.getpid()
 
     def on_vllm_thread(self, function: Callable, *arguments: Any, **keywords: Any) -> Any:
         """Calls a function between two decode steps and returns its result."""
@@ -230,6 +247,7 @@ class RolloutEngine:
         if self._use_gpu:
             require_gpu()
         else:
+            import_without_gpu()
             check_cpu_can_run(self._model_dir)
         self._tokenizer = load_tokenizer(self._model_dir)
         self._answers = AnswerLocator(self._tokenizer)
@@ -290,6 +308,7 @@ class RolloutEngine:
     def _decode_step(self) -> None:
         if self._interrupted:
             return
+        self.work += 1
         try:
             for output in self.llm.llm_engine.step():
                 self._finished.put(_Finished(self._numbers.pop(output.request_id), output.outputs))
@@ -350,6 +369,7 @@ class RolloutEngine:
         return self.on_vllm_thread(self.llm.collective_rpc, method, kwargs=arguments)
 
     def _update(self, method: str, **arguments) -> None:
+        self.work += 1
         try:
             self._on_ranks(method, **arguments)
         except Exception:

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
 
@@ -18,10 +17,17 @@ from meds_megatron.errors import UserError
 from meds_megatron.launch.placement import Placement, engine_places
 from meds_megatron.logs import last_words
 from meds_megatron.rollout.engine import Request, RolloutEngine, engine_log
+from meds_megatron.rollout.engine_record import Engine
 from meds_megatron.rollout.health import EngineHealth, EngineState
 from meds_megatron.rollout.samples import Completion
 from meds_megatron.rollout.settings import Sampling, engine_env_vars
-from meds_megatron.supervised import failed_process, failure_reason, may_run
+from meds_megatron.supervised import (
+    CONCURRENCY_GROUPS,
+    SUPERVISION,
+    failed_process,
+    failure_reason,
+    may_run,
+)
 
 CLOSE_SECONDS = 10
 IN_FLIGHT = 3.0
@@ -32,31 +38,6 @@ WAITING = "finished"
 """Concurrency group of the calls that wait for finished requests."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Engine:
-    """The pool's record of an engine."""
-
-    number: int
-    node: int
-    options: dict[str, Any]
-    """Of its Ray actor."""
-    health: EngineHealth
-    actor: ray.actor.ActorHandle = field(init=False)
-    """Another after every restart."""
-    place: tuple[str, int] | None = None
-    """Node and process id of the last actor that has loaded the model."""
-    starting: Future | None = None
-    finished: Future | None = None
-    """The call that waits for finished requests."""
-    running: dict[int, Request] = field(default_factory=dict)
-    """By request number."""
-
-    @property
-    def load(self) -> int:
-        """Responses in flight."""
-        return sum(request.sampling.responses for request in self.running.values())
 
 
 class EnginePool:
@@ -90,7 +71,7 @@ class EnginePool:
         self.finished_requests = 0
         self._run_dir, self._alarm = config.run_dir, alarm or Future()
         self._disk_version, self._evaluation = disk_version, evaluation
-        self._actor_class = ray.remote(concurrency_groups={WAITING: 1})(RolloutEngine)
+        self._actor_class = ray.remote(concurrency_groups={WAITING: 1} | CONCURRENCY_GROUPS)(RolloutEngine)
         self._arguments = (config, model_dir, use_gpu)
         # An update that waits for what an engine has should not wait for more than it generates at once.
         finishes = config.train.max_staleness > 0 and config.rollout.on_update == "finish"
@@ -114,7 +95,7 @@ class EnginePool:
             for number, place in enumerate(engine_places(config.cluster, config.rollout))
         ]
         for engine in self.engines:
-            self._make(engine)
+            engine.actor = self._make_actor(engine)
             self._start(engine)
 
     def start(self) -> None:
@@ -278,10 +259,7 @@ class EnginePool:
 
     def close(self) -> None:
         """Ends the engines and returns when they are gone; one that has not ended after CLOSE_SECONDS is killed."""
-        calls = [engine.actor.close.remote() for engine in self.engines]
-        ray.wait(calls, num_returns=len(calls), timeout=CLOSE_SECONDS)
-        for engine in self.engines:
-            ray.kill(engine.actor)
+        self._end_actors(self.engines)
         deadline = time.monotonic() + CLOSE_SECONDS
         while any(engine.place and may_run(engine.place) for engine in self.engines) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -332,9 +310,8 @@ class EnginePool:
             if engine.starting and engine.starting.done():
                 event, engine.starting = engine.starting, None
                 actor = engine.actor
-                place = self._result(engine, event)
+                self._result(engine, event)
                 if engine.actor is actor:
-                    engine.place = place
                     engine.health.started()
                     if self._disk_version is not None:
                         engine.health.updated()
@@ -343,11 +320,6 @@ class EnginePool:
         while events := [engine.starting for engine in self.engines if engine.starting]:
             self._wait_for_any(*events)
             self._take_started()
-
-    def _wait_for_any(self, *events: Future) -> None:
-        concurrent.futures.wait([*events, self._alarm], return_when=concurrent.futures.FIRST_COMPLETED)
-        if self._alarm.done():
-            self._alarm.result()
 
     def _get(self, reference: ray.ObjectRef) -> Any:
         self._wait_for_any(event := reference.future())
@@ -363,12 +335,13 @@ class EnginePool:
             self._restart(engine, error)
 
     def _restart(self, engine: Engine, error: Exception) -> None:
-        reason = f"{failure_reason(error)} ({failed_process(error)})"
+        reason = engine.hung or f"{failure_reason(error)} ({failed_process(error)})"
+        engine.hung = None
         if isinstance(error, ray.exceptions.RayActorError) and (
             words := last_words(self._run_dir, engine_log(engine.number))
         ):
             reason += f"; the end of its log: {words}"
-        self._end(engine)
+        self._end_actors([engine])
         engine.health.failed(reason)
         logger.warning("engine %d on node %d failed and is restarted: %s", engine.number, engine.node, reason)
         logger.info("all that engine %d raised:\n%s", engine.number, error)
@@ -376,19 +349,33 @@ class EnginePool:
         self.regenerated_prompts += len(engine.running)
         self._queue.extendleft(reversed(engine.running.values()))
         engine.running, engine.starting, engine.finished = {}, None, None
-        self._make(engine)
+        engine.actor = self._make_actor(engine)
         # While the others sleep there is no memory for it: `wake` starts it.
         if not self.asleep:
             self._start(engine)
 
-    def _make(self, engine: Engine) -> None:
-        actor_class = self._actor_class.options(**engine.options)
-        engine.actor = actor_class.remote(*self._arguments, engine.number, self._disk_version, self._evaluation)
-
-    def _end(self, engine: Engine) -> None:
-        # An actor that still runs frees what it shares with its ranks.
-        ray.wait([engine.actor.close.remote()], timeout=CLOSE_SECONDS)
-        ray.kill(engine.actor)
-
     def _start(self, engine: Engine) -> None:
         engine.starting = engine.actor.start.remote(engine.health.restarts).future()
+
+    # All that depends on where engines run: pools whose engines are no Ray actors override these three.
+
+    def _make_actor(self, engine: Engine) -> ray.actor.ActorHandle:
+        """A new actor for the engine; called by the constructor, too."""
+        actor_class = self._actor_class.options(**engine.options)
+        actor = actor_class.remote(*self._arguments, engine.number, self._disk_version, self._evaluation)
+        engine.identity = actor.process.options(concurrency_group=SUPERVISION).remote().future()
+        return actor
+
+    def _end_actors(self, engines: Sequence[Engine]) -> None:
+        """Ends the engines' actors, which may be dead."""
+        # An actor that still runs frees what it shares with its ranks.
+        calls = [engine.actor.close.remote() for engine in engines]
+        ray.wait(calls, num_returns=len(calls), timeout=CLOSE_SECONDS)
+        for engine in engines:
+            ray.kill(engine.actor)
+
+    def _wait_for_any(self, *events: Future) -> None:
+        """Returns when one of `events` is done. Raises what the alarm fails with."""
+        concurrent.futures.wait([*events, self._alarm], return_when=concurrent.futures.FIRST_COMPLETED)
+        if self._alarm.done():
+            self._alarm.result()

@@ -1,4 +1,5 @@
-"""Signals that stop a run: they complete a future, which the training loop checks where it can stop."""
+"""What stops a run between two steps, a signal or the death of Ray: it completes a future, which the training loop
+checks where it can stop."""
 
 import logging
 import os
@@ -11,7 +12,7 @@ from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from typing import Any
 
-from meds_megatron.errors import Stopped
+from meds_megatron.errors import RayDied, Stopped
 from meds_megatron.launch.slurm import EXIT_REQUEUE
 
 logger = logging.getLogger(__name__)
@@ -30,11 +31,14 @@ SHOW_CURSOR = "\x1b[?25h"
 class Interruption(AbstractContextManager):
     """Handles the signals in EXIT_CODES as long as the context lasts, in the main thread.
 
-    The first one completes `requested`, a second one ends the process at once.
+    The first signal completes `requested`, a second one ends the process at once.
     """
 
     def __init__(self) -> None:
-        self.requested: Future[signal.Signals] = Future()
+        self.requested: Future[signal.Signals | str] = Future()
+        """The signal, or a sentence about the death of Ray."""
+        self._signal: signal.Signals | None = None
+        self._lock = threading.Lock()
         # `SimpleQueue.put` is reentrant, so a handler may call it wherever it interrupts the main thread.
         self._received: SimpleQueue[int | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._take, name="signals", daemon=True)
@@ -53,20 +57,52 @@ class Interruption(AbstractContextManager):
         self._thread.join()
 
     @property
+    def is_ray_dead(self) -> bool:
+        return self.requested.done() and isinstance(self.requested.result(), str)
+
+    @property
+    def reason(self) -> str:
+        """Beginning of a sentence about the requested stop."""
+        cause = self.requested.result()
+        return cause if isinstance(cause, str) else f"{cause.name} stopped the run"
+
+    @property
     def exit_code(self) -> int:
         """Exit code of the requested stop."""
-        return EXIT_CODES[self.requested.result()]
+        cause = self.requested.result()
+        return EXIT_REQUEUE if isinstance(cause, str) else EXIT_CODES[cause]
+
+    def stopped(self, sentence: str) -> Stopped:
+        """What ends the run after the requested stop."""
+        return (RayDied if self.is_ray_dead else Stopped)(sentence, self.exit_code)
 
     def check(self) -> None:
         """Raises Stopped if a stop has been requested."""
         if self.requested.done():
-            raise Stopped(f"{self.requested.result().name} stopped the run", self.exit_code)
+            raise self.stopped(self.reason)
+
+    def ray_died(self, sentence: str) -> None:
+        """Requests a stop because processes of Ray have ended."""
+        logger.warning("%s: the run stops before its next update and saves its last finished step", sentence)
+        self._request(sentence)
+
+    def forget_ray(self) -> None:
+        """Takes the request of `ray_died` back: Ray has been started again. A signal's stays."""
+        with self._lock:
+            self.requested = Future()
+        if self._signal is not None:
+            self._request(self._signal)
+
+    def _request(self, cause: signal.Signals | str) -> None:
+        with self._lock:
+            if not self.requested.done():
+                self.requested.set_result(cause)
 
     def _take(self) -> None:
         first = 0.0
         while (received := self._received.get()) is not None:
             received = signal.Signals(received)
-            if self.requested.done():
+            if self._signal is not None:
                 if time.monotonic() - first < SAME_SECONDS:
                     continue
                 cursor = SHOW_CURSOR if sys.stderr.isatty() else ""
@@ -78,4 +114,5 @@ class Interruption(AbstractContextManager):
                 received.name,
             )
             first = time.monotonic()
-            self.requested.set_result(received)
+            self._signal = received
+            self._request(received)

@@ -1,19 +1,21 @@
 """`meds train`: from a config to a trained model, in as many attempts as it takes."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.config.validate import validate, validate_model
 from meds_megatron.embedded.make import ensure_model
-from meds_megatron.errors import RunFailed, Stopped, UserError
-from meds_megatron.launch.cluster import NoNodes, ray_cluster
+from meds_megatron.errors import RayDied, RunFailed, Stopped, UserError
+from meds_megatron.launch.cluster import NoNodes, RayCluster, ray_cluster
 from meds_megatron.launch.device import resolve_device
+from meds_megatron.launch.fork_server import ForkServer
+from meds_megatron.launch.ray_probe import RayProbe
 from meds_megatron.plan.choices import with_choices
 from meds_megatron.plan.fit import check_fit
 from meds_megatron.plan.hardware import CPU, H100
-from meds_megatron.report.page import write_report
 from meds_megatron.trainer.attempt import attempt
 from meds_megatron.trainer.interruption import EXIT_REQUEUE, Interruption
 from meds_megatron.trainer.model_check import check_model_files
@@ -24,8 +26,9 @@ from meds_megatron.trainer.supervision import HardwareFailed, ProcessDied
 from meds_megatron.trainer.watchdog import Hung
 
 
-def train(config: Config) -> None:
-    """Runs `config` to its end. Raises UserError, before anything is started, for what can be found out by then."""
+def train(config: Config, servers: Sequence[ForkServer] = ()) -> None:
+    """Runs `config` to its end, with workers from `servers`. Raises UserError, before Ray is started, for what can be
+    found out by then."""
     config.cluster.device = resolve_device(config.cluster)
     validate(config)
     check_machine(config)
@@ -45,14 +48,18 @@ def train(config: Config) -> None:
             return
         # Processes on other nodes have other working directories.
         config.run_dir = str(run.path)
-        with ray_cluster(config.cluster), Interruption() as interruption:
-            repeat_attempts(config, model_dir, prompts, run, interruption)
+        with ray_cluster(config.cluster) as cluster, Interruption() as interruption:
+            repeat_attempts(config, model_dir, prompts, run, interruption, cluster, servers)
         report(run)
 
 
 def report(run: RunDirectory) -> None:
     """Writes the report of a finished run. The run is whole without it, so what goes wrong here is only said."""
+    # With numba for the clustering: the training does not need it.
+    from meds_megatron.report.page import write_report
+
     try:
+        run.check_lock()
         write_report([run.path], run.report)
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -62,46 +69,62 @@ def report(run: RunDirectory) -> None:
 
 
 def repeat_attempts(
-    config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory, interruption: Interruption
+    config: Config,
+    model_dir: Path,
+    prompts: Prompts,
+    run: RunDirectory,
+    interruption: Interruption,
+    cluster: RayCluster,
+    servers: Sequence[ForkServer] = (),
 ) -> None:
     """Attempts the run until it is finished.
 
     Raises RunFailed when `Recovery` gives it up, and Stopped, with the exit code on which schedulers start it again,
-    when a node has been lost or a signal came during a failure.
+    when a node or a Ray that is not the run's own has been lost or a signal came during a failure.
     """
-    recovery = Recovery(config.faults.max_restarts, run.last_logged_step())
+    recovery = Recovery(config.faults.max_restarts, run.last_logged_step(), cluster.is_own)
+    failure: Failure | None = None
     while True:
         try:
-            attempt(config, model_dir, prompts, run, interruption)
+            if failure is Failure.RAY_DIED:
+                cluster.restart()
+            with RayProbe(interruption.ray_died) as probe:
+                attempt(config, model_dir, prompts, run, interruption, servers)
             return
-        except (RunFailed, NoNodes) as error:
+        except (RunFailed, NoNodes, RayDied) as error:
             recovery.finished(run.last_logged_step())
+            failure, sentence = failure_of(error), str(error)
+            if failure is not Failure.RAY_DIED and (death := probe.death()):
+                # The run's processes end soon after those of Ray.
+                failure, sentence = Failure.RAY_DIED, f"{death}, and {error}"
+            if failure is Failure.RAY_DIED:
+                interruption.forget_ray()
             if interruption.requested.done():
                 recovery.stop_requested()
-            decision = recovery.failed(failure_of(error))
+            decision = recovery.failed(failure)
             if decision is Decision.REQUEUE:
-                raise Stopped(f"{error}: ended to be started again", EXIT_REQUEUE) from error
+                raise Stopped(f"{sentence}: ended to be started again", EXIT_REQUEUE) from error
             if decision is Decision.STOP:
-                if isinstance(error, NoNodes):
+                if failure is Failure.NO_NODES:
                     raise
                 raise RunFailed(
-                    f"{error}; given up after {recovery.in_a_row} restarts without a new step (faults.max_restarts)"
+                    f"{sentence}; given up after {recovery.in_a_row} restarts without a new step (faults.max_restarts)"
                 ) from error
-            print(f"meds: {error}", file=sys.stderr)
-            print(
-                f"meds: restart {recovery.in_a_row} of at most {recovery.max_restarts} without a new step; step "
-                f"{recovery.furthest} was finished last",
-                file=sys.stderr,
+            _print_progress(sentence)
+            _print_progress(
+                f"restart {recovery.in_a_row} of at most {recovery.max_restarts} without a new step; step "
+                f"{recovery.furthest} was finished last"
             )
 
 
-def failure_of(error: RunFailed | NoNodes) -> Failure:
+def failure_of(error: RunFailed | NoNodes | RayDied) -> Failure:
     """Kind of failure that ended an attempt."""
     kinds = {
         NoNodes: Failure.NO_NODES,
         ProcessDied: Failure.DIED,
         HardwareFailed: Failure.DIED,
         Hung: Failure.HUNG,
+        RayDied: Failure.RAY_DIED,
     }
     return kinds[type(error)]
 

@@ -13,11 +13,13 @@ class Failure(Enum):
     """Nothing progressed."""
     NO_NODES = "no nodes"
     """The cluster does not have the nodes of the run."""
+    RAY_DIED = "Ray died"
+    """Processes of Ray itself, without which the driver cannot go on."""
 
 
 class Decision(Enum):
     RESTART = "restart"
-    """From the last checkpoint, on the same cluster."""
+    """From the last checkpoint, on the same cluster; on a new Ray where that of the run's own died."""
     REQUEUE = "requeue"
     """End the process with the exit code on which schedulers start it again."""
     STOP = "stop"
@@ -33,6 +35,8 @@ class Recovery:
     max_restarts: int
     furthest: int
     """Highest finished step; at first that of earlier processes."""
+    owns_ray: bool = False
+    """Whether Ray is the run's own and can be started again."""
     in_a_row: int = 0
     """Restarts since the last progress."""
     progressed: bool = False
@@ -50,7 +54,7 @@ class Recovery:
 
     def failed(self, failure: Failure) -> Decision:
         """An attempt failed."""
-        if self.stopping:
+        if self.stopping or (failure is Failure.RAY_DIED and not self.owns_ray):
             return Decision.REQUEUE
         if failure is Failure.NO_NODES:
             # After progress a node has been lost. Without any, the config asks for more than there is, or it does not

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import ray
 
-from meds_megatron.errors import RunFailed, Stopped, UserError
+from meds_megatron.errors import RunFailed, UserError
 from meds_megatron.logs import last_words
 from meds_megatron.supervised import SUPERVISION, failed_process, failure_reason, may_run
 from meds_megatron.trainer.interruption import Interruption
@@ -188,8 +188,8 @@ class Supervisor(AbstractContextManager):
             with self._lock:
                 stop = self._interruption.requested
                 if stop.done() and not self._started and not self.alarm.done():
-                    sentence = "stopped before the training went on: there was nothing new to save"
-                    self.alarm.set_exception(Stopped(sentence, self._interruption.exit_code))
+                    sentence = f"{self._interruption.reason} before the training went on: there was nothing new to save"
+                    self.alarm.set_exception(self._interruption.stopped(sentence))
 
     def _settled_deaths(self) -> list[Process]:
         """The dead processes, first death first, once the first is SETTLE_SECONDS ago."""

@@ -5,6 +5,7 @@ import pytest
 
 from tests.devices import tolerance
 from tests.model import qwen_cases as cases
+from tests.pairwise import in_turn
 
 LAYOUTS = {
     "packs": ({}, cases.PACKS),
@@ -28,8 +29,7 @@ LAYOUTS = {
 AGGREGATIONS = ["token_mean", "sequence_mean", "sequence_sum"]
 
 
-@pytest.mark.parametrize("model", ["qwen2 untied", "qwen3 tied"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "model"), in_turn(LAYOUTS, ["qwen2 untied", "qwen3 tied"]))
 def test_same_loss_and_gradient_norm_as_on_one_rank(ranks, tmp_path_factory, model, layout):
     directory = cases.cached_model(tmp_path_factory, model)
     expected = update(ranks, directory, {}, cases.ONE_BY_ONE)
@@ -42,11 +42,14 @@ def test_same_loss_and_gradient_norm_as_on_one_rank(ranks, tmp_path_factory, mod
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "loss"),
-    [*((name, "ppo") for name in AGGREGATIONS), ("sequence_mean", "gspo"), ("token_mean", "cispo")],
+    ("objective", "layout"),
+    in_turn(
+        [*((name, "ppo") for name in AGGREGATIONS), ("sequence_mean", "gspo"), ("token_mean", "cispo")],
+        ["DP2xPP2", "CP2"],
+    ),
 )
-@pytest.mark.parametrize("layout", [dict(data=2, pipeline=2), dict(context=2)], ids=str)
-def test_every_aggregation_and_loss_is_global(ranks, tmp_path_factory, aggregation, loss, layout):
+def test_every_aggregation_and_loss_is_global(ranks, tmp_path_factory, objective, layout):
+    (aggregation, loss), (layout, _) = objective, LAYOUTS[layout]
     directory = cases.cached_model(tmp_path_factory, "qwen3 tied")
     expected = update(ranks, directory, {}, cases.ONE_BY_ONE, aggregation, loss)
     found = update(ranks, directory, layout, cases.PACKS, aggregation, loss)

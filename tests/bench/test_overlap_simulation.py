@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from meds_megatron.bench.overlap_simulation import METHODS, run
@@ -21,6 +21,7 @@ from meds_megatron.config import Config
 from meds_megatron.errors import UserError
 from meds_megatron.rollout.engine import Request
 from meds_megatron.rollout.settings import Sampling
+from tests.examples import examples
 
 PROMPT = 10
 LENGTH = 1000
@@ -187,7 +188,7 @@ ARRIVALS = [0.0, 0.00317, 0.41237, 0.41339, 1.70711]
 """Seconds at which no decode step ends: which of the two comes first would depend on rounding."""
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     kv_tokens=st.sampled_from([60, 200, 10**6]),
     max_num_seqs=st.integers(1, 8),

@@ -35,6 +35,7 @@ def first_updates(_rank: int, directory: str):
     return cases.whole_step(cases.make_policy(directory, {}), {}, cases.PACKS)
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_report_compares_every_form(monkeypatch):
     small = replace(QWEN["Qwen2.5-1.5B"], hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=96)
     monkeypatch.setitem(QWEN, "small", replace(small, vocab_size=2048))

@@ -103,6 +103,7 @@ def test_a_config_is_validated_against_a_shape(tmp_path):
         validate_model(config, shape)
 
 
+@pytest.mark.usefixtures("processes")
 def test_reading_a_shape_needs_no_torch():
     code = "import sys, meds_megatron.config.model_shape; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

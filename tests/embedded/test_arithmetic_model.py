@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meds_megatron.config import DataConfig, ModelConfig, RandomModelConfig
 from meds_megatron.embedded import arithmetic, arithmetic_model
@@ -23,10 +22,14 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(made):
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(made)
 
 
 def test_is_a_small_qwen3_that_divides(made, tokenizer):
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(made)
     config = json.loads((made / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForCausalLM"]
@@ -84,6 +87,8 @@ def test_warm_up_is_repeatable_and_lowers_the_loss(tokenizer):
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 def test_random_model_takes_tokenizer_and_shape_and_is_made_once(made, tmp_path, architecture):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     shape = RandomModelConfig(
         architecture=architecture, hidden_size=32, head_dim=8, ffn_size=48, num_layers=2, tokenizer=str(made)
     )

@@ -42,7 +42,7 @@ def seen(placement: Placement, places: list[Place], variable: str = "CUDA_VISIBL
 
 
 @pytest.fixture(scope="module")
-def pretend_gpus():
+def pretend_gpus(own_ray):
     """Two Ray nodes whose GPUs exist only in Ray's resource count: 4 to 7 of the one, 0 to 3 of the other. A process's
     variables decide which GPUs it sees, in which order."""
     from ray.cluster_utils import Cluster

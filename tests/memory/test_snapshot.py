@@ -255,6 +255,7 @@ for seed in range(10**6):
 """
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_save_that_is_killed_is_never_taken_for_whole(tmp_path):
     rng = np.random.default_rng(0)
     for _ in range(5):

@@ -20,6 +20,7 @@ from meds_megatron.plan.memory import PHASES
 from meds_megatron.plan.model import planned_shape
 from meds_megatron.plan.plan import make_plan
 from meds_megatron.plan.render import show_plan
+from tests.limits import HANG_SECONDS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BASELINES = sorted((CONFIGS / "baselines").glob("*.yaml"))
@@ -274,6 +275,7 @@ def test_a_run_without_steps_cannot_calibrate(tmp_path):
         make_plan(config, calibrate=tmp_path)
 
 
+@pytest.mark.usefixtures("processes")
 def test_nothing_heavy_is_imported():
     program = f"""
 import sys
@@ -282,7 +284,7 @@ assert main(["plan", {str(QWEN_72B)!r}]) == 0
 heavy = {{"torch", "ray", "vllm", "megatron", "transformers", "numpy"}} & set(sys.modules)
 assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
     assert "The run fits." in done.stdout
 

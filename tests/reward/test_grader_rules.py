@@ -10,6 +10,8 @@ from meds_megatron.reward.grading import Grade, GraderPool
 from meds_megatron.reward.rules import RULES
 from tests.reward.perturbed_answers import LIMO_ACCEPTS, LIMO_REJECTS, PERTURBED
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 CASES = [
     (truth, answer, right)
     for truth, (rights, wrongs) in PERTURBED.items()

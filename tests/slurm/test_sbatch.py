@@ -14,6 +14,8 @@ from meds_megatron.launch.node import job_settings
 from meds_megatron.plan.plan import make_plan
 from tests.slurm.cluster import ROOT, Cluster, obstacle
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
 
 

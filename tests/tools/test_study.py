@@ -27,6 +27,9 @@ import study_plan  # noqa: E402
 import study_records  # noqa: E402
 import study_results  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("processes")
+"""Records name the commit, which git knows."""
+
 EXPRESSION = Expression(7, 6, 4, 5)
 
 

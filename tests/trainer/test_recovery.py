@@ -52,3 +52,13 @@ def test_a_process_that_adds_no_step_is_not_started_again_for_ever():
     """Step 20 was finished by an earlier process, and is the last of what this one repeats."""
     recovery = Recovery(max_restarts=3, furthest=20)
     assert decisions(recovery, 20, Failure.DIED, Failure.NO_NODES) == [Decision.RESTART, Decision.STOP]
+
+
+def test_a_ray_of_the_runs_own_is_started_again_as_often_as_anything_else():
+    recovery = Recovery(max_restarts=1, furthest=0, owns_ray=True)
+    found = decisions(recovery, Failure.RAY_DIED, 1, Failure.RAY_DIED, Failure.DIED)
+    assert found == [Decision.RESTART, Decision.RESTART, Decision.STOP]
+
+
+def test_the_death_of_another_ray_ends_the_run_for_the_scheduler_to_start_it_again():
+    assert Recovery(max_restarts=3, furthest=0).failed(Failure.RAY_DIED) is Decision.REQUEUE

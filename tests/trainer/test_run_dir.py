@@ -61,6 +61,7 @@ def test_a_claim_saves_the_config(tmp_path):
         assert run.hf_export(7).name == "step_000007"
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_second_process_is_refused_and_changes_nothing(tmp_path):
     program = "import sys, time\nfrom meds_megatron.config import Config\n"
     program += "from meds_megatron.trainer.run_dir import RunDirectory\n"

@@ -56,11 +56,11 @@ def remove(directory: Path) -> None:
     shutil.rmtree(directory)
 
 
-def remove_unclaimed(parent: Path = SHARED_MEMORY) -> list[Path]:
-    """Removes the directories named PREFIX... in `parent` that no process has locked, with the files that they list;
+def remove_unclaimed(parent: Path = SHARED_MEMORY, prefix: str = PREFIX) -> list[Path]:
+    """Removes the directories named `prefix`... in `parent` that no process has locked, with the files that they list;
     returns the directories. Those of other users stay."""
     removed = []
-    for directory in parent.glob(f"{PREFIX}*"):
+    for directory in parent.glob(f"{prefix}*"):
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError, BlockingIOError), _locked(directory):
             remove(directory)
             removed.append(directory)
