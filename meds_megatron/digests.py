@@ -107,5 +107,5 @@ def is_large(name: str) -> bool:
     return name.endswith(".distcp")
 
 
-def _new_hash() -> "hashlib._Hash":
+def _new_hash() -> hashlib.blake2b:
     return hashlib.blake2b(digest_size=DIGEST_BYTES)

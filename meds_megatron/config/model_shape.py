@@ -4,9 +4,15 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from meds_megatron.errors import UserError
 from meds_megatron.json_text import parse_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Length = TypeVar("Length", float, "np.ndarray")
 
 MOST = 2**26
 """Of any size; those of published models are below a fifth of it."""
@@ -44,7 +50,7 @@ class ModelShape:
         """Whether the projections of q, k and v have a bias."""
         return self.architecture == "qwen2"
 
-    def token_operations(self, length: float) -> float:
+    def token_operations(self, length: Length) -> Length:
         """Floating-point operations of a forward pass for one token of sequences of `length` tokens.
 
         Matrix products cost 2 a weight, attention 4 * heads * head_dim * context a layer, halved by the causal mask

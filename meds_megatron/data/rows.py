@@ -14,6 +14,7 @@ would put an empty assistant turn before the generation prompt.
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from meds_megatron.errors import UserError
 from meds_megatron.json_text import parse_json
@@ -28,7 +29,7 @@ class RowError(ValueError):
     """A malformed row; the caller adds file and row number to the message."""
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, object]]:
+def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """(number, row) of each row, counted from 1. Blank lines of a jsonl file are counted, but not returned."""
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
@@ -76,8 +77,10 @@ def parse_row(row: object) -> tuple[str | None, str, str]:
         )
     parsed = _id(row), _question(row), _answer(row)
     for field, text in zip(("id", "question", "answer"), parsed, strict=True):
+        if text is None:
+            continue
         try:
-            (text or "").encode()
+            text.encode()
         except UnicodeEncodeError as error:
             raise RowError(
                 f"the {field} holds {text[error.start]!r}, half of a character: write the file again as UTF-8"

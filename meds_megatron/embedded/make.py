@@ -68,6 +68,7 @@ def _random_model(config: RandomModelConfig, cache: Path) -> Path:
 
         make_random_model(config, directory)
 
+    assert config.tokenizer is not None  # `validate_model` has checked it.
     tokenizer = Path(config.tokenizer).expanduser()
     files = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
     key = {

@@ -31,6 +31,7 @@ def make_random_model(config: RandomModelConfig, directory: Path) -> None:
     With `boxing_steps` the warm-up follows. Raises UserError when the tokenizer's directory has no tokenizer or more
     tokens than `vocab_size` rows.
     """
+    assert config.tokenizer is not None  # `validate_model` has checked it.
     source = Path(config.tokenizer).expanduser()
     if not (source / "tokenizer.json").is_file():
         raise UserError(f"{source} has no tokenizer.json: give model.random.tokenizer a directory with tokenizer files")

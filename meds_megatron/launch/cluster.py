@@ -50,6 +50,7 @@ class RayCluster:
         if not self.is_own:
             ray.init(address=self._address, log_to_driver=True, logging_level="warning")
             return
+        assert self._directory is not None
         # Ray listens on all interfaces, and its own clusters accept only who has their token. It logs that at every
         # start.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)

@@ -82,7 +82,7 @@ class Tracked:
     state: State = "waiting"
     attempts: int = 0
     """In this start of the sweep."""
-    job: submitit.Job | None = None
+    job: submitit.Job = field(init=False)
     missing_since: float | None = None
     gpus: list[str] = field(default_factory=list)
     """Of this machine, that a local run has to itself."""
@@ -314,7 +314,9 @@ class Sweep:
 
 def _train_in_slurm(arguments: list[str], srun_options: list[str], python: str) -> int:
     """The batch process of a run's job. The exit code of the run."""
-    code, requeued = run_job(SlurmJob.from_environment(), srun_options, python, arguments)
+    slurm = SlurmJob.from_environment()
+    assert slurm is not None
+    code, requeued = run_job(slurm, srun_options, python, arguments)
     if requeued:
         # Slurm ends this process; a result now would make the job a finished one.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ class RunFiles:
     """A run directory, finished or not."""
 
     path: Path
-    settings: dict[str, object]
+    settings: dict[str, Any]
     """By dotted key, as the run saved them: those of another version of this program may have other keys."""
     metrics: list[dict]
     """A dict a step, oldest first, with the names of `metrics.jsonl`."""

@@ -4,7 +4,7 @@ Importing this module does not import vLLM.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from meds_megatron.config import Config, RolloutConfig
 from meds_megatron.config.model_shape import ModelShape
@@ -74,7 +74,7 @@ def kv_cache_arguments(rollout: RolloutConfig, use_gpu: bool) -> dict[str, Any]:
     return {} if size is None else {"kv_cache_memory_bytes": int(size * 2**30), "gpu_memory_utilization": FREE_SHARE}
 
 
-def engine_dtype(config: Config) -> str:
+def engine_dtype(config: Config) -> Literal["float32", "bfloat16"]:
     """Data type of the engines' weights, without `torch.`."""
     return config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
 

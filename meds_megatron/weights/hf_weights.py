@@ -74,8 +74,9 @@ class HfWeights:
                 step = max(1, MAPPED_BYTES // width)
                 for row in range(begin, end, step):
                     part = held.rows(row, min(row + step, end))
+                    assert part is not None
                     mapped_bytes += part.size[0] * width
-                    if path != file_path or mapped_bytes > MAPPED_BYTES:
+                    if file is None or path != file_path or mapped_bytes > MAPPED_BYTES:
                         file = None
                         file, file_path, mapped_bytes = open_safetensors(path), path, part.size[0] * width
                     target = local.narrow(0, row - first_row, part.size[0])

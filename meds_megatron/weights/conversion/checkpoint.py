@@ -277,6 +277,7 @@ def _check_files(directory: Path, metadata: Metadata, keys: set[str]) -> list[st
     placed = {(index.fqn, index.offset) for index in metadata.storage_data}
     for key in sorted(keys):
         tensor = metadata.state_dict_metadata[key]
+        assert isinstance(tensor, TensorStorageMetadata)
         stored = [chunk for chunk in tensor.chunks if (key, chunk.offsets) in placed]
         if sum(prod(chunk.sizes) for chunk in stored) != prod(tensor.size):
             raise UserError(
