@@ -21,13 +21,7 @@ from tests.rollout.test_pool import flat
 SAMPLING = Sampling(responses=4, max_tokens=200, stop=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster(cpu_engines):
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("cpu_engines", "shared_ray")
 
 
 def freeze(pool: EnginePool, rank: int | None) -> None:
