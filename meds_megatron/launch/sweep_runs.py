@@ -82,11 +82,17 @@ class Tracked:
     state: State = "waiting"
     attempts: int = 0
     """In this start of the sweep."""
-    job: submitit.Job = field(init=False)
+    job: submitit.Job | None = None
     missing_since: float | None = None
     gpus: list[str] = field(default_factory=list)
     """Of this machine, that a local run has to itself."""
     metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def latest_job(self) -> submitit.Job:
+        """Of a run that was submitted."""
+        assert self.job is not None
+        return self.job
 
 
 class Sweep:
@@ -155,7 +161,8 @@ class Sweep:
 
     def _stop_local_runs(self) -> None:
         """Makes the local runs save themselves and end, and waits for that."""
-        jobs = [tracked.job for tracked in self._tracked if tracked.state == "submitted" and not tracked.job.done()]
+        submitted = [tracked.latest_job for tracked in self._tracked if tracked.state == "submitted"]
+        jobs = [job for job in submitted if not job.done()]
         if jobs:
             print(f"meds: the sweep stops when its {len(jobs)} runs have saved themselves", file=sys.stderr)
         for job in jobs:
@@ -166,7 +173,8 @@ class Sweep:
 
     def _state_after(self, tracked: Tracked) -> State:
         try:
-            code = tracked.job.result() if tracked.job.paths.result_pickle.exists() else None
+            job = tracked.latest_job
+            code = job.result() if job.paths.result_pickle.exists() else None
         except submitit.core.utils.FailedJobError:
             code = None
         if code == 0 and _is_complete(tracked):
@@ -175,13 +183,14 @@ class Sweep:
 
     def _has_ended(self, tracked: Tracked, listed: set[str]) -> bool:
         if self._executor_name == "local":
-            return tracked.job.done()
-        if tracked.job.job_id in listed:
+            return tracked.latest_job.done()
+        if tracked.latest_job.job_id in listed:
             tracked.missing_since = None
             return False
         # The job's last files may show up on this machine later than its end.
         tracked.missing_since = tracked.missing_since or time.monotonic()
-        return tracked.job.paths.result_pickle.exists() or time.monotonic() - tracked.missing_since > LOST_SECONDS
+        has_result = tracked.latest_job.paths.result_pickle.exists()
+        return has_result or time.monotonic() - tracked.missing_since > LOST_SECONDS
 
     def _submit(self, tracked: Tracked) -> None:
         run, job = tracked.run, self._config.job

@@ -9,10 +9,10 @@ from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.weights.table import MegatronParameter, Table, build_table, padded_vocab
 
 if TYPE_CHECKING:
-    from meds_megatron.model.gpt import PolicyModel
+    from megatron.core.models.gpt import GPTModel
 
 
-def unwrapped(chunk: nn.Module) -> "PolicyModel":
+def unwrapped(chunk: nn.Module) -> "GPTModel":
     """The GPTModel inside megatron's wrappers (DistributedDataParallel, Float16Module)."""
     inner: Any = chunk
     while not hasattr(inner, "decoder"):
