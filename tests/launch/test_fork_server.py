@@ -19,6 +19,7 @@ from meds_megatron.config import ClusterConfig
 from meds_megatron.launch.cluster import ray_cluster
 from meds_megatron.launch.fork_server import ForkServer
 from meds_megatron.launch.placement import Place, Placement
+from meds_megatron.weights.resharding.shared_directory import remove_unclaimed
 
 ENV_VARS = {"OMP_NUM_THREADS": "1", "MEDS_TEST": "of the server"}
 IMPORTS = f"{worker.__name__}:{worker.silence_megatron.__name__}"
@@ -211,6 +212,10 @@ def test_server_and_forks_end_with_a_driver_that_is_killed(tmp_path):
     driver.wait()
     assert client.wait(TIMEOUT_SECONDS) == 0
     wait_until(lambda: not running(process) and not running(server))
+    # What its socket was in is left to the next run.
+    directory = Path(command.split()[-1]).parent
+    assert directory in remove_unclaimed()
+    assert not directory.exists()
 
 
 def test_ray_starts_finds_and_kills_an_actor_that_is_a_fork(server):
