@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import runpy
+import secrets
 import signal
 import socket
 import subprocess
@@ -22,10 +23,10 @@ from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 from shlex import quote
-from tempfile import TemporaryDirectory
 
 from meds_megatron.launch import fork_client
 from meds_megatron.launch.processes import dies_with_parent
+from meds_megatron.weights.resharding.shared_directory import PREFIX, SHARED_MEMORY, claim, remove
 
 MOST_CLIENTS = 128
 """That wait at a time."""
@@ -43,9 +44,10 @@ class ForkServer(AbstractContextManager):
         self.env_vars, self._function = dict(env_vars), function
 
     def __enter__(self) -> "ForkServer":
-        # Private to the user.
-        self._directory = TemporaryDirectory(prefix="meds-fork-")
-        self._socket = Path(self._directory.name) / "socket"
+        # Private to the user; the next run removes what a killed driver leaves.
+        self._directory = SHARED_MEMORY / f"{PREFIX}fork-{secrets.token_hex(8)}"
+        self._claim = claim(self._directory)
+        self._socket = self._directory / "socket"
         with socket.socket(socket.AF_UNIX) as listener:
             # Clients wait for the imports, also those that come before the server has begun.
             listener.bind(str(self._socket))
@@ -65,7 +67,8 @@ class ForkServer(AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
-        self._directory.cleanup()
+        remove(self._directory)
+        os.close(self._claim)
 
     @property
     def py_executable(self) -> str:

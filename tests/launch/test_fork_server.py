@@ -19,6 +19,7 @@ from meds_megatron.config import ClusterConfig
 from meds_megatron.launch.cluster import ray_cluster
 from meds_megatron.launch.fork_server import ForkServer
 from meds_megatron.launch.placement import Place, Placement
+from meds_megatron.weights.resharding.shared_directory import remove_unclaimed
 from tests.limits import HANG_SECONDS
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -213,6 +214,10 @@ def test_server_and_forks_end_with_a_driver_that_is_killed(tmp_path):
     driver.wait()
     assert client.wait(HANG_SECONDS) == 0
     wait_until(lambda: not running(process) and not running(server))
+    # What its socket was in is left to the next run.
+    directory = Path(command.split()[-1]).parent
+    assert directory in remove_unclaimed()
+    assert not directory.exists()
 
 
 @pytest.mark.usefixtures("own_ray")
