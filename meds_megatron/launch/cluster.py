@@ -8,6 +8,7 @@ from pathlib import Path
 from meds_megatron.config import ClusterConfig, Config
 from meds_megatron.errors import RayDied, UserError
 from meds_megatron.launch.placement import Placement
+from meds_megatron.launch.processes import descendants, kill_tree
 from meds_megatron.launch.ray_directory import ray_directory
 from meds_megatron.launch.ray_output import redirect_ray_output
 from meds_megatron.launch.slurm import EXIT_REQUEUE
@@ -45,6 +46,7 @@ class RayCluster:
         # Ray listens on all interfaces, and its own clusters accept only who has their token. It logs that at every
         # start.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+        before = descendants()
         try:
             ray.init(
                 # Without it, RAY_ADDRESS or a running Ray of this machine would be taken.
@@ -55,7 +57,9 @@ class RayCluster:
                 _temp_dir=str(self._directory / "ray"),
                 _system_config=dict(RAY_SETTINGS),  # Ray adds to it.
             )
-        except Exception as error:  # Ray has no class for it.
+        except Exception as error:  # Ray has no class for it, and leaves the processes that it has started.
+            for process in descendants() - before:
+                kill_tree(process)
             raise RayDied(f"Ray did not start on this machine: {error}", EXIT_REQUEUE) from error
 
     def close(self) -> None:
