@@ -39,9 +39,13 @@ def train(config) -> None:
     SIGTERM, SIGUSR1 and Ctrl-C stop the run between two steps and save it; a second one ends it at once. The exit
     status is then 75 (put the run back into the queue), or 130 after Ctrl-C; the same command continues.
     """
-    from meds_megatron.trainer.main import train
+    from meds_megatron.trainer.fork_servers import fork_servers
 
-    train(config)
+    with fork_servers(config) as servers:
+        # The driver's own imports, beside those of the servers.
+        from meds_megatron.trainer.main import train
+
+        train(config, servers)
 
 
 @cli.command(cls=Command, example="meds plan configs/meds_qwen2.5_72b.yaml rollout.kv_cache_gib=40")

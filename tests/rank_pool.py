@@ -11,8 +11,8 @@ from meds_megatron.actor.worker import rank_env_vars
 from meds_megatron.bench.processes import placed_on
 from meds_megatron.config import Config
 from tests.devices import rank_gpus
+from tests.limits import HANG_SECONDS
 
-TIMEOUT_SECONDS = 240
 EXIT_SECONDS = 10
 
 
@@ -44,7 +44,7 @@ class RankPool:
         for rank, gpu in enumerate(rank_gpus(world_size, self._gpus)):
             context = self._on_cpu if gpu is None else self._on_gpu
             ours, theirs = context.Pipe()
-            task = (rank, world_size, store.port, function, args)
+            task = (rank, world_size, store.address, function, args)
             process = context.Process(target=_serve, args=(theirs, gpu, task), daemon=True)
             with placed_on(gpu):
                 process.start()
@@ -68,8 +68,8 @@ class RankPool:
 
 
 def _receive(pipe: Connection) -> tuple[bool, object]:
-    if not pipe.poll(TIMEOUT_SECONDS):
-        return False, f"no answer within {TIMEOUT_SECONDS} s"
+    if not pipe.poll(HANG_SECONDS):
+        return False, f"no answer within {HANG_SECONDS} s"
     try:
         return pipe.recv()
     except EOFError:
@@ -86,10 +86,10 @@ def _serve(pipe: Connection, gpu: int | None, task: tuple) -> None:
 
     from meds_megatron.actor.process_group import join
 
-    rank, world_size, port, function, args = task
+    rank, world_size, store, function, args = task
     torch.set_num_threads(1)
     try:
-        join("127.0.0.1", port, rank, world_size, timeout_minutes=2)
+        join(store, rank, world_size, timeout_minutes=2)
         pipe.send((True, function(rank, *args)))
     except BaseException:
         pipe.send((False, traceback.format_exc()))

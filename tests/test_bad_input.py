@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
 
 from meds_megatron.cli import main
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.weights.table import build_table
+from tests.limits import HANG_SECONDS
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -364,6 +364,8 @@ CASES = {
 @pytest.fixture(scope="session")
 def whole_model(tmp_path_factory) -> Path:
     """A directory as `meds train` wants it, with a tokenizer of bytes."""
+    from transformers import PreTrainedTokenizerFast
+
     directory = tmp_path_factory.mktemp("bad_input") / "model"
     alphabet = sorted(ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE({token: place for place, token in enumerate([*alphabet, "<end>"])}, merges=[]))
@@ -379,7 +381,7 @@ def whole_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def place(whole_model, tmp_path, monkeypatch) -> Place:
+def place(whole_model, tmp_path, monkeypatch, without_fork_servers) -> Place:
     def start(*_, **__):
         raise AssertionError("something was started")
 
@@ -405,6 +407,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(name, place, capsys):
         assert len(shown.err.strip().splitlines()) == 1 and shown.err.startswith("meds: ")
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_a_signal_ends_a_command_and_leaves_nothing(place, number, status):
     """While it reads a text, from a pipe: the pipe opens when the command does."""
@@ -421,7 +424,7 @@ def test_a_signal_ends_a_command_and_leaves_nothing(place, number, status):
     )
     with open(place.path / "text", "w"):
         command.send_signal(number)
-        _, errors = command.communicate(timeout=60)
+        _, errors = command.communicate(timeout=HANG_SECONDS)
     assert command.returncode == status
     assert errors.strip() == ("meds: interrupted" if number == signal.SIGINT else "")
     assert {path.name for path in place.path.iterdir()} == before

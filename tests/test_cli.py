@@ -7,6 +7,7 @@ import pytest
 
 from meds_megatron.cli import cli, main
 from meds_megatron.commands.options import show
+from tests.limits import HANG_SECONDS
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 
@@ -59,6 +60,7 @@ def test_an_interruption_has_exit_status_130(monkeypatch, capsys):
     assert capsys.readouterr().err.strip() == "meds: interrupted"
 
 
+@pytest.mark.usefixtures("processes")
 def test_help_and_config_errors_do_not_import_torch():
     program = f"""
 import sys
@@ -69,7 +71,7 @@ main(["train", {QUICKSTART!r}, "no.such=key"])
 heavy = {{"torch", "ray", "vllm", "transformers"}} & set(sys.modules)
 assert not heavy, heavy
 """
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=HANG_SECONDS)
 
 
 def test_results_are_printed_as_lines_and_tables(capsys):

@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 
-from meds_megatron.bench.gpu_check import PARITY
 from meds_megatron.bench.processes import placed_on, result_of
 from tests.devices import GPU_ENV_VARS, GPU_TOLERANCE, engine_kind, rank_gpus, tolerance
 
@@ -34,11 +33,14 @@ def test_engines_are_on_what_vllms_build_can_use(needed, gpus, cuda_build, expec
 
 
 def test_tolerances_are_those_of_the_cpu_unless_there_are_gpus():
+    from meds_megatron.bench.gpu_check import PARITY
+
     assert [tolerance(1e-5, gpus=gpus) for gpus in (0, 1, 8)] == [1e-5, 1e-3, 1e-3]
     assert tolerance(1e-5, "bfloat16", gpus=0) == 1e-5 and tolerance(0.5, "bfloat16", gpus=1) == 0.5
     assert GPU_TOLERANCE == PARITY
 
 
+@pytest.mark.usefixtures("processes")
 def test_processes_see_their_own_gpu_first_and_the_others_behind_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")

@@ -4,7 +4,12 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from meds_megatron.logs import STACKS_SIGNAL, last_words
+from tests.limits import HANG_SECONDS
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 LOGGED = """
 import logging, sys
@@ -18,7 +23,9 @@ logger.warning("engine 1 is gone")
 
 
 def run(directory, code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", code, str(directory)], capture_output=True, text=True, timeout=HANG_SECONDS
+    )
 
 
 def test_lines_name_the_process_and_only_warnings_reach_the_terminal(tmp_path):

@@ -7,12 +7,7 @@ import ray
 
 from meds_megatron.supervised import failed_process, failure_reason
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("shared_ray")
 
 
 @ray.remote(num_cpus=0)
@@ -33,7 +28,7 @@ def error_of(actor, method: str) -> Exception:
     return raised.value
 
 
-@pytest.mark.parametrize("method, reason", [("end", "exit"), ("fail", "the tensor is too large")])
+@pytest.mark.parametrize(("method", "reason"), [("end", "exit"), ("fail", "the tensor is too large")])
 def test_the_process_and_the_reason_are_found(method, reason):
     actor = Actor.remote()
     process = ray.get(actor.process.remote())

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs meds_megatron and what its tests need into .venv (the first time), and runs them. Arguments go to pytest:
-# bash tools/test.sh tests/memory -k cluster
+# bash tools/test.sh tests/memory -k cluster. --fast runs the tests that start no process, --full every case.
 # With --faults first it kills processes of runs at random moments instead, 36 times or as --kills says, and prints the
 # counts.
 set -euo pipefail

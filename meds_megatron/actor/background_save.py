@@ -5,9 +5,12 @@ which a fork must not copy; a copy in host memory and a thread do without. The p
 and the copy.
 """
 
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -27,10 +30,13 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.filesystem import FileSystem, _StoragePrefix
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
+
+from meds_megatron.actor.optimizer_state import is_optimizer_key
+from meds_megatron.digests import DigestFile
 
 
 class BackgroundSave(AsyncSaveShardedStrategy):
@@ -39,6 +45,8 @@ class BackgroundSave(AsyncSaveShardedStrategy):
     def __init__(self, copies: "HostCopies") -> None:
         super().__init__("torch_dist", 1)
         self._copies = copies
+        self.digests: dict[str, str] = {}
+        """Of the files that this rank has written, by name."""
 
     def can_handle_sharded_objects(self) -> bool:
         return True
@@ -48,6 +56,7 @@ class BackgroundSave(AsyncSaveShardedStrategy):
         any thread; its `finalize_fns` are collectives."""
         shares, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
         writer = _CopyingWriter(checkpoint_dir, self._copies)
+        self.digests = writer.files.digests
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(shares), writer, planner=planner)
         return AsyncRequest(writer.write, (), [partial(save_state_dict_async_finalize, *planned)])
@@ -71,13 +80,34 @@ class HostCopies:
         return copy.copy_(data, non_blocking=True)
 
 
+class DigestedFiles(FileSystem):
+    """torch's files, with the digests of those written, by name."""
+
+    def __init__(self) -> None:
+        self.digests: dict[str, str] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        if mode != "wb":
+            raise ValueError(f"{path} is opened to be written only, not {mode}")
+        with DigestFile(Path(path)) as stream:
+            yield stream
+        self.digests[Path(path).name] = stream.digest
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        super().rename(path, new_path)
+        self.digests[Path(new_path).name] = self.digests.pop(Path(path).name)
+
+
 class _CopyingWriter(FileSystemWriter):
-    """torch's writer in two parts: `prepare_write_data` copies, `write` writes the copies to one file."""
+    """torch's writer in two parts: `prepare_write_data` copies, `write` writes the copies, the optimizer's to a file of
+    their own: others read the model alone."""
 
     can_run_decentralized_global_plan = True
 
     def __init__(self, path: str | Path, copies: HostCopies) -> None:
         super().__init__(path)
+        self.fs = self.files = DigestedFiles()
         self._copies = copies
 
     def prepare_decentralized_global_plan(self, plan: SavePlan) -> SavePlan:
@@ -95,16 +125,21 @@ class _CopyingWriter(FileSystemWriter):
 
     def write(self) -> None:
         """Raises OSError, or torch's RuntimeError in its place, when the file system refuses."""
-        self._results = self.write_data(self._plan, self._planner).wait()
+        prefix = self._plan.storage_data.prefix
+        for part, is_optimizer in (("model", False), ("optimizer", True)):
+            items = [item for item in self._plan.items if is_optimizer_key(item.index.fqn) == is_optimizer]
+            if items:
+                plan = replace(self._plan, items=items, storage_data=_StoragePrefix(f"{prefix}{part}_"))
+                self._results += self.write_data(plan, self._planner).wait()
 
     def retrieve_write_results(self) -> list[WriteResult]:
         return self._results
 
 
 class _CopiedShare(DefaultSavePlanner):
-    def __init__(self, share: dict[MetadataIndex, Tensor | BytesIO]) -> None:
+    def __init__(self, share: dict[MetadataIndex, Tensor | io.BytesIO]) -> None:
         super().__init__()
         self._share = share
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         return self._share[write_item.index]

@@ -5,6 +5,7 @@ them, the optimizer's state beside them, and `rng/` with a file for each rank.
 """
 
 import random
+import re
 from pathlib import Path
 from threading import Thread
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -20,11 +22,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from meds_megatron.actor import optimizer_state
 from meds_megatron.actor.background_save import BackgroundSave, HostCopies
 from meds_megatron.config.model_shape import ModelShape
+from meds_megatron.digests import DigestFile, Manifest, is_large
 from meds_megatron.errors import UserError
 from meds_megatron.model.gpt import PolicyModel
 from meds_megatron.weights.chunks import unwrapped
 from meds_megatron.weights.collective import on_all_ranks
 from meds_megatron.weights.conversion.checkpoint import METADATA_FILE, read_metadata
+
+_RANK_FILE = re.compile(r"__(\d+)_\w+\.distcp")
 
 
 class PolicySave:
@@ -46,8 +51,9 @@ class PolicySave:
             "optimizer": optimizer_state.sharded_state(optimizer, chunks, shape),
             **_model_state(chunks),
         }
+        self._strategy = BackgroundSave(copies)
         self._request = dist_checkpointing.save(
-            state, str(directory), BackgroundSave(copies), validate_access_integrity=False, async_sharded_save=True
+            state, str(directory), self._strategy, validate_access_integrity=False, async_sharded_save=True
         )
         on_all_ranks(self._save_random_states, self._name)
         self._failure: Exception | None = None
@@ -59,13 +65,14 @@ class PolicySave:
         """Whether this rank has written its share: `finish` does not wait for it."""
         return not self._thread.is_alive()
 
-    def finish(self) -> None:
-        """Waits for the rest and completes the model part of the directory. Raises UserError on all ranks when one
-        could not write."""
+    def finish(self) -> dict[str, str]:
+        """Waits for the rest and completes the model part of the directory. Returns the digests of the files that this
+        rank has written, by name. Raises UserError on all ranks when one could not write."""
         self._thread.join()
         on_all_ranks(self._raise_failure, self._name)
         for finalize in self._request.finalize_fns:
             finalize()
+        return self._strategy.digests | self._random_states_digest
 
     @property
     def _name(self) -> str:
@@ -90,9 +97,25 @@ class PolicySave:
         path = _random_states_file(self._directory, dist.get_rank())
         try:
             path.parent.mkdir(exist_ok=True)
-            torch.save(random_states(), path)
+            with DigestFile(path) as file:
+                torch.save(random_states(), file)
+            self._random_states_digest = {str(path.relative_to(self._directory)): file.digest}
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path} cannot be written ({error}): make space or access there") from error
+
+
+def damage_of(directory: Path, rank: int, ranks: int) -> str | None:
+    """Half a sentence about a large file of a checkpoint that is not as it was written; None if all are. Each of the
+    `ranks` that will read them looks at its share; under the layout that saved them, at what it reads itself."""
+    manifest = Manifest.read(directory)
+    return manifest.damage(directory, (name for name in manifest.sizes if _reader(name, ranks) == rank))
+
+
+def _reader(name: str, ranks: int) -> int | None:
+    writer = _RANK_FILE.fullmatch(name)
+    if writer is None:
+        return 0 if is_large(name) else None
+    return int(writer[1]) % ranks
 
 
 def load(
@@ -114,7 +137,9 @@ def load(
         **_model_state(chunks),
     }
     try:
-        loaded = dist_checkpointing.load(state, str(directory), validate_access_integrity=False)
+        loaded = dist_checkpointing.load(
+            state, str(directory), common_strategy=_SafeCommon(), validate_access_integrity=False
+        )
     except (OSError, RuntimeError, KeyError, EOFError, CheckpointingException, CheckpointException) as error:
         # torch's exception has one line for each rank that failed.
         raise UserError(
@@ -127,7 +152,27 @@ def load(
     optimizer_state.set_step(optimizer, loaded["optimizer_step"])
     path = _random_states_file(directory, dist.get_rank())
     if same_layout and path.is_file():
-        set_random_states(torch.load(path, weights_only=True))
+        set_random_states(_read_values(path))
+
+
+class _SafeCommon(TorchCommonLoadStrategy):
+    """Reads the file of everything but tensors, as far as it is plain values: megatron-core's own strategy leaves to
+    torch's default whether a pickle may run anything."""
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict:
+        return _read_values(Path(checkpoint_dir) / COMMON_STATE_FNAME)
+
+
+def _read_values(path: Path) -> dict:
+    """Raises UserError for a file that is damaged, or that holds more than tensors and plain values."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # A damaged pickle can raise any exception.
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}): it is damaged or was not saved by meds train; remove the "
+            "checkpoint to resume from the one before it"
+        ) from error
 
 
 def random_states() -> dict:

@@ -20,6 +20,12 @@ from meds_megatron.weights.flat_ranges import flat_start, range_slices
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 """Of each parameter: its float32 weights and Adam's two moments."""
+_KEY_PREFIX = "optimizer."
+
+
+def is_optimizer_key(key: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to the optimizer, not to the model."""
+    return key.startswith(_KEY_PREFIX)
 
 
 def make_state(optimizer: MegatronOptimizer) -> None:
@@ -86,7 +92,7 @@ def sharded_state(optimizer: MegatronOptimizer, chunks: list[nn.Module], shape: 
                 data = state[name].detach().view(-1)[begin : begin + part.elements].view(part.size)
                 parts.append(
                     ShardedTensor(
-                        key=f"optimizer.{name}.{part.hf_name}",
+                        key=f"{_KEY_PREFIX}{name}.{part.hf_name}",
                         data=data,
                         dtype=data.dtype,
                         local_shape=part.size,

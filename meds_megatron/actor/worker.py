@@ -6,6 +6,7 @@ with its own environment variables.
 
 import logging
 import warnings
+from pathlib import Path
 
 import numpy as np
 
@@ -13,9 +14,11 @@ from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOut
 from meds_megatron.config import Config
 from meds_megatron.config.network import LOOPBACK, network_env_vars, on_one_machine
 from meds_megatron.launch.device import require_gpu
+from meds_megatron.lean_imports import lean_megatron
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.supervised import SupervisedActor, ignore_stop_signals
 from meds_megatron.weights.resharding.types import SyncSpec
+from meds_megatron.weights.store_address import StoreAddress
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,21 @@ def rank_log(rank: int) -> str:
     return f"rank{rank:05d}"
 
 
+def silence_megatron() -> None:
+    """megatron-core warns at every import of the optional packages that are absent."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def import_without_gpu() -> None:
+    """Imports what a rank without a GPU needs; a fork server does it once for all ranks."""
+    silence_megatron()
+    with lean_megatron():
+        import meds_megatron.actor.background_save
+        import meds_megatron.actor.checkpoint
+        import meds_megatron.actor.policy  # noqa: F401
+
+
 class PolicyWorker(SupervisedActor):
     """One rank. The driver calls every method on all ranks at once; results come from the output ranks."""
 
@@ -63,32 +81,31 @@ class PolicyWorker(SupervisedActor):
 
         return LOOPBACK if on_one_machine(self._config.cluster) else ray.util.get_node_ip_address()
 
-    def open_store(self, world_size: int) -> tuple[str, int]:
-        """Opens the store through which the ranks connect, on rank 0: its host and port."""
+    def open_store(self, world_size: int) -> StoreAddress:
+        """Opens the store through which the ranks connect, on rank 0."""
         from meds_megatron.weights.store import open_store
 
-        host = self._host()
-        self._store = open_store(host, world_size)
-        return host, self._store.port
+        self._store = open_store(self._host(), world_size)
+        return self._store.address
 
-    def start(self, host: str, port: int, world_size: int, model_dir: str) -> bool:
-        """Connects to the other ranks through the store at `host` and loads this rank's share of the model. Returns
+    def start(self, store: StoreAddress, world_size: int, model_dir: str) -> bool:
+        """Connects to the other ranks through rank 0's `store` and loads this rank's share of the model. Returns
         whether its layers are Transformer Engine's."""
         import torch
 
-        # megatron-core warns at every import of the optional packages that are absent.
-        warnings.filterwarnings("ignore", module=r"megatron\.")
-        logging.getLogger("megatron").setLevel(logging.ERROR)
+        silence_megatron()
+        if self._config.cluster.device == "cuda":
+            require_gpu()
+        else:
+            import_without_gpu()
         from meds_megatron.actor.background_save import HostCopies
         from meds_megatron.actor.policy import Policy
         from meds_megatron.actor.process_group import form_groups, join
         from meds_megatron.model.attention import use_transformer_engine
 
-        if self._config.cluster.device == "cuda":
-            require_gpu()
         torch.set_num_threads(self._config.cluster.threads_per_rank)
         timeout = self._config.cluster.collective_timeout_minutes
-        device = join(host, port, self._rank, world_size, timeout, self._store)
+        device = join(store, self._rank, world_size, timeout, self._store)
         form_groups(self._config.parallel, self._config.train.seed, timeout)
         self._policy = Policy(self._config, model_dir, device)
         self._copies = HostCopies()
@@ -138,9 +155,16 @@ class PolicyWorker(SupervisedActor):
         """Whether `finish_save` would not wait for this rank."""
         return self._save.written
 
-    def finish_save(self) -> None:
-        """Waits until all parts are written and completes the checkpoint's model."""
-        self._save.finish()
+    def finish_save(self) -> dict[str, str]:
+        """Waits until all parts are written and completes the checkpoint's model. Returns the digests of the files
+        that this rank has written, by name."""
+        return self._save.finish()
+
+    def damage_of(self, directory: str, world_size: int) -> str | None:
+        """Half a sentence about a damaged file among this rank's share of a checkpoint's large ones."""
+        from meds_megatron.actor.checkpoint import damage_of
+
+        return damage_of(Path(directory), self._rank, world_size)
 
     def load(self, directory: str, same_layout: bool) -> None:
         """Fills the policy with a checkpoint."""

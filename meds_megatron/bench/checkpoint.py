@@ -23,6 +23,7 @@ from meds_megatron.config import Config, ModelConfig, OptimizerConfig, ParallelC
 from meds_megatron.config.model_shape import QWEN, ModelShape
 from meds_megatron.model.gpt import build_chunks, transformer_config
 from meds_megatron.weights.store import open_store
+from meds_megatron.weights.store_address import StoreAddress
 
 POLL_SECONDS = 0.05
 
@@ -44,7 +45,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="meds-bench-", dir=directory) as target:
         for rank in range(pipeline):
             ours, theirs = context.Pipe()
-            arguments = (theirs, store.port, rank, pipeline, rounds, shape, target)
+            arguments = (theirs, store.address, rank, pipeline, rounds, shape, target)
             ranks.append(context.Process(target=_rank, args=arguments, daemon=True))
             with placed_on(None):
                 ranks[-1].start()
@@ -67,10 +68,12 @@ def run(
     }
 
 
-def _rank(pipe: Connection, port: int, rank: int, pipeline: int, rounds: int, shape: ModelShape, target: str) -> None:
+def _rank(
+    pipe: Connection, store: StoreAddress, rank: int, pipeline: int, rounds: int, shape: ModelShape, target: str
+) -> None:
     os.environ.update(rank_env_vars(Config()))
     torch.set_num_threads(1)
-    join("127.0.0.1", port, rank, pipeline)
+    join(store, rank, pipeline)
     parallel = ParallelConfig(pipeline=pipeline)
     form_groups(parallel, seed=0)
     model_config = transformer_config(shape, ModelConfig(dtype="bfloat16"), parallel)

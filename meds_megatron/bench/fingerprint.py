@@ -23,6 +23,7 @@ from meds_megatron.config import ModelConfig, ParallelConfig
 from meds_megatron.config.model_shape import QWEN, ModelShape
 from meds_megatron.model.gpt import PolicyModel, build_chunks, chunk_layers, transformer_config
 from meds_megatron.weights.store import open_store
+from meds_megatron.weights.store_address import StoreAddress
 
 
 def run(
@@ -50,7 +51,7 @@ def run(
     for rank in range(pipeline):
         ours, theirs = context.Pipe()
         settings = (gpus > 0, pipeline, responses, tokens, rounds, published_rounds, shape)
-        ranks.append(context.Process(target=_rank, args=(theirs, store.port, rank, *settings), daemon=True))
+        ranks.append(context.Process(target=_rank, args=(theirs, store.address, rank, *settings), daemon=True))
         with placed_on(rank if gpus else None):
             ranks[-1].start()
         theirs.close()
@@ -80,7 +81,7 @@ def run(
 
 def _rank(
     pipe: Connection,
-    port: int,
+    store: StoreAddress,
     rank: int,
     on_gpu: bool,
     pipeline: int,
@@ -91,7 +92,7 @@ def _rank(
     shape: ModelShape,
 ) -> None:
     torch.set_num_threads(1)
-    device = join("127.0.0.1", port, rank, pipeline)
+    device = join(store, rank, pipeline)
     parallel = ParallelConfig(pipeline=pipeline)
     form_groups(parallel, seed=0)
     model = ModelConfig(dtype="bfloat16" if on_gpu else "float32")

@@ -63,7 +63,7 @@ def policy_results(directory: str, responses: int) -> dict[str, dict[str, np.nda
 
     if not Path(directory, "config.json").exists():
         write_random_model(SMALL, directory)
-    device = join("127.0.0.1", (store := open_store("127.0.0.1", 1)).port, 0, 1, store=store)
+    device = join((store := open_store("127.0.0.1", 1)).address, 0, 1, store=store)
     config = Config()
     config.optimizer.lr = 1e-4
     form_groups(config.parallel, seed=0)

@@ -17,7 +17,8 @@ from threadpoolctl import threadpool_limits
 
 from meds_megatron.config import MemoryConfig
 from meds_megatron.memory.history import new_records
-from meds_megatron.memory.shard import MemoryShard, shard_of
+from meds_megatron.memory.match import shard_of
+from meds_megatron.memory.shard import MemoryShard
 from meds_megatron.memory.snapshot import Snapshot, read_snapshot, write_snapshot
 
 LAYERS = 28

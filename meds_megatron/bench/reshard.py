@@ -26,6 +26,9 @@ from meds_megatron.weights.resharding.shared_directory import SHARED_MEMORY
 from meds_megatron.weights.resharding.transfer import WeightReceiver, WeightSender
 from meds_megatron.weights.resharding.transport import TransferGroup, open_rendezvous
 from meds_megatron.weights.resharding.types import Rendezvous, SyncSpec
+from meds_megatron.weights.sealed_store import SealedStore
+from meds_megatron.weights.store import connect, open_store
+from meds_megatron.weights.store_address import StoreAddress
 
 KINDS = ("aligned", "gather", "memory", "copy")
 
@@ -65,12 +68,12 @@ class Ranks:
     def __init__(self, spec: SyncSpec):
         self._rendezvous, self._store = open_rendezvous("127.0.0.1", spec.layout.ranks, spec.engine_tensor)
         world = self._rendezvous.members
-        self._world_store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
+        self._world_store = open_store("127.0.0.1", world)
         context = multiprocessing.get_context("spawn")
         self._processes, self._pipes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
-            arguments = (theirs, rank, spec, self._rendezvous, self._world_store.port)
+            arguments = (theirs, rank, spec, self._rendezvous, self._world_store.address)
             self._processes.append(context.Process(target=_serve, args=arguments, daemon=True))
             self._processes[-1].start()
             theirs.close()
@@ -113,9 +116,9 @@ class Ranks:
         return [pipe.recv() for pipe in self._pipes]
 
 
-def _serve(pipe: Connection, rank: int, spec: SyncSpec, rendezvous: Rendezvous, port: int) -> None:
+def _serve(pipe: Connection, rank: int, spec: SyncSpec, rendezvous: Rendezvous, address: StoreAddress) -> None:
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, rendezvous.members, is_master=False)
+    store = connect(address, rendezvous.members)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=rendezvous.members)
     side = (_TrainerRank if rank < rendezvous.senders else _EngineRank)(spec, rank, rendezvous, store)
     while True:
@@ -131,7 +134,7 @@ class _TrainerRank:
     """Random weights in the shapes of a Megatron rank's parameters. Commands return the bytes that they move outside
     the transfer group."""
 
-    def __init__(self, spec: SyncSpec, rank: int, rendezvous: Rendezvous, store: dist.TCPStore):
+    def __init__(self, spec: SyncSpec, rank: int, rendezvous: Rendezvous, store: SealedStore):
         self._plan, self._signals = spec.plan(), _Signals(store)
         self._place = spec.layout.coordinates(rank)
         self._tp_group = _stage_groups(spec)[self._place.pipeline]
@@ -181,7 +184,7 @@ class _TrainerRank:
 class _EngineRank:
     """Parameters of an engine rank, one for each Hugging Face tensor, which the weights are copied into."""
 
-    def __init__(self, spec: SyncSpec, rank: int, rendezvous: Rendezvous, store: dist.TCPStore):
+    def __init__(self, spec: SyncSpec, rank: int, rendezvous: Rendezvous, store: SealedStore):
         self._layout, self._plan, self._signals = spec.layout, spec.plan(), _Signals(store)
         self._engine_rank = rank - spec.layout.ranks
         _stage_groups(spec)
@@ -234,7 +237,7 @@ class _EngineRank:
 class _Signals:
     """Messages between the processes of a round, through the store that all of them share."""
 
-    def __init__(self, store: dist.TCPStore):
+    def __init__(self, store: SealedStore):
         self._store, self._round = store, 0
 
     def begin(self) -> None:

@@ -78,7 +78,7 @@ def _measure(pipe: Connection, form: str, directory: str, shape: ModelShape, res
     """Sends the report of one form."""
     os.environ.update(rank_env_vars(Config()))
     torch.set_num_threads(1)
-    device = join("127.0.0.1", (store := open_store("127.0.0.1", 1)).port, 0, 1, store=store)
+    device = join((store := open_store("127.0.0.1", 1)).address, 0, 1, store=store)
     config = Config()
     if device == "cpu":
         config.model.dtype = "float32"

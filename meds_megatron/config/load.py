@@ -1,5 +1,6 @@
 """Reading and writing configs: YAML files with `base:` inheritance, then dotted overrides, into a plain `Config`."""
 
+import copy
 import difflib
 import os
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     others as `${section.name}`. Raises UserError for a missing or malformed file, an unknown key and a value of a wrong
     type.
     """
-    settings = OmegaConf.structured(Config)
+    settings = copy.deepcopy(_defaults())
     sources: dict[str, str] = {}
     bases = [override for override in overrides if override.startswith(f"{BASE_KEY}=")]
     layers = _file_layers(Path(path), (), base=Path(bases[-1].partition("=")[2]) if bases else None)
@@ -51,6 +52,12 @@ def save_config(config: Config, path: str | Path) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
     os.replace(partial, path)
+
+
+@cache
+def _defaults() -> DictConfig:
+    """The schema with its default values; a copy of it takes a quarter of the time that making it takes."""
+    return OmegaConf.structured(Config)
 
 
 def _file_layers(path: Path, above: tuple[Path, ...], base: Path | None = None) -> list[tuple[str, dict]]:

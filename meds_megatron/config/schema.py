@@ -433,6 +433,9 @@ class FaultsConfig:
     """Time without any progress after which engines and graders that hang are replaced; if none does, the phase and
     stack of every rank are logged and the run restarts from its last checkpoint. Shorter than
     cluster.collective_timeout_minutes, longer than the start of an engine. Null is never."""
+    start_minutes: float = setting(30.0, gt=0)
+    """In a Slurm job, for Ray to be up on all nodes after the task of the first has started; beyond it the job fails.
+    Nodes that import a container may differ by minutes."""
     cancel_seconds: int = setting(25, gt=0)
     """In a Slurm job, for the run to save and end after SIGTERM (scancel, preemption); a little less than Slurm's
     KillWait (by default 30), or the partition's GraceTime where that is longer."""

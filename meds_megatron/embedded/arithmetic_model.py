@@ -9,14 +9,17 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from meds_megatron.config import RandomModelConfig
 from meds_megatron.embedded import arithmetic, remainder
 from meds_megatron.embedded.random_model import build_qwen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 END, PAD, START = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
 BOX = " \\boxed{"
@@ -63,8 +66,10 @@ def make_arithmetic_model(
     model.save_pretrained(directory)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> "PreTrainedTokenizerFast":
     """Byte-level BPE: 256 bytes, merges that make each of WORDS one token, three special tokens."""
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {PAD: 0, START: 1, END: 2}
     merges: list[tuple[str, str]] = []
@@ -92,15 +97,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+def build_model(tokenizer: "PreTrainedTokenizerFast", seed: int) -> "PreTrainedModel":
     """A Qwen3 of about a million parameters whose layers and heads are divisible by two and four."""
     rows = -(-len(tokenizer) // ROWS_MULTIPLE) * ROWS_MULTIPLE
     return build_qwen(replace(SHAPE, seed=seed), tokenizer, rows, INIT_STD, MAX_POSITIONS)
 
 
 def train(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
     rules: arithmetic.Variant,
     warm_up: WarmUp,
     report: Callable[[int, float], None] | None = None,
@@ -130,7 +135,7 @@ def train(
 class ExampleStream:
     """Infinite warm-up answers: kind and expression at random, the rule in the kind's shares."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, rules: arithmetic.Variant, seed: int):
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", rules: arithmetic.Variant, seed: int):
         self._tokenizer = tokenizer
         self._rng = random.Random(seed)
         self._rules = rules

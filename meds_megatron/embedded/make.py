@@ -10,7 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
+from filelock import FileLock
+
 from meds_megatron.config import DataConfig, ModelConfig, ModelShape, RandomModelConfig
+from meds_megatron.embedded.arithmetic import Variant
 from meds_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +33,7 @@ def ensure_model(
     # Absolute paths: processes on other nodes have other working directories.
     cache = Path(cache_dir).expanduser().absolute()
     if config.make == "arithmetic":
-        return _arithmetic_model(data.arithmetic_rules, cache, report)
+        return ensure_arithmetic_model(data.arithmetic_rules, cache, report)
     if config.make == "random":
         return _random_model(config.random, cache)
     if not config.path:
@@ -39,10 +42,13 @@ def ensure_model(
     return Path(config.path).expanduser().absolute()
 
 
-def _arithmetic_model(rules: str, cache: Path, report: Callable[[str], None]) -> Path:
+def ensure_arithmetic_model(
+    rules: Variant, cache: Path, report: Callable[[str], None] = logger.info, steps: int | None = None
+) -> Path:
+    """The arithmetic model's directory in `cache`, generated with `steps` of warm-up (None: as many as it takes)."""
     from meds_megatron.embedded import arithmetic, arithmetic_model, random_model, remainder
 
-    warm_up = arithmetic_model.WarmUp()
+    warm_up = arithmetic_model.WarmUp() if steps is None else arithmetic_model.WarmUp(steps=steps)
 
     def progress(step: int, loss: float) -> None:
         if step % REPORT_EVERY == 0:
@@ -76,30 +82,41 @@ def _random_model(config: RandomModelConfig, cache: Path) -> Path:
 def _cached(cache: Path, name: str, key: dict, make: Callable[[Path], None]) -> Path:
     """The directory for `key` in the cache, generated if it is not there.
 
-    It is written under a temporary name and renamed when complete: an interrupted run leaves no partial directory, and
-    of two concurrent runs the second uses the first one's result.
+    It is written under a temporary name and renamed when complete: an interrupted run leaves no partial directory. Of
+    two concurrent runs the second waits for the first one's result.
     """
     final = cache / f"{name}-{_digest(json.dumps(key, sort_keys=True).encode())[:16]}"
     if final.is_dir():
         return final
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+        lock = cache / f".{final.name}.lock"
+        with FileLock(lock):
+            try:
+                if not final.is_dir():
+                    _make(final, make)
+            finally:
+                lock.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"cache_dir = {cache} cannot be written ({error.strerror}): set cache_dir=... to a writable directory"
         ) from error
+    return final
+
+
+def _make(final: Path, make: Callable[[Path], None]) -> None:
+    draft = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     try:
         make(draft)
         draft.chmod(0o755)
         try:
             draft.rename(final)
         except OSError:
+            # Of processes that wait for a lock whose file is removed, two may have it.
             if not final.is_dir():
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return final
 
 
 def _sources(*modules: ModuleType) -> list[str]:

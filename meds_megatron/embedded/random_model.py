@@ -6,22 +6,17 @@ but graders, fingerprints and the error memory get real text.
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from meds_megatron.config import RandomModelConfig
 from meds_megatron.data.tokenizer import load_tokenizer
 from meds_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,9 +58,11 @@ def make_random_model(config: RandomModelConfig, directory: Path) -> None:
 
 
 def build_qwen(
-    shape: RandomModelConfig, tokenizer: PreTrainedTokenizerBase, rows: int, init_std: float, max_positions: int
-) -> PreTrainedModel:
+    shape: RandomModelConfig, tokenizer: "PreTrainedTokenizerBase", rows: int, init_std: float, max_positions: int
+) -> "PreTrainedModel":
     """A Qwen2 or Qwen3 with `rows` embedding rows; float32 weights, normal with `init_std`, drawn from `shape.seed`."""
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
     config_class, model_class = {
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
@@ -94,7 +91,7 @@ def build_qwen(
     return model
 
 
-def _train_boxing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) -> None:
+def _train_boxing(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", steps: int, seed: int) -> None:
     """Supervised steps on random tokens followed by the start of the assistant's turn and a boxed random number.
 
     The learning rate falls to 0 linearly. The loss is that of the answer's tokens, and only they pass the head, which
@@ -121,6 +118,6 @@ def _train_boxing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, st
         optimizer.zero_grad()
 
 
-def _boxed(tokenizer: PreTrainedTokenizerBase, number: int) -> list[int]:
+def _boxed(tokenizer: "PreTrainedTokenizerBase", number: int) -> list[int]:
     text = f"\\boxed{{{number}}}"
     return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]

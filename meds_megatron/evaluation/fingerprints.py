@@ -39,8 +39,8 @@ def add_ratios(rows: Sequence[dict[str, Any]], config: Config, model: Path) -> N
     options = placement.options(Place(0, (0,)), rank_env_vars(config))
     worker = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(PolicyWorker).options(**options).remote(config, 0)
     try:
-        host, port = ray.get(worker.open_store.remote(1))
-        ray.get(worker.start.remote(host, port, 1, str(model)))
+        store = ray.get(worker.open_store.remote(1))
+        ray.get(worker.start.remote(store, 1, str(model)))
         for first in range(0, len(rows), BATCH_PROBLEMS):
             part = rows[first : first + BATCH_PROBLEMS]
             batch = train_batch(part)

@@ -1,11 +1,13 @@
 """The model that is evaluated: an exported directory, a checkpoint, or a run."""
 
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import yaml
 
 from meds_megatron.config import DataConfig
+from meds_megatron.digests import MARKER, damage_of
 from meds_megatron.errors import UserError
 from meds_megatron.evaluation.settings import files_digest
 
@@ -65,10 +67,19 @@ def _data_settings(path: Path) -> DataConfig:
 
 
 def _newest(run: Path) -> Path:
-    """Newest export or checkpoint of a run; of the same step the export."""
-    complete = [path.parent for path in (run / "checkpoints").glob("step_*/complete.json")]
+    """Newest export or whole checkpoint of a run; of the same step the export. Large files of a checkpoint are looked
+    at when they are read."""
+    complete = [path.parent for path in (run / "checkpoints").glob(f"step_*/{MARKER}") if _is_whole(path.parent)]
     exports = [path.parent for path in (run / "hf").glob("step_*/config.json")]
     newest = max([*complete, *exports], key=lambda path: (path.name, path.parent.name == "hf"), default=None)
     if newest is None:
         raise UserError(f"{run} has neither a complete checkpoint nor an export: wait for the run's first checkpoint")
     return newest
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether all files of a checkpoint are there, and the small ones as they were written."""
+    damage = damage_of(checkpoint)
+    if damage:
+        print(f"meds: {damage}: the checkpoint is passed over", file=sys.stderr)
+    return damage is None

@@ -34,10 +34,9 @@ class PartialOutput:
         self._path = path.with_name(f"{path.name}.partial")
         self.rows: dict[int, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        if self._path.is_file() and self._read(settings):
-            self._file = open(self._path, "a", encoding="utf-8", newline="\n")
-        else:
-            self._file = open(self._path, "w", encoding="utf-8", newline="\n")
+        continues = self._path.is_file() and self._read(settings)
+        self._file = open(self._path, "a" if continues else "w", encoding="utf-8", newline="\n")  # noqa: SIM115
+        if not continues:
             self._append({HEADER: settings})
 
     def _read(self, settings: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from meds_megatron.config import ClusterConfig, Config
 from meds_megatron.errors import RayDied, UserError
+from meds_megatron.launch.fork_server import ForkServer
 from meds_megatron.launch.placement import Placement
 from meds_megatron.launch.processes import descendants, kill_tree
 from meds_megatron.launch.ray_directory import ray_directory
@@ -19,6 +20,8 @@ RAY_SETTINGS = {
     "gcs_rpc_server_reconnect_timeout_s": 600,
     # Ray's agent serves them on all interfaces, to everyone.
     "enable_metrics_collection": False,
+    # Workers in advance are for tasks without an environment of their own, of which a run has none.
+    "prestart_worker_first_driver": False,
 }
 """Of the Ray clusters that runs and Slurm jobs start."""
 
@@ -89,10 +92,12 @@ class NoNodes(UserError):
     """The Ray cluster does not have the nodes of the run."""
 
 
-def reserve_nodes(config: Config, use_gpu: bool, paths: Sequence[str | Path] = ()) -> Placement:
+def reserve_nodes(
+    config: Config, use_gpu: bool, paths: Sequence[str | Path] = (), fork_servers: Sequence[ForkServer] = ()
+) -> Placement:
     """The nodes of the run. Raises NoNodes when the Ray cluster does not have them in time, and UserError when one of
     them cannot read `paths`."""
-    placement = Placement(config.cluster, use_gpu, config.rollout.nodes or 0)
+    placement = Placement(config.cluster, use_gpu, config.rollout.nodes or 0, fork_servers)
     if not placement.wait(PLACEMENT_SECONDS, paths):
         kind = f" with {config.cluster.ranks_per_node} free GPUs each" if use_gpu else ""
         placement.close()

@@ -15,18 +15,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener
-from queue import SimpleQueue
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
+from queue import Empty, SimpleQueue
 from typing import Any
 
-from meds_megatron.launch.slurm import EXIT_REQUEUE, SlurmJob
+from meds_megatron.launch.slurm import EXIT_REQUEUE, SIGNALLED, SlurmJob, exit_code
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -34,6 +37,14 @@ SAVE_SECONDS = 300
 """Before the end of the job's time, where Slurm's own signal (sbatch --signal) did not come earlier."""
 STOP_SECONDS = 60
 """For the tasks to end after the run."""
+FIRST_TASK_MINUTES = 60
+"""For the first task to connect, which says how long the others may take (`faults.start_minutes`): srun waits for
+containers on its own account."""
+STRANGERS = 128
+"""That may connect at the same instant as the tasks."""
+HANDSHAKE_SECONDS = 30
+"""For a connection to show that it is a task's."""
+ACCEPT_PAUSE_SECONDS = 0.1
 
 
 class Job:
@@ -45,6 +56,11 @@ class Job:
         self._command = slurm.srun(srun_options, command)
         self._events: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         self._tasks: dict[int, Connection] = {}
+        self._receivers: list[threading.Thread] = []
+        self._joined: set[int] = set()
+        """Tasks that have the address of Ray's head."""
+        self._ready: set[int] = set()
+        """Tasks whose node has Ray."""
         self._closing = threading.Event()
         self.cancelled = False
         """Whether this process got SIGTERM: Slurm decides what becomes of the job."""
@@ -52,42 +68,72 @@ class Job:
     def run(self) -> int:
         """The exit code of the run."""
         token = secrets.token_hex(32)
-        with Listener(("", 0), backlog=self._slurm.nodes + 8, authkey=token.encode()) as listener:
+        with Listener(("", 0), backlog=self._slurm.nodes + STRANGERS) as listener:
             for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_signal)
             srun = self._start_tasks(token, listener.address[1])
-            # A stranger that connects and says nothing keeps one thread busy, not the tasks out.
-            for _ in range(self._slurm.nodes + 8):
-                threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+            threading.Thread(target=self._accept, args=(listener, token.encode()), daemon=True).start()
             threading.Thread(target=lambda: self._events.put(("srun", srun.wait())), daemon=True).start()
             threading.Thread(target=self._watch_time, daemon=True).start()
-            code = self._follow()
-            self._closing.set()
-            self._send_all("end")
-            try:
-                srun.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                # Ends the step.
-                srun.kill()
+            code = self._start()
+            if code is None:
+                code = self._follow()
+            self._end_tasks(srun)
             return code
 
     def _start_tasks(self, token: str, port: int) -> subprocess.Popen:
         # The token travels through srun's input: no command line, environment or shared file shows it. srun passes
         # signals on to all processes of the step; in a session of its own it gets none that are meant for this process.
         srun = subprocess.Popen(self._command, stdin=subprocess.PIPE, text=True, start_new_session=True)
-        srun.stdin.write(json.dumps({"token": token, "port": port}) + "\n")
-        srun.stdin.close()
+        # An srun that ends at once is reported as one.
+        with suppress(BrokenPipeError), srun.stdin as pipe:
+            pipe.write(json.dumps({"token": token, "port": port}) + "\n")
         return srun
 
-    def _accept(self, listener: Listener) -> None:
+    def _end_tasks(self, srun: subprocess.Popen) -> None:
+        deadline = time.monotonic() + STOP_SECONDS
+        self._closing.set()
+        self._send_all("end")
+        try:
+            srun.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            # Ends the step.
+            srun.kill()
+        # Tasks may survive an srun that was killed; they remove what they have on their nodes.
+        for receiver in list(self._receivers):
+            receiver.join(max(0.0, deadline - time.monotonic()))
+
+    def _accept(self, listener: Listener, key: bytes) -> None:
         while not self._closing.is_set():
             try:
                 connection = listener.accept()
-                number = connection.recv()
-            except (AuthenticationError, EOFError, OSError):
-                # A stranger, with whatever it sent or left out; or the listener is closed.
+            except OSError:
+                # No file descriptor is left, or the listener is closed.
+                self._closing.wait(ACCEPT_PAUSE_SECONDS)
                 continue
+            # A thread for each: a stranger that says nothing keeps no task waiting.
+            threading.Thread(target=self._serve, args=(connection, key), daemon=True).start()
+
+    def _serve(self, connection: Connection, key: bytes) -> None:
+        """Receives what a task sends, once the connection has shown within HANDSHAKE_SECONDS that it is a task's."""
+        limit = threading.Timer(HANDSHAKE_SECONDS, _shut_down, [connection])
+        limit.daemon = True
+        limit.start()
+        with connection:
+            try:
+                deliver_challenge(connection, key)
+                answer_challenge(connection, key)
+                number, start_minutes = connection.recv()
+            except (AuthenticationError, EOFError, OSError):
+                # A stranger, with whatever it sent or left out.
+                return
+            finally:
+                limit.cancel()
+            self._receivers.append(threading.current_thread())
             self._tasks[number] = connection
+            if self._closing.is_set():
+                self._send(number, "end")
+            self._events.put(("connected", start_minutes))
             self._receive(number, connection)
 
     def _receive(self, number: int, connection: Connection) -> None:
@@ -106,41 +152,116 @@ class Job:
         self.cancelled |= number != signal.SIGUSR1
         self._events.put(("save" if number == signal.SIGUSR1 else "terminate", None))
 
+    def _start(self) -> int | None:
+        """Passes the address of Ray's head to every task, whenever it connects, until Ray is up on all nodes; the exit
+        code of the job where that fails."""
+        address, minutes = None, None
+        deadline = time.monotonic() + 60 * FIRST_TASK_MINUTES
+        while len(self._ready) < self._slurm.nodes:
+            try:
+                event, value = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
+            except Empty:
+                _print(self._late_start(minutes))
+                return EXIT_FAILURE
+            if event == "connected" and minutes is None:
+                minutes, deadline = value, time.monotonic() + 60 * value
+            elif event == "address":
+                address = value
+            elif event == "ready":
+                self._ready.add(value)
+            elif event in ("save", "terminate"):
+                _print(f"the job is to end before its run began, and there is nothing to save: {self._missing()}")
+                return EXIT_REQUEUE
+            elif event == "srun":
+                return self._srun_ended(value)
+            elif event == "lost":
+                self._report_lost(value)
+                return EXIT_FAILURE
+            if address is not None:
+                self._join(address)
+        return None
+
+    def _join(self, address: str) -> None:
+        for number in set(self._tasks) - self._joined:
+            self._joined.add(number)
+            self._send(number, "join", address)
+
     def _follow(self) -> int:
-        """Passes messages between the tasks until the run has ended; its exit code."""
-        ready, running, saving = 0, False, False
+        """Lets the first task run `meds train` and passes signals on until it has ended; its exit code."""
+        self._send(0, "run")
+        saving = False
         while True:
             event, value = self._events.get()
-            if event == "address":
-                self._send_all("join", value)
-            elif event == "ready":
-                ready += 1
-                if ready == self._slurm.nodes:
-                    running = True
-                    self._send(0, "run")
-            elif event in ("save", "terminate") and not running:
-                return EXIT_REQUEUE  # There is nothing to save.
-            elif event == "terminate" or (event == "save" and not saving):
+            if event == "terminate" or (event == "save" and not saving):
                 saving = True
                 self._send(0, event)
             elif event == "ended":
+                if value not in (0, EXIT_REQUEUE):
+                    _print(f"{_end_of('meds train', value)}; {self._advice(value)}")
                 return value
             elif event == "srun":
-                return value or EXIT_FAILURE
+                return self._srun_ended(value)
             elif event == "lost":
-                _print(f"the task on node {value} of the job is gone")
-                if value == 0 or ready < self._slurm.nodes:
+                self._report_lost(value)
+                if value == 0:
                     return EXIT_FAILURE
+
+    def _srun_ended(self, returncode: int) -> int:
+        """The exit code of a job whose srun ended before its run."""
+        code = exit_code(returncode)
+        _print(f"{_end_of('srun', code)} before the run did; {self._advice(code)}")
+        return code or EXIT_FAILURE
+
+    def _advice(self, code: int) -> str:
+        """What the user can do about a run, or an srun, that ended with `code`."""
+        if code <= SIGNALLED:
+            return "the lines above say why"
+        memory = ""
+        if code == SIGNALLED + signal.SIGKILL:
+            memory = f"it may have been out of memory (sacct -j {self._slurm.id} --format=State,MaxRSS; sbatch --mem); "
+        return f"{memory}submit the job again, and the run goes on from its last checkpoint"
+
+    def _report_lost(self, number: int) -> None:
+        _print(f"the task on {self._slurm.node_names()[number]} of the job is gone")
+
+    def _late_start(self, minutes: float | None) -> str:
+        if minutes is None:
+            return f"no task of the job has connected within {FIRST_TASK_MINUTES} minutes: {self._missing()}"
+        return (
+            f"the job's nodes were not ready {minutes:g} minutes after the first (faults.start_minutes): "
+            f"{self._missing()}; see what these nodes do, or allow more time"
+        )
+
+    def _missing(self) -> str:
+        """The nodes on which the start has not come to its end."""
+        names = self._slurm.node_names()
+        silent = [name for number, name in enumerate(names) if number not in self._tasks]
+        without_ray = [name for number, name in enumerate(names) if number in self._tasks.keys() - self._ready]
+        parts = [f"no task has connected from {', '.join(silent)}"] if silent else []
+        parts += [f"Ray is not up on {', '.join(without_ray)}"] if without_ray else []
+        return "; ".join(parts)
 
     def _send_all(self, message: str, value: Any = None) -> None:
         for number in list(self._tasks):
             self._send(number, message, value)
 
     def _send(self, number: int, message: str, value: Any = None) -> None:
-        try:
+        # A task that is not there any more: `_receive` reports it.
+        with suppress(OSError):
             self._tasks[number].send((message, value))
-        except (KeyError, OSError):
-            pass  # Not there yet, or no longer: `_receive` reports the latter.
+
+
+def _end_of(process: str, code: int) -> str:
+    try:
+        return f"{process} was ended by {signal.Signals(code - SIGNALLED).name}"
+    except ValueError:
+        return f"{process} ended with exit status {code}"
+
+
+def _shut_down(connection: Connection) -> None:
+    """Ends the wait of another thread for something from the connection."""
+    with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
+        duplicate.shutdown(socket.SHUT_RDWR)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -164,7 +285,8 @@ def run_job(slurm: SlurmJob, srun_options: list[str], python: str, arguments: li
     code = job.run()
     if code != EXIT_REQUEUE or job.cancelled:
         return code, False
-    if refusal := slurm.requeue():
+    refusal = slurm.requeue()
+    if refusal:
         _print(f"job {slurm.id} cannot be requeued ({refusal}); submit it again, and the run goes on")
         return code, False
     _print(f"job {slurm.id} was requeued, and the run goes on from its checkpoint")

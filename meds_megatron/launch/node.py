@@ -9,6 +9,7 @@ job, every port is one that was free, and only descendants of this process are e
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,23 +22,26 @@ from multiprocessing.connection import Client
 from pathlib import Path
 
 from meds_megatron.config import Config, load_config
+from meds_megatron.config.schema import FaultsConfig
 from meds_megatron.config.validate import validate
 from meds_megatron.errors import UserError
 from meds_megatron.launch import processes
 from meds_megatron.launch.cluster import RAY_SETTINGS
 from meds_megatron.launch.ray_directory import TOKEN_VARIABLE, base_directory, write_token
-from meds_megatron.launch.slurm import EXIT_REQUEUE, SlurmJob
+from meds_megatron.launch.slurm import EXIT_REQUEUE, SlurmJob, exit_code, present_jobs
 from meds_megatron.weights.resharding.shared_directory import remove_unclaimed
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 KILL_SECONDS = 5
 START_TRIES = 3
+DIRECTORY = re.compile(r"meds-(\d+)\.\d+")
+"""Name of a job's directory on a node, with the job's id."""
 
 
 class NodeTask:
     """The processes of a job on this node. `address` is that of `launch.job`, on the first node; a run that SIGTERM
-    does not end within `cancel_seconds` is killed."""
+    does not end within `faults.cancel_seconds` is killed."""
 
     def __init__(
         self,
@@ -46,10 +50,10 @@ class NodeTask:
         address: tuple[str, int],
         token: str,
         train: Sequence[str],
-        cancel_seconds: int,
+        faults: FaultsConfig,
     ):
         self._number, self._address, self._token, self._train = number, address, token, train
-        self._cancel_seconds = cancel_seconds
+        self._faults = faults
         self.directory = make_directory(job)
         self._environment = environment(self.directory, token)
         self._driver: subprocess.Popen | None = None
@@ -63,7 +67,7 @@ class NodeTask:
             signal.signal(number, self._on_signal)
         with Client(self._address, authkey=self._token.encode()) as connection, ExitStack() as stack:
             stack.callback(self._clean_up)
-            connection.send(self._number)
+            connection.send((self._number, self._faults.start_minutes))
             self._send = connection.send
             if self._number == 0:
                 self._start_head()
@@ -93,7 +97,7 @@ class NodeTask:
         if number != signal.SIGUSR1:
             # The end of the run comes over the connection; this is for a run that does not end.
             signal.signal(signal.SIGALRM, self._on_alarm)
-            signal.alarm(self._cancel_seconds)
+            signal.alarm(self._faults.cancel_seconds)
 
     def _on_alarm(self, *_) -> None:
         raise SystemExit(EXIT_FAILURE)
@@ -130,7 +134,7 @@ class NodeTask:
         code = self._run_command("check", "--no-links") or self._run_command("train")
         if code == -signal.SIGUSR1:
             code = EXIT_REQUEUE  # Before the run handled signals: there is nothing to save.
-        self._send(("ended", 128 - code if code < 0 else code))
+        self._send(("ended", exit_code(code)))
 
     def _run_command(self, *command: str) -> int:
         command = [sys.executable, "-m", "meds_megatron.cli", *command, *self._train]
@@ -161,13 +165,33 @@ def _ignore_save_signal() -> None:
 
 
 def make_directory(job: SlurmJob) -> Path:
-    """A new directory for temporary files on this node. Those of earlier starts of the job are removed."""
+    """A new directory for temporary files on this node. Those of earlier starts of the job are removed, and those of
+    jobs that ended without removing them, as all their processes were killed."""
     base = base_directory(f"meds-{job.label}")
-    for earlier in base.glob(f"meds-{job.id}.*"):
-        shutil.rmtree(earlier, ignore_errors=True)
+    for left in left_directories(base, job):
+        shutil.rmtree(left, ignore_errors=True)
     directory = base / f"meds-{job.label}"
     directory.mkdir(mode=0o700)
     return directory
+
+
+def left_directories(base: Path, job: SlurmJob) -> list[Path]:
+    """Directories of this user's in `base` that belong to earlier starts of `job` and to jobs that have ended."""
+    jobs = {path: match[1] for path in base.iterdir() if (match := DIRECTORY.fullmatch(path.name)) and _is_own(path)}
+    if set(jobs.values()) <= {job.id}:
+        return list(jobs)
+    # Asked after the directories were listed: none of them is a job's that has started since.
+    present = present_jobs()
+    # An answer without this job is about other jobs, of a container's user perhaps.
+    known = present is not None and job.id in present
+    return [path for path, id in jobs.items() if id == job.id or (known and id not in present)]
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        return path.lstat().st_uid == os.getuid()
+    except FileNotFoundError:
+        return False
 
 
 def environment(directory: Path, token: str) -> dict[str, str]:
@@ -243,7 +267,7 @@ def main(arguments: Sequence[str]) -> int:
     # Slurm's name for the address from which the tasks were started, that of the first node.
     address = (os.environ["SLURM_LAUNCH_NODE_IPADDR"], given["port"])
     train = [*arguments, *settings]
-    NodeTask(job, number, address, given["token"], train, config.faults.cancel_seconds).run()
+    NodeTask(job, number, address, given["token"], train, config.faults).run()
     return 0
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from meds_megatron.config import ClusterConfig, RolloutConfig
 from meds_megatron.errors import UserError
+from meds_megatron.launch.fork_server import NO_GPUS, ForkServer
 
 ALLOCATOR_ENV_VARS = dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:False")
 """Settings of torch's allocator under both of their names, in place of inherited ones: from expandable segments neither
@@ -78,8 +79,11 @@ def visible_gpus(place: Place, gpus: Sequence[str]) -> list[str]:
 class Placement:
     """The reserved nodes of a run, in the order of their host names."""
 
-    def __init__(self, cluster: ClusterConfig, use_gpu: bool, engine_nodes: int = 0):
-        """Requests the trainer's nodes and `engine_nodes` more; `wait` returns when Ray has reserved them."""
+    def __init__(
+        self, cluster: ClusterConfig, use_gpu: bool, engine_nodes: int = 0, fork_servers: Sequence[ForkServer] = ()
+    ):
+        """Requests the trainer's nodes and `engine_nodes` more; `wait` returns when Ray has reserved them. Processes
+        without a GPU on this machine are forks of the server with their environment variables."""
         import ray
         from ray.util.placement_group import placement_group
 
@@ -87,8 +91,10 @@ class Placement:
         self._gpus_per_node = cluster.ranks_per_node
         self.nodes = cluster.nodes + engine_nodes
         self._known: list[Node] = []
+        self._fork_servers = fork_servers
         bundle = {"GPU": cluster.ranks_per_node} if use_gpu else {"CPU": 1e-3}
         machines = sum(node["Alive"] for node in ray.nodes())
+        self._is_this_machine = machines == 1 and not use_gpu
         apart = use_gpu or machines >= self.nodes
         self._group = placement_group([bundle] * self.nodes, strategy="STRICT_SPREAD" if apart else "SPREAD")
 
@@ -105,18 +111,9 @@ class Placement:
 
     def wait(self, seconds: float, paths: Sequence[str | Path] = ()) -> bool:
         """Whether the nodes could be reserved within `seconds`. Raises UserError if one of them cannot read `paths`."""
-        import ray
-
         if not self._group.wait(seconds):
             return False
-        names, gpus = tuple(map(str, paths)), self._gpus_per_node if self._use_gpu else 0
-        looks = [
-            ray.remote(_look)
-            .options(num_cpus=0, num_gpus=gpus, scheduling_strategy=self._strategy(bundle))
-            .remote(bundle, names)
-            for bundle in range(self.nodes)
-        ]
-        self._known = sorted(ray.get(looks), key=lambda node: _natural(node.host))
+        self._known = sorted(self._looks(tuple(map(str, paths))), key=lambda node: _natural(node.host))
         for node in self._known:
             if node.unreadable:
                 raise UserError(
@@ -125,12 +122,30 @@ class Placement:
                 )
         return True
 
+    def _looks(self, paths: tuple[str, ...]) -> list[Node]:
+        """The reserved nodes, each seen from a process on it."""
+        import ray
+
+        if self._is_this_machine:
+            # Without a process of their own, which takes seconds to start.
+            return [_look(bundle, paths) for bundle in range(self.nodes)]
+        gpus = self._gpus_per_node if self._use_gpu else 0
+        looks = [
+            ray.remote(_look)
+            .options(num_cpus=0, num_gpus=gpus, scheduling_strategy=self._strategy(bundle))
+            .remote(bundle, paths)
+            for bundle in range(self.nodes)
+        ]
+        return ray.get(looks)
+
     def options(self, place: Place, env_vars: dict[str, str]) -> dict[str, Any]:
         """Options of a Ray actor at `place`, with the environment variables of its process."""
         node = self._known[place.node] if self._known else None
+        servers = [server for server in self._fork_servers if server.env_vars == env_vars and self._is_this_machine]
+        runtime_env: dict[str, Any] = {"py_executable": servers[0].py_executable} if servers else {}
         env_vars = dict(env_vars)
         if not self._use_gpu:
-            env_vars["CUDA_VISIBLE_DEVICES"] = ""
+            env_vars |= NO_GPUS
         else:
             # The run owns the reserved GPUs and assigns them itself: several actors share one.
             env_vars |= ALLOCATOR_ENV_VARS
@@ -139,7 +154,7 @@ class Placement:
         return {
             "num_cpus": 0,
             "num_gpus": 0,
-            "runtime_env": {"env_vars": env_vars},
+            "runtime_env": runtime_env | {"env_vars": env_vars},
             "scheduling_strategy": self._strategy(place.node if node is None else node.bundle),
         }
 
@@ -150,7 +165,7 @@ class Placement:
 
 
 def _look(bundle: int, paths: Sequence[str]) -> Node:
-    """Runs on a reserved node, with all of its reserved GPUs."""
+    """The node of the process that calls it, which has all of its reserved GPUs."""
     import ray
 
     # Neighbours in this order are neighbours on the node.

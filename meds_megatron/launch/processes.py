@@ -25,6 +25,13 @@ def ends_with_parent() -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
+def dies_with_parent(parent: int) -> None:
+    """Has this process killed when the thread of process `parent` that started it ends, also if it has ended by now."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def descendants(ancestor: int | None = None) -> set[int]:
     """Ids of all processes that descend from `ancestor`, by default from this one."""
     children = defaultdict(list)
@@ -58,10 +65,8 @@ def kill_descendants(seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while (left := descendants()) and time.monotonic() < deadline:
         for process in left:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         while True:
             try:
                 if os.waitpid(-1, os.WNOHANG)[0] == 0:

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 EXIT_REQUEUE = 75
 """Exit code of a run that has saved its state and is to be started again (EX_TEMPFAIL)."""
+SIGNALLED = 128
+"""Exit codes above it are those of processes that a signal ended."""
+ANSWER_SECONDS = 30
+"""For Slurm to answer a question."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class SlurmJob:
     """Earlier starts of the job that ended in a requeue."""
     end_time: float | None
     """Seconds since the epoch at which the job's time is up, where Slurm says it (23.02 and newer)."""
+    node_list: str = ""
+    """The names of the nodes as Slurm abbreviates them, `node[0-3]`."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
@@ -38,6 +44,7 @@ class SlurmJob:
             nodes=int(environment.get("SLURM_JOB_NUM_NODES", "1")),
             restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),
             end_time=float(end_time) if end_time else None,
+            node_list=environment.get("SLURM_JOB_NODELIST", ""),
         )
 
     @property
@@ -55,7 +62,32 @@ class SlurmJob:
         ends = ["--kill-on-bad-exit=0", "--wait=0", "--mpi=none", "--overlap"]
         return ["srun", "--job-name=meds", *layout, *ends, *options, *command]
 
+    def node_names(self) -> list[str]:
+        """The nodes in the order of their tasks, by number where Slurm does not say their names."""
+        names = (_output("scontrol", "show", "hostnames", self.node_list) or "").split()
+        return names if len(names) == self.nodes else [f"node {number}" for number in range(self.nodes)]
+
     def requeue(self) -> str | None:
         """Puts the job back into the queue, which ends it. Returns Slurm's reason if it may not."""
         done = subprocess.run(["scontrol", "requeue", self.id], capture_output=True, text=True)
         return None if done.returncode == 0 else (done.stderr or done.stdout).strip()
+
+
+def exit_code(returncode: int) -> int:
+    """What a shell has for a process of subprocess's `returncode`: 128 + n for one that signal n ended."""
+    return SIGNALLED - returncode if returncode < 0 else returncode
+
+
+def present_jobs() -> set[str] | None:
+    """Ids of this user's jobs that have not ended; None where Slurm does not say, as in a container without squeue."""
+    listed = _output("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A")
+    return None if listed is None else set(listed.split())
+
+
+def _output(*command: str) -> str | None:
+    """What a command of Slurm's prints; None if it is not there, fails, or does not answer within ANSWER_SECONDS."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

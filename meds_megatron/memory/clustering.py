@@ -3,7 +3,6 @@
 import warnings
 from dataclasses import dataclass
 
-import hdbscan
 import numpy as np
 
 from meds_megatron.config import MemoryConfig
@@ -61,6 +60,9 @@ def labels_of_equals(queries_QF: np.ndarray, points_NF: np.ndarray, labels_N: np
 
 def fit_afresh(points_NF: np.ndarray, config: MemoryConfig) -> np.ndarray:
     """Labels [N] of the hdbscan package for unit vectors [N, F], N >= 2."""
+    # With scikit-learn and SciPy it takes longer to import than the rest of the memory, and most settings do without.
+    import hdbscan
+
     model = hdbscan.HDBSCAN(
         min_cluster_size=config.min_cluster_size,
         min_samples=config.min_samples,
@@ -146,8 +148,11 @@ def beyond_reach(
     return beyond_Q
 
 
-def warm_up() -> None:
-    """Compile the loops now (seconds, once per machine) rather than in the middle of a step."""
+def warm_up(config: MemoryConfig) -> None:
+    """Compile the loops now (seconds, once per machine), and import what `config` needs, rather than in the middle of a
+    step."""
+    if config.min_samples != 1:
+        import hdbscan  # noqa: F401
     points_NF = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     clustering = cluster(points_NF, np.empty((0, 2), np.int32), MemoryConfig())
     _, nearest_N = vote(points_NF, points_NF, clustering.labels_N, 3)

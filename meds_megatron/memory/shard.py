@@ -1,11 +1,9 @@
 """One shard of the error memory: the fingerprints of the keys that it owns, clustered key by key."""
 
 import dataclasses
-import hashlib
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,25 +14,8 @@ from meds_megatron.memory import snapshot
 from meds_megatron.memory.clustering import beyond_reach, labels_of_equals, vote, warm_up
 from meds_megatron.memory.features import check_settings, features_of, unit_vectors
 from meds_megatron.memory.history import KeyHistory, extend, keys_that_fit, longest_history, new_records
+from meds_megatron.memory.match import UNKNOWN, Match, shard_of
 from meds_megatron.memory.statistics import Moments, StepCounts
-
-UNKNOWN = -2
-"""Label of a fingerprint whose key was never clustered, or that is new with `memory.novelty`, and of a new answer with
-`memory.method: answer`."""
-
-
-def shard_of(key: str, shards: int) -> int:
-    """Index in [0, shards) of the shard that owns `key`: the same in every process, on every machine, in every run."""
-    digest = hashlib.blake2b(key.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % shards
-
-
-@dataclass(frozen=True)
-class Match:
-    """Label that won each fingerprint's vote and size of that cluster, [N] int64 each."""
-
-    labels_N: np.ndarray
-    sizes_N: np.ndarray
 
 
 class MemoryShard:
@@ -66,7 +47,7 @@ class MemoryShard:
         self._moments: Moments | None = None
         self._totals = Counter(keys=0, vectors=0, clusters=0, noise_vectors=0, no_answer=0, bytes=0)
         self._counts = StepCounts()
-        warm_up()
+        warm_up(config)
 
     def lookup(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> np.ndarray:
         """Size [N] int64 of the cluster that each fingerprint [N, L] falls into: how many stored vectors of its key
@@ -144,13 +125,14 @@ class MemoryShard:
         """Memory that the clustered vectors and their keys take."""
         return self._totals["bytes"]
 
-    def save(self, directory: str | Path) -> None:
-        """Write the whole shard as one file into `directory`. Raises UserError when it cannot be written."""
+    def save(self, directory: str | Path) -> dict[str, str]:
+        """Write the whole shard as one file into `directory`. Returns the file's name and digest (blake2b of 32 bytes).
+        Raises UserError when it cannot be written."""
         clustered = {key: history.records_N for key, history in self._histories.items()}
         pending = {key: np.concatenate(added) for key, added in self._pending.items()}
         config = dataclasses.asdict(self.config)
         saved = snapshot.Snapshot(self.rank, self.shards, self._step, config, self._moments, clustered, pending)
-        snapshot.write_snapshot(Path(directory), saved)
+        return {saved.file_name: snapshot.write_snapshot(Path(directory), saved)}
 
     @classmethod
     def load(

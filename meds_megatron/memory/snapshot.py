@@ -61,13 +61,14 @@ class Snapshot:
         return _file_name(self.rank, self.shards)
 
 
-def write_snapshot(directory: Path, snapshot: Snapshot) -> None:
+def write_snapshot(directory: Path, snapshot: Snapshot) -> str:
     """Write a shard's file, which appears complete or not at all and is on disk when this returns; then remove files
-    of another number of shards, which it supersedes. Raises UserError when it cannot be written."""
+    of another number of shards, which it supersedes. Returns the digest of the whole file, in hexadecimal digits.
+    Raises UserError when it cannot be written."""
     path = directory / snapshot.file_name
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write_file(path, _contents(snapshot))
+        digest = _write_file(path, _contents(snapshot))
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}): make space or access there, or save elsewhere."
@@ -75,6 +76,7 @@ def write_snapshot(directory: Path, snapshot: Snapshot) -> None:
     for other in directory.glob(FILE_NAMES):
         if _shards_of(other) != snapshot.shards:
             other.unlink(missing_ok=True)
+    return digest
 
 
 def snapshot_files(directory: Path, rank: int, shards: int) -> list[Path]:
@@ -134,8 +136,9 @@ def _contents(snapshot: Snapshot) -> Iterator[bytes]:
         yield records_N["vector"].tobytes()
 
 
-def _write_file(path: Path, contents: Iterable[bytes]) -> None:
-    """Write contents and their checksum under another name, force them to disk, and only then rename the file."""
+def _write_file(path: Path, contents: Iterable[bytes]) -> str:
+    """Write contents and their checksum under another name, force them to disk, and only then rename the file. Returns
+    the checksum of all that."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     checksum = hashlib.blake2b(digest_size=CHECKSUM_BYTES)
     try:
@@ -144,6 +147,7 @@ def _write_file(path: Path, contents: Iterable[bytes]) -> None:
                 checksum.update(part)
                 file.write(part)
             file.write(checksum.digest())
+            checksum.update(checksum.digest())
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -154,6 +158,7 @@ def _write_file(path: Path, contents: Iterable[bytes]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+    return checksum.hexdigest()
 
 
 def _read_file(path: Path) -> bytes:

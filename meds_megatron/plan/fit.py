@@ -83,10 +83,11 @@ def suggest(config: Config, shape: ModelShape, hardware: Hardware) -> list[Sugge
     for nodes in (1, 2, 4, 8):
         more = {} if nodes == 1 else {"cluster.nodes": config.cluster.nodes * nodes}
         for count in range(MOST_CHANGES + 1):
-            found = []
-            for changes in _combinations(config, count):
-                if (fitting := _fitting(config, shape, hardware, more | changes)) is not None:
-                    found.append(Suggestion(fitting))
+            found = [
+                Suggestion(fitting)
+                for changes in _combinations(config, count)
+                if (fitting := _fitting(config, shape, hardware, more | changes)) is not None
+            ]
             if found:
                 found.sort(key=lambda suggestion: len(suggestion.changes))
                 fewest = [s for s in found if len(s.changes) == len(found[0].changes)]

@@ -262,9 +262,8 @@ class _Evaluation:
         return value
 
     def _raised(self, base: complex, exponent: complex) -> complex:
-        if base.real <= 0 or base.imag:
-            if exponent != round(exponent.real):
-                raise _Undecided  # More than one value.
+        if (base.real <= 0 or base.imag) and exponent != round(exponent.real):
+            raise _Undecided  # More than one value.
         return self._rounded(base**exponent)
 
     def _argument(self) -> Value:

@@ -215,9 +215,9 @@ def _same_structure(answer: str, truth: str, same: Callable[[str, str], bool]) -
         truth = ", ".join(f"\\begin{{pmatrix}}{row}\\end{{pmatrix}}" for row in rows)
     if _without_brackets(answer, truth):
         return True
-    if _BRACKETED.match(answer) and _BRACKETED.match(truth):
-        if _all_same(answer[1:-1].split(","), truth[1:-1].split(","), same):
-            return True
+    bracketed = _BRACKETED.match(answer) and _BRACKETED.match(truth)
+    if bracketed and _all_same(answer[1:-1].split(","), truth[1:-1].split(","), same):
+        return True
     matrices = _MATRIX.fullmatch(answer), _MATRIX.fullmatch(truth)
     if all(matrices) and _same_matrix(*(matrix[1] for matrix in matrices), same):
         return True
@@ -226,11 +226,13 @@ def _same_structure(answer: str, truth: str, same: Callable[[str, str], bool]) -
         differences = ["{} - ({})".format(*(side.strip() for side in text.split("="))) for text in (answer, truth)]
         if symbolically_equal(*differences) or symbolically_equal(f"-({differences[0]})", differences[1]):
             return True
-    elif equations == (1, 0) and len(answer.split("=")[0].strip()) <= 2:
-        if same(answer.split("=")[1], truth):
+    elif equations == (1, 0):
+        name, value = answer.split("=")
+        if len(name.strip()) <= 2 and same(value, truth):
             return True
-    elif equations == (0, 1) and len(truth.split("=")[0].strip()) <= 2:
-        if same(answer, truth.split("=")[1]):
+    elif equations == (0, 1):
+        name, value = truth.split("=")
+        if len(name.strip()) <= 2 and same(answer, value):
             return True
     return symbolically_equal(answer, truth)
 

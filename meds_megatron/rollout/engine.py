@@ -19,6 +19,7 @@ import numpy as np
 from meds_megatron.config import Config
 from meds_megatron.data.tokenizer import load_tokenizer
 from meds_megatron.launch.device import require_gpu
+from meds_megatron.lean_imports import lean_vllm
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.rollout.answer_position import AnswerLocator
 from meds_megatron.rollout.llm import check_cpu_can_run, make_llm, stop_token_ids
@@ -71,6 +72,17 @@ def engine_log(index: int) -> str:
 
 MAY_WAIT = {"start", "_start", "connect", "load_bucket"}
 """Methods in which an engine waits for the trainer's ranks or loads the model: it need not be the cause of a hang."""
+
+
+def import_without_gpu() -> None:
+    """Imports what an engine without a GPU needs; a fork server does it ahead of the engines."""
+    with lean_vllm():
+        import vllm.v1.executor.uniproc_executor
+        import vllm.v1.worker.cpu_worker  # noqa: F401
+        from transformers import AutoTokenizer  # noqa: F401
+        from vllm import LLM  # noqa: F401
+
+        import meds_megatron.weights.resharding.vllm_backend  # noqa: F401
 
 
 class RolloutEngine(SupervisedActor):
@@ -232,6 +244,7 @@ class RolloutEngine(SupervisedActor):
         if self._use_gpu:
             require_gpu()
         else:
+            import_without_gpu()
             check_cpu_can_run(self._model_dir)
         self._tokenizer = load_tokenizer(self._model_dir)
         self._answers = AnswerLocator(self._tokenizer)

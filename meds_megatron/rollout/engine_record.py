@@ -47,7 +47,8 @@ class Engine:
     @property
     def place(self) -> tuple[str, int] | None:
         """Node and process id; None as long as they are not known."""
-        return self.identity.result() if self.identity.done() and not self.identity.exception() else None
+        identity = self.identity
+        return identity.result() if identity and identity.done() and not identity.exception() else None
 
     @property
     def load(self) -> int:

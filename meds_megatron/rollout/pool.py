@@ -95,7 +95,7 @@ class EnginePool:
             for number, place in enumerate(engine_places(config.cluster, config.rollout))
         ]
         for engine in self.engines:
-            self._make(engine)
+            engine.actor = self._make_actor(engine)
             self._start(engine)
 
     def start(self) -> None:
@@ -256,10 +256,7 @@ class EnginePool:
 
     def close(self) -> None:
         """Ends the engines and returns when they are gone; one that has not ended after CLOSE_SECONDS is killed."""
-        calls = [engine.actor.close.remote() for engine in self.engines]
-        ray.wait(calls, num_returns=len(calls), timeout=CLOSE_SECONDS)
-        for engine in self.engines:
-            ray.kill(engine.actor)
+        self._end_actors(self.engines)
         deadline = time.monotonic() + CLOSE_SECONDS
         while any(engine.place and may_run(engine.place) for engine in self.engines) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -321,11 +318,6 @@ class EnginePool:
             self._wait_for_any(*events)
             self._take_started()
 
-    def _wait_for_any(self, *events: Future) -> None:
-        concurrent.futures.wait([*events, self._alarm], return_when=concurrent.futures.FIRST_COMPLETED)
-        if self._alarm.done():
-            self._alarm.result()
-
     def _get(self, reference: ray.ObjectRef) -> Any:
         self._wait_for_any(event := reference.future())
         return event.result()
@@ -346,7 +338,7 @@ class EnginePool:
             words := last_words(self._run_dir, engine_log(engine.number))
         ):
             reason += f"; the end of its log: {words}"
-        self._end(engine)
+        self._end_actors([engine])
         engine.health.failed(reason)
         logger.warning("engine %d on node %d failed and is restarted: %s", engine.number, engine.node, reason)
         logger.info("all that engine %d raised:\n%s", engine.number, error)
@@ -354,20 +346,33 @@ class EnginePool:
         self.regenerated_prompts += len(engine.running)
         self._queue.extendleft(reversed(engine.running.values()))
         engine.running, engine.starting, engine.finished = {}, None, None
-        self._make(engine)
+        engine.actor = self._make_actor(engine)
         # While the others sleep there is no memory for it: `wake` starts it.
         if not self.asleep:
             self._start(engine)
 
-    def _make(self, engine: Engine) -> None:
-        actor_class = self._actor_class.options(**engine.options)
-        engine.actor = actor_class.remote(*self._arguments, engine.number, self._disk_version, self._evaluation)
-        engine.identity = engine.actor.process.options(concurrency_group=SUPERVISION).remote().future()
-
-    def _end(self, engine: Engine) -> None:
-        # An actor that still runs frees what it shares with its ranks.
-        ray.wait([engine.actor.close.remote()], timeout=CLOSE_SECONDS)
-        ray.kill(engine.actor)
-
     def _start(self, engine: Engine) -> None:
         engine.starting = engine.actor.start.remote(engine.health.restarts).future()
+
+    # All that depends on where engines run: pools whose engines are no Ray actors override these three.
+
+    def _make_actor(self, engine: Engine) -> ray.actor.ActorHandle:
+        """A new actor for the engine; called by the constructor, too."""
+        actor_class = self._actor_class.options(**engine.options)
+        actor = actor_class.remote(*self._arguments, engine.number, self._disk_version, self._evaluation)
+        engine.identity = actor.process.options(concurrency_group=SUPERVISION).remote().future()
+        return actor
+
+    def _end_actors(self, engines: Sequence[Engine]) -> None:
+        """Ends the engines' actors, which may be dead."""
+        # An actor that still runs frees what it shares with its ranks.
+        calls = [engine.actor.close.remote() for engine in engines]
+        ray.wait(calls, num_returns=len(calls), timeout=CLOSE_SECONDS)
+        for engine in engines:
+            ray.kill(engine.actor)
+
+    def _wait_for_any(self, *events: Future) -> None:
+        """Returns when one of `events` is done. Raises what the alarm fails with."""
+        concurrent.futures.wait([*events, self._alarm], return_when=concurrent.futures.FIRST_COMPLETED)
+        if self._alarm.done():
+            self._alarm.result()

@@ -3,6 +3,7 @@
 import logging
 import secrets
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.errors import Stopped
 from meds_megatron.launch.cluster import reserve_nodes
+from meds_megatron.launch.fork_server import ForkServer
 from meds_megatron.logs import process_logging
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.rollout.pool import EnginePool
@@ -38,7 +40,14 @@ from meds_megatron.weights.resharding.shared_directory import PREFIX, SHARED_MEM
 logger = logging.getLogger(__name__)
 
 
-def attempt(config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory, interruption: Interruption) -> None:
+def attempt(
+    config: Config,
+    model_dir: Path,
+    prompts: Prompts,
+    run: RunDirectory,
+    interruption: Interruption,
+    servers: Sequence[ForkServer] = (),
+) -> None:
     """Trains from the newest checkpoint, or from the start, to the end. Raises RunFailed when a process died or hangs,
     and Stopped, after a checkpoint, when a signal asked for it."""
     with ExitStack() as stack:
@@ -50,9 +59,9 @@ def attempt(config: Config, model_dir: Path, prompts: Prompts, run: RunDirectory
         checkpoint = run.newest_checkpoint()
         run.rewind(checkpoint.step if checkpoint else None)
         console.phase("starting engines and trainer ranks")
-        processes = start_processes(config, model_dir, run, console, interruption, stack)
+        processes = start_processes(config, model_dir, run, console, interruption, stack, servers)
         state = TrainerState(PromptSampler(len(prompts.train), config.train.seed, config.data.shuffle))
-        if checkpoint:
+        if checkpoint := _readable(run, checkpoint, processes.policy):
             state.load_state_dict(checkpoint.state)
             resume(checkpoint, processes)
         log = stack.enter_context(RunLog(run, config, console, state.wandb_id))
@@ -77,7 +86,13 @@ class Processes:
 
 
 def start_processes(
-    config: Config, model_dir: Path, run: RunDirectory, console: Console, interruption: Interruption, stack: ExitStack
+    config: Config,
+    model_dir: Path,
+    run: RunDirectory,
+    console: Console,
+    interruption: Interruption,
+    stack: ExitStack,
+    servers: Sequence[ForkServer] = (),
 ) -> Processes:
     """Starts all processes side by side and waits until they have loaded the model; `stack` ends them in reverse
     order."""
@@ -86,7 +101,7 @@ def start_processes(
     stack.callback(remove_unclaimed)
     shared_directory = SHARED_MEMORY / f"{PREFIX}weights-{secrets.token_hex(8)}"
     stack.callback(shutil.rmtree, shared_directory, ignore_errors=True)
-    placement = reserve_nodes(config, use_gpu, paths=[model_dir, run.path])
+    placement = reserve_nodes(config, use_gpu, paths=[model_dir, run.path], fork_servers=servers)
     supervisor = stack.enter_context(Supervisor(config.run_dir, interruption))
     # A GCS that has ended would be waited for.
     stack.callback(lambda: None if interruption.is_ray_dead else placement.close())
@@ -109,6 +124,17 @@ def start_processes(
         policy.start()
     pool.start()
     return Processes(policy, pool, memory, graders, supervisor, timer, shared_directory)
+
+
+def _readable(run: RunDirectory, checkpoint: Checkpoint | None, policy: PolicyGroup) -> Checkpoint | None:
+    """`checkpoint`, or the newest before it of which the ranks find the large files as they were written."""
+    passed_over: dict[Path, str] = {}
+    while checkpoint and (damage := policy.damage_of(str(checkpoint.path))):
+        logger.warning("%s: the checkpoint is passed over", damage)
+        passed_over[checkpoint.path] = damage
+        checkpoint = run.newest_checkpoint(passed_over)
+        run.rewind(checkpoint.step if checkpoint else None)
+    return checkpoint
 
 
 def _train(

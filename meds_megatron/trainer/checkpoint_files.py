@@ -1,7 +1,9 @@
 """Checkpoint directories as files: complete or not, found, pruned and removed. Pure file operations.
 
+A checkpoint is written under a hidden name that no other save has, and gets its own when it is complete.
+
 checkpoints/step_000010/
-    complete.json            name and size of every other file; written last
+    complete.json            name, size and digest of every other file; written last
     state.json               the TrainerState and the layout
     config.yaml              settings of the run
     *.distcp, .metadata, metadata.json, common.pt
@@ -15,16 +17,20 @@ checkpoints/step_000010/
 import json
 import logging
 import os
+import secrets
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meds_megatron import digests
 from meds_megatron.config import Config, load_config
+from meds_megatron.digests import MARKER, Manifest, file_digest
 from meds_megatron.errors import UserError
 
-MARKER = "complete.json"
 STATE_FILE = "state.json"
+MEMORY = "memory"
 FORMAT = 1
 
 logger = logging.getLogger(__name__)
@@ -58,7 +64,7 @@ class Checkpoint:
 
     @property
     def memory(self) -> Path:
-        return self.path / "memory"
+        return self.path / MEMORY
 
     @property
     def engine_random_states(self) -> Path:
@@ -70,21 +76,28 @@ def write_state(path: Path, state: dict[str, Any], layout: dict[str, int]) -> No
     _write(path / STATE_FILE, json.dumps({"format": FORMAT, "layout": layout, "state": state}, indent=1))
 
 
-def newest(directory: Path) -> Checkpoint | None:
+def newest(
+    directory: Path, passed_over: Mapping[Path, str] | None = None, skip_memory: bool = False
+) -> Checkpoint | None:
     """The newest complete checkpoint in `directory`, None where none was ever completed.
 
-    One that was complete and has been damaged since is named and passed over; UserError if all of them are.
+    One that was complete and has been damaged since is named and passed over; UserError if all of them are. Those in
+    `passed_over`, each with its damage, have been named before. The content of large files is not looked at: the ranks
+    that read them do; nor, with `skip_memory`, is that of the error memory.
     """
     damages = []
     for path in reversed(_completed(directory)):
-        if damage := damage_of(path):
+        if passed_over and path in passed_over:
+            damages.append(passed_over[path])
+            continue
+        if damage := damage_of(path, skip_memory=skip_memory):
             logger.warning("%s: the checkpoint is passed over", damage)
             damages.append(damage)
             continue
         return Checkpoint.read(path)
     if damages:
         raise UserError(
-            f"{directory}: no checkpoint is whole, and the newest lacks something ({damages[0]}): put its files back, "
+            f"{directory}: no checkpoint is whole, and the newest is damaged ({damages[0]}): put its files back, "
             "give the run a name of its own (name=...) to start anew, or remove the directory"
         )
     return None
@@ -95,17 +108,10 @@ def any_completed(directory: Path) -> bool:
     return bool(_completed(directory))
 
 
-def damage_of(path: Path) -> str | None:
-    """Half a sentence about a complete checkpoint that lacks a file or a part of one; None if it is whole."""
-    try:
-        sizes = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        return f"{path / MARKER} cannot be read ({error})"
-    for name, size in sizes.items():
-        file = path / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            return f"{file} is missing" if found is None else f"{file} has {found} bytes, expected {size}"
+def damage_of(path: Path, content: bool = True, skip_memory: bool = False) -> str | None:
+    """As `digests.damage_of`, with a look into the state."""
+    if damage := digests.damage_of(path, content, skip=MEMORY if skip_memory else None):
+        return damage
     try:
         json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -113,16 +119,34 @@ def damage_of(path: Path) -> str | None:
     return None
 
 
-def mark_complete(path: Path) -> None:
-    """Forces all files of a checkpoint to disk and writes its marker."""
+def mark_complete(path: Path, taken: Mapping[str, str] | None = None) -> None:
+    """Forces all files of a checkpoint to disk and writes its marker. `taken` are the digests that were taken while
+    files were written; the other files are small and are read again."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     for file in files:
         _sync(file)
     for folder in {path, *(file.parent for file in files)}:
         _sync(folder)
-    sizes = {str(file.relative_to(path)): file.stat().st_size for file in files}
-    _write(path / MARKER, json.dumps({"files": sizes}, indent=1))
+    names = {str(file.relative_to(path)): file for file in files}
+    manifest = Manifest(
+        {name: file.stat().st_size for name, file in names.items()},
+        {name: (taken or {}).get(name) or file_digest(file) for name, file in names.items()},
+    )
+    _write(path / MARKER, manifest.write_text())
     _sync(path)
+    _sync(path.parent)
+
+
+def partial_directory(path: Path) -> Path:
+    """A directory in which a save of the checkpoint `path` writes, and no other: processes that were stopped may wake
+    and go on with an older one."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Gives a checkpoint that is complete its name."""
+    remove(path)
+    os.replace(partial, path)
     _sync(path.parent)
 
 
@@ -130,7 +154,7 @@ def prune(directory: Path, keep_last: int, keep_every: int | None) -> list[Path]
     """Removes all checkpoints that are older than the newest `keep_last` whole ones, but for those of steps that
     `keep_every` divides; returns the removed ones. Damaged ones do not count."""
     completed = _completed(directory)
-    kept = [path for path in completed if damage_of(path) is None][-keep_last:]
+    kept = [path for path in completed if damage_of(path, content=False) is None][-keep_last:]
     older = completed[: completed.index(kept[0])] if len(kept) == keep_last else []
     removed = [path for path in older if not (keep_every and _step(path) % keep_every == 0)]
     for path in removed:
@@ -145,10 +169,10 @@ def remove(path: Path) -> None:
 
 
 def remove_incomplete(directory: Path) -> None:
-    """Removes what saves that were interrupted have left."""
-    for path in _steps(directory):
-        if not (path / MARKER).is_file():
-            shutil.rmtree(path, ignore_errors=True)
+    """Removes what saves and removals that were interrupted have left."""
+    removed = [path for path in _steps(directory) if not (path / MARKER).is_file()]
+    for path in [*removed, *directory.glob(".step_*.partial")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _steps(directory: Path) -> list[Path]:

@@ -1,9 +1,12 @@
 """Checkpoints of a run, saved between its steps: everything that it is."""
 
 import logging
+import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -11,7 +14,16 @@ from meds_megatron.config import Config, save_config
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.errors import UserError
 from meds_megatron.rollout.pool import EnginePool
-from meds_megatron.trainer.checkpoint_files import Checkpoint, mark_complete, prune, remove, write_state
+from meds_megatron.trainer.checkpoint_files import (
+    MEMORY,
+    Checkpoint,
+    mark_complete,
+    partial_directory,
+    prune,
+    publish,
+    remove,
+    write_state,
+)
 from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.trainer.run_dir import RunDirectory
@@ -47,6 +59,7 @@ class Checkpointer:
         self._newest = resumed_from.step if resumed_from else None
         """Step of the newest checkpoint, complete or under way."""
         self._under_way: Path | None = None
+        """The directory in which it is written."""
 
     def step_finished(self, state: TrainerState) -> None:
         """Saves the run after a finished step if it is time, and completes a checkpoint that has been written."""
@@ -76,14 +89,14 @@ class Checkpointer:
         """Waits until the checkpoint under way is complete; returns at once when there is none."""
         if self._under_way is None:
             return
-        path, self._under_way = self._under_way, None
-        with _removed_on_failure(path):
-            self._policy.finish_save()
-            self._memory.finish_save()
-        # Outside of the block: a process that has taken the lock may be writing the same checkpoint.
-        self._run.check_lock()
-        with _removed_on_failure(path):
-            mark_complete(path)
+        partial, self._under_way = self._under_way, None
+        path = self._run.checkpoint(self._newest)
+        with self._removed_on_failure(path, partial):
+            digests = self._policy.finish_save()
+            digests |= {f"{MEMORY}/{name}": digest for name, digest in self._memory.finish_save().items()}
+            mark_complete(partial, digests)
+            self._run.check_lock()
+            publish(partial, path)
         settings = self._config.checkpoint
         prune(path.parent, settings.keep_last, settings.keep_every)
         logger.info("checkpoint %s is complete", path)
@@ -93,32 +106,41 @@ class Checkpointer:
         self._run.check_lock()
         step = self._state["step"]
         path = self._run.checkpoint(step)
-        with _removed_on_failure(path):
-            remove(path)
-            path.mkdir(parents=True)
-            self._policy.begin_save(str(path))
-            self._memory.begin_save(str(path / "memory"))
-            np.savez(path / "rng" / "engines.npz", **self._pool.random_states())
-            copy_model_files(self._model_dir, path)
-            save_config(self._config, path / "config.yaml")
-            write_state(path, self._state, asdict(ParallelLayout.from_config(self._config)))
-        self._newest, self._under_way = step, path
+        partial = partial_directory(path)
+        with self._removed_on_failure(path, partial):
+            partial.mkdir(parents=True)
+            self._policy.begin_save(str(partial))
+            self._memory.begin_save(str(partial / MEMORY))
+            np.savez(partial / "rng" / "engines.npz", **self._pool.random_states())
+            copy_model_files(self._model_dir, partial)
+            save_config(self._config, partial / "config.yaml")
+            write_state(partial, self._state, asdict(ParallelLayout.from_config(self._config)))
+        self._newest, self._under_way = step, partial
 
-
-@contextmanager
-def _removed_on_failure(path: Path):
-    """Removes an incomplete checkpoint when the block fails; an OSError becomes a UserError."""
-    try:
-        yield
-    except OSError as error:
-        remove(path)
-        raise UserError(f"{path} cannot be written ({error.strerror}): make space or access there") from error
-    except BaseException:
-        remove(path)
-        raise
+    @contextmanager
+    def _removed_on_failure(self, path: Path, partial: Path) -> Iterator[None]:
+        """Removes what the block has written of a checkpoint when it fails; an OSError becomes a UserError."""
+        try:
+            yield
+        except BaseException as error:
+            remove(partial)
+            if isinstance(error, (OSError, UserError)):
+                # A process that has taken the lock removes what others were writing, which then fails.
+                self._run.check_lock()
+            if isinstance(error, OSError):
+                raise UserError(f"{path} cannot be written ({error.strerror}): make space or access there") from error
+            raise
 
 
 def restore_engines(checkpoint: Checkpoint, pool: EnginePool) -> bool:
     """Continues the engines' random states; False, and new ones, where other engines saved them."""
-    with np.load(checkpoint.engine_random_states, allow_pickle=False) as states:
-        return pool.set_random_states(dict(states), checkpoint.step)
+    path = checkpoint.engine_random_states
+    try:
+        with np.load(path, allow_pickle=False) as states:
+            saved = dict(states)
+    except (OSError, ValueError, BadZipFile, zlib.error) as error:
+        # Only of a release that kept no digests.
+        raise UserError(
+            f"{path} cannot be read ({error}): it is damaged; remove the checkpoint to resume from the one before it"
+        ) from error
+    return pool.set_random_states(saved, checkpoint.step)

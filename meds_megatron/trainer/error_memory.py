@@ -10,7 +10,7 @@ from meds_megatron.config import Config, MemoryConfig
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.launch.placement import Place, Placement, rank_places
 from meds_megatron.logs import configure_process_logging
-from meds_megatron.memory import UNKNOWN, Match, MemoryShard, shard_of, step_metrics
+from meds_megatron.memory import UNKNOWN, Match, shard_of, step_metrics
 from meds_megatron.rollout.samples import Sample
 from meds_megatron.supervised import CONCURRENCY_GROUPS, SupervisedActor, ignore_stop_signals
 from meds_megatron.trainer.supervision import Supervisor
@@ -93,9 +93,12 @@ class ErrorMemory:
         """The shards write themselves into a directory, each when it has done what was asked of it before."""
         self._saving = [shard.save.remote(directory) for shard in self._shards]
 
-    def finish_save(self) -> None:
-        """Waits until all shards are written. Raises UserError when one could not be."""
-        self._supervisor.results(self._saving)
+    def finish_save(self) -> dict[str, str]:
+        """Waits until all shards are written. Returns the digests of their files, by name. Raises UserError when one
+        could not be."""
+        return {
+            name: digest for of_shard in self._supervisor.results(self._saving) for name, digest in of_shard.items()
+        }
 
     def restore(self, directory: str) -> list[str]:
         """Fills the empty shards with those that were saved in a directory, any number of them; returns a sentence for
@@ -125,8 +128,30 @@ def shard_log(number: int) -> str:
     return f"memory{number:03d}"
 
 
-class _ShardActor(MemoryShard, SupervisedActor):
+class _ShardActor(SupervisedActor):
+    """A shard in a process of its own, which alone imports what clustering needs."""
+
     def __init__(self, config: MemoryConfig, rank: int, shards: int, run_dir: str):
         ignore_stop_signals()
         configure_process_logging(run_dir, shard_log(rank))
-        super().__init__(config, rank, shards)
+        from meds_megatron.memory.shard import MemoryShard
+
+        self._shard = MemoryShard(config, rank, shards)
+
+    def match(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> Match:
+        return self._shard.match(keys, fingerprints_NL)
+
+    def remember(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> None:
+        self._shard.remember(keys, fingerprints_NL)
+
+    def recluster(self) -> None:
+        self._shard.recluster()
+
+    def stats(self) -> dict:
+        return self._shard.stats()
+
+    def save(self, directory: str) -> None:
+        self._shard.save(directory)
+
+    def restore(self, directory: str) -> list[str]:
+        return self._shard.restore(directory)

@@ -5,9 +5,8 @@ import logging
 from meds_megatron.config import Config
 from meds_megatron.rollout.producer import failed_gradings, first_failed_grading
 from meds_megatron.trainer.checkpointer import Checkpointer
-from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.filtering import shortfall
-from meds_megatron.trainer.policy_group import PolicyGroup
+from meds_megatron.trainer.protocols import Memory, Policy
 from meds_megatron.trainer.report import (
     check_mismatch,
     check_updates,
@@ -33,8 +32,8 @@ def train(
     config: Config,
     state: TrainerState,
     rollout_manager: RolloutManager,
-    policy: PolicyGroup,
-    memory: ErrorMemory,
+    policy: Policy,
+    memory: Memory,
     checkpointer: Checkpointer,
     run: RunDirectory,
     log: RunLog,
@@ -83,6 +82,7 @@ def train(
             metrics |= validation_metrics(rollout_manager.validate(), config)
         if export_due(state.step, config):
             with timer("export"):
+                run.check_lock()
                 policy.export(str(run.hf_export(state.step)))
         with timer("memory"):
             memory.wait()

@@ -1,6 +1,7 @@
 """`meds train`: from a config to a trained model, in as many attempts as it takes."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from meds_megatron.config import Config
@@ -10,11 +11,11 @@ from meds_megatron.embedded.make import ensure_model
 from meds_megatron.errors import RayDied, RunFailed, Stopped, UserError
 from meds_megatron.launch.cluster import NoNodes, RayCluster, ray_cluster
 from meds_megatron.launch.device import resolve_device
+from meds_megatron.launch.fork_server import ForkServer
 from meds_megatron.launch.ray_probe import RayProbe
 from meds_megatron.plan.choices import with_choices
 from meds_megatron.plan.fit import check_fit
 from meds_megatron.plan.hardware import CPU, H100
-from meds_megatron.report.page import write_report
 from meds_megatron.trainer.attempt import attempt
 from meds_megatron.trainer.interruption import EXIT_REQUEUE, Interruption
 from meds_megatron.trainer.model_check import check_model_files
@@ -25,8 +26,9 @@ from meds_megatron.trainer.supervision import HardwareFailed, ProcessDied
 from meds_megatron.trainer.watchdog import Hung
 
 
-def train(config: Config) -> None:
-    """Runs `config` to its end. Raises UserError, before anything is started, for what can be found out by then."""
+def train(config: Config, servers: Sequence[ForkServer] = ()) -> None:
+    """Runs `config` to its end, with workers from `servers`. Raises UserError, before Ray is started, for what can be
+    found out by then."""
     config.cluster.device = resolve_device(config.cluster)
     validate(config)
     check_machine(config)
@@ -47,13 +49,17 @@ def train(config: Config) -> None:
         # Processes on other nodes have other working directories.
         config.run_dir = str(run.path)
         with ray_cluster(config.cluster) as cluster, Interruption() as interruption:
-            repeat_attempts(config, model_dir, prompts, run, interruption, cluster)
+            repeat_attempts(config, model_dir, prompts, run, interruption, cluster, servers)
         report(run)
 
 
 def report(run: RunDirectory) -> None:
     """Writes the report of a finished run. The run is whole without it, so what goes wrong here is only said."""
+    # With numba for the clustering: the training does not need it.
+    from meds_megatron.report.page import write_report
+
     try:
+        run.check_lock()
         write_report([run.path], run.report)
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -69,6 +75,7 @@ def repeat_attempts(
     run: RunDirectory,
     interruption: Interruption,
     cluster: RayCluster,
+    servers: Sequence[ForkServer] = (),
 ) -> None:
     """Attempts the run until it is finished.
 
@@ -82,7 +89,7 @@ def repeat_attempts(
             if failure is Failure.RAY_DIED:
                 cluster.restart()
             with RayProbe(interruption.ray_died) as probe:
-                attempt(config, model_dir, prompts, run, interruption)
+                attempt(config, model_dir, prompts, run, interruption, servers)
             return
         except (RunFailed, NoNodes, RayDied) as error:
             recovery.finished(run.last_logged_step())

@@ -47,8 +47,8 @@ class PolicyGroup:
     def start(self) -> None:
         """Returns when the ranks have formed their process groups and loaded the model."""
         world = self.layout.ranks
-        ((host, port),) = self.results([self.on_rank(0, "open_store", world)])
-        fused = self._on_all("start", host, port, world, self._model_dir)
+        (store,) = self.results([self.on_rank(0, "open_store", world)])
+        fused = self._on_all("start", store, world, self._model_dir)
         if self._config.cluster.device == "cuda" and not all(fused):
             logger.warning(LOCAL_LAYERS)
 
@@ -106,9 +106,14 @@ class PolicyGroup:
         """Whether all ranks have written their parts."""
         return all(self._on_all("save_written"))
 
-    def finish_save(self) -> None:
-        """Waits until the checkpoint's model part is complete. Raises UserError when it could not be written."""
-        self._on_all("finish_save")
+    def finish_save(self) -> dict[str, str]:
+        """Waits until the checkpoint's model part is complete. Returns the digests of the files that ranks have
+        written, by name. Raises UserError when it could not be written."""
+        return {name: digest for of_rank in self._on_all("finish_save") for name, digest in of_rank.items()}
+
+    def damage_of(self, directory: str) -> str | None:
+        """Half a sentence about a large file of a checkpoint that is not as it was written; None if all are."""
+        return next(filter(None, self._on_all("damage_of", directory, self.layout.ranks)), None)
 
     def load(self, directory: str, same_layout: bool) -> None:
         """Continues from a checkpoint of any layout; the random states only if it is the same."""

@@ -8,21 +8,16 @@ from typing import Literal, TypeVar
 from meds_megatron.config import Config
 from meds_megatron.errors import UserError
 from meds_megatron.rollout.group_schedule import GroupSchedule
-from meds_megatron.rollout.pool import EnginePool
-from meds_megatron.rollout.producer import GroupProducer
 from meds_megatron.rollout.samples import PromptGroup
 from meds_megatron.rollout.settings import Sampling
-from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.filtering import mark_kept, shortfall
 from meds_megatron.trainer.interruption import Interruption
-from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.trainer.prompts import Prompts
+from meds_megatron.trainer.protocols import Engines, Memory, PendingCall, Policy, Producer, WeightUpdates
 from meds_megatron.trainer.rollout_batch import RolloutBatch
 from meds_megatron.trainer.scoring import score
 from meds_megatron.trainer.state import TrainerState
-from meds_megatron.trainer.supervision import Pending
 from meds_megatron.trainer.timer import PhaseTimer
-from meds_megatron.trainer.weight_sync import WeightSync
 
 T = TypeVar("T")
 
@@ -42,11 +37,11 @@ class RolloutManager:
         config: Config,
         state: TrainerState,
         prompts: Prompts,
-        producer: GroupProducer,
-        pool: EnginePool,
-        weight_sync: WeightSync,
-        policy: PolicyGroup,
-        memory: ErrorMemory,
+        producer: Producer,
+        pool: Engines,
+        weight_sync: WeightUpdates,
+        policy: Policy,
+        memory: Memory,
         timer: PhaseTimer,
         interruption: Interruption,
     ) -> None:
@@ -111,7 +106,7 @@ class RolloutManager:
         with self._timer("sync"):
             self._pool.sleep(keep_weights=False)
 
-    def wait_for(self, pending: Pending[T]) -> T:
+    def wait_for(self, pending: PendingCall[T]) -> T:
         """The result of a call of the trainer's ranks, while the engines generate. An error of one rank is raised at
         once: the others may wait for it."""
         under_way = pending.futures() if self._producer.busy else []

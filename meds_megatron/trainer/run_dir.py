@@ -16,7 +16,7 @@ from meds_megatron.config import Config, load_config, save_config
 from meds_megatron.config.changes import changes
 from meds_megatron.errors import UserError
 from meds_megatron.trainer.checkpoint_files import Checkpoint, any_completed, newest, remove_incomplete
-from meds_megatron.trainer.run_lock import check_lock, run_lock
+from meds_megatron.trainer.run_lock import check_lock, lock_loss, run_lock
 
 ROLLOUT_SCHEMA = pa.schema(
     [
@@ -52,6 +52,7 @@ class RunDirectory:
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser().absolute()
         self._lock: SoftFileLease | None = None
+        self._skip_memory = False
 
     @contextmanager
     def claim(self, config: Config) -> Iterator["RunDirectory"]:
@@ -61,12 +62,14 @@ class RunDirectory:
         differ that make it another run (`config.changes`), and where it cannot be written. A run that ends before its
         first line of metrics leaves its name free, and logs only after an error that is not the user's.
         """
+        self._skip_memory = config.memory.skip_damaged
         with ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 stack.callback(self._remove_if_empty)
                 self._lock = stack.enter_context(run_lock(self.path))
                 self._check_resumable(config)
+                self.check_lock()
                 self.rollouts.mkdir(exist_ok=True)
                 save_config(config, self.config)
             except OSError as error:
@@ -81,21 +84,25 @@ class RunDirectory:
                 keep_logs = False
                 raise
             finally:
-                if not self.started and not any_completed(self.checkpoints):
+                is_own = lock_loss(self._lock) is None
+                if is_own and not self.started and not any_completed(self.checkpoints):
                     self._discard(keep_logs)
 
     def check_lock(self) -> None:
-        """Raises UserError when the claim has passed to another process."""
+        """Raises UserError when the claim has passed to another process. Asked before each change of a file that the
+        other one has, or reads."""
         if self._lock is not None:
             check_lock(self._lock)
 
-    def newest_checkpoint(self) -> Checkpoint | None:
-        """The checkpoint to resume from; None where a run starts. Raises UserError when every one is damaged."""
-        return newest(self.checkpoints)
+    def newest_checkpoint(self, passed_over: Mapping[Path, str] | None = None) -> Checkpoint | None:
+        """The checkpoint to resume from, none of those `passed_over`; None where a run starts. Raises UserError when
+        every one is damaged."""
+        return newest(self.checkpoints, passed_over, self._skip_memory)
 
     def rewind(self, step: int | None) -> None:
         """Removes what was written after step `step` (None: all of it), a torn end of the metrics, and incomplete
         checkpoints and exports. Raises UserError for a line of metrics before that which cannot be read."""
+        self.check_lock()
         last = -1 if step is None else step
         remove_incomplete(self.checkpoints)
         for path in [*self.rollouts.glob("*"), *self.exports.glob(".*"), *self.exports.glob("step_*")]:
@@ -212,6 +219,7 @@ class RunDirectory:
         """
         rows = len(columns["key"])
         table = pa.table({**columns, "step": [step] * rows}, schema=ROLLOUT_SCHEMA)
+        self.check_lock()
         path = self.rollouts_of(step)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:

@@ -22,9 +22,8 @@ class RunLog:
 
     def __init__(self, run: RunDirectory, config: Config, console: Console, wandb_id: str | None = None):
         """`wandb_id` continues the wandb run of that id."""
-        self._console = console
-        self._path = run.metrics
-        self._file = open(run.metrics, "ab", buffering=0)
+        self._console, self._run = console, run
+        self._file = open(run.metrics, "ab", buffering=0)  # noqa: SIM115
         self._wandb = WandbRun(run, config, wandb_id) if config.wandb.enabled else None
         self._responses_every = config.wandb.responses_every
 
@@ -36,8 +35,9 @@ class RunLog:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records a step's metrics, names as `group/name`; a value that is not finite is stored as null.
 
-        Raises UserError, and leaves no part of a line, when the file cannot be written.
+        Raises UserError, and leaves no part of a line, when the file cannot be written or is another process's by now.
         """
+        self._run.check_lock()
         values = {name: _plain_number(value) for name, value in metrics.items()}
         if missing := [name for name, value in values.items() if value is None]:
             logger.warning("step %d: not finite: %s", step, ", ".join(missing))
@@ -62,7 +62,7 @@ class RunLog:
             with suppress(OSError):
                 self._file.truncate(end)
             raise UserError(
-                f"{self._path} cannot be written ({error.strerror}): make space there and start the run again"
+                f"{self._run.metrics} cannot be written ({error.strerror}): make space there and start the run again"
             ) from error
 
     def close(self, failed: bool = False) -> None:

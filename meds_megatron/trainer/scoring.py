@@ -11,20 +11,18 @@ from meds_megatron.algorithm.advantages import AdvantageInputs, compute_advantag
 from meds_megatron.algorithm.aggregation import aggregation_weights
 from meds_megatron.config import Config
 from meds_megatron.reward.scores import penalties, shape_scores
-from meds_megatron.trainer.error_memory import ErrorMemory
-from meds_megatron.trainer.policy_group import PolicyGroup
+from meds_megatron.trainer.protocols import Memory, PendingCall, Policy
 from meds_megatron.trainer.rollout_batch import RolloutBatch
-from meds_megatron.trainer.supervision import Pending
 from meds_megatron.trainer.timer import PhaseTimer
 
 
 def score(
     rollouts: RolloutBatch,
-    policy: PolicyGroup,
-    memory: ErrorMemory,
+    policy: Policy,
+    memory: Memory,
     config: Config,
     timer: PhaseTimer,
-    wait_for: Callable[[Pending[ForwardOutput]], ForwardOutput],
+    wait_for: Callable[[PendingCall[ForwardOutput]], ForwardOutput],
 ) -> None:
     """Fills the batch: log-probs, entropies and fingerprints by one forward pass, cluster sizes by one lookup, and the
     shaped scores that follow (NaN for groups that are neither kept nor remembered, and where the grading failed).

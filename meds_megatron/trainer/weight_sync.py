@@ -13,7 +13,7 @@ from meds_megatron.errors import UserError
 from meds_megatron.launch.placement import engine_places, rank_places
 from meds_megatron.rollout.llm import engine_dtype
 from meds_megatron.rollout.pool import EnginePool
-from meds_megatron.trainer.policy_group import PolicyGroup
+from meds_megatron.trainer.protocols import WeightSource
 from meds_megatron.weights.resharding.plan import Route, find_routes
 from meds_megatron.weights.resharding.staging import begins_and_ends
 from meds_megatron.weights.resharding.types import Checksums, StagedBucket, SyncSpec
@@ -34,7 +34,7 @@ class WeightSync:
         self,
         config: Config,
         shape: ModelShape,
-        policy: PolicyGroup,
+        policy: WeightSource,
         pool: EnginePool,
         shared_directory: str,
         first_version: int = 0,

@@ -1,5 +1,6 @@
 """Functions that the ranks of the checkpoint tests run."""
 
+import os
 import random
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def train_and_save(rank: int, directory: str, parallel: dict, target: str, steps
     cases.train_step(policy, parallel)
     save.finish()
     return state
+
+
+def save_with_digests(rank: int, directory: str, parallel: dict, target: str) -> dict[str, str]:
+    """Digests, by name, of the files that this rank has written."""
+    policy = make_policy(directory, parallel)
+    cases.train_step(policy, parallel)
+    return checkpoint.PolicySave(*parts(policy), target, HostCopies()).finish()
 
 
 def load_state(rank: int, directory: str, parallel: dict, target: str, dtype: str = "float32") -> State:
@@ -96,6 +104,12 @@ def load_error(rank: int, directory: str, parallel: dict, target: str) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def load_error_where_torch_unpickles(rank: int, directory: str, parallel: dict, target: str) -> str:
+    """What a load raises where torch's own default is to run what a pickle says."""
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
+    return load_error(rank, directory, parallel, target)
 
 
 def draw_random_numbers() -> list[float]:

@@ -1,18 +1,21 @@
 """Checkpoints of the policy: whatever layout saves and whatever layout loads, model and optimizer are the same bits."""
 
+import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from meds_megatron.weights.conversion.checkpoint import read_metadata
 from tests.actor import checkpoint_ranks as on_rank
 from tests.model import qwen_cases as cases
+from tests.pairwise import in_turn
 
 LAYOUTS = {
-    "one rank": dict(),
+    "one rank": {},
     "TP2": dict(tensor=2),
     "PP2": dict(pipeline=2),
     "PP2xVPP2": dict(pipeline=2, virtual_pipeline=2),
@@ -36,9 +39,9 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("saved", "loaded", "model"), CHANGES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_state_is_the_same_under_another_layout(ranks, tmp_path_factory, tmp_path, saved, loaded, model, dtype):
+@pytest.mark.parametrize(("change", "dtype"), in_turn(CHANGES, ["float32", "bfloat16"]), ids=str)
+def test_state_is_the_same_under_another_layout(ranks, tmp_path_factory, tmp_path, change, dtype):
+    saved, loaded, model = change
     directory = str(cases.cached_model(tmp_path_factory, model))
     before, after = LAYOUTS[saved], LAYOUTS[loaded]
     expected = ranks.run(cases.world_size(before), on_rank.train_and_save, directory, before, str(tmp_path), 2, dtype)[
@@ -78,14 +81,14 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all(cpu_ranks, tmp_path_fact
 
 
 def cut_short(directory: Path) -> None:
-    content = (directory / "__0_0.distcp").read_bytes()
-    (directory / "__0_0.distcp").write_bytes(content[: len(content) // 2])
+    content = (directory / "__0_model_0.distcp").read_bytes()
+    (directory / "__0_model_0.distcp").write_bytes(content[: len(content) // 2])
 
 
 def altered(directory: Path) -> None:
-    content = bytearray((directory / "__0_0.distcp").read_bytes())
+    content = bytearray((directory / "__0_model_0.distcp").read_bytes())
     content[1000 : len(content) - 1000] = bytes(len(content) - 2000)
-    (directory / "__0_0.distcp").write_bytes(content)
+    (directory / "__0_model_0.distcp").write_bytes(content)
 
 
 def with_an_object(directory: Path) -> None:
@@ -96,6 +99,25 @@ def with_an_object(directory: Path) -> None:
 
 def with_a_program(directory: Path) -> None:
     (directory / ".metadata").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
+
+
+class Evil:
+    """A pickle that runs a program where it is read."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch owned",)
+
+
+@pytest.mark.parametrize("file", ["common.pt", "rng/rank00000.pt"])
+def test_a_program_in_a_file_of_values_is_refused_whatever_torchs_default_is(
+    cpu_ranks, tmp_path_factory, tmp_path, file
+):
+    directory = str(cases.cached_model(tmp_path_factory, "qwen2 tied"))
+    cpu_ranks.run(1, on_rank.train_and_save, directory, {}, str(tmp_path), 0)
+    torch.save({"optimizer_step": Evil()}, tmp_path / file)
+    (raised,) = cpu_ranks.run(1, on_rank.load_error_where_torch_unpickles, directory, {}, str(tmp_path))
+    assert raised.startswith(f"UserError: {tmp_path / file} cannot be read (UnpicklingError)")
+    assert not Path("owned").exists()
 
 
 @pytest.mark.parametrize(

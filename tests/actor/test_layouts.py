@@ -5,10 +5,11 @@ import pytest
 
 from tests.devices import tolerance
 from tests.model import qwen_cases as cases
+from tests.pairwise import in_turn
 
 LAYOUTS = {
-    "packs": (dict(), cases.PACKS),
-    "pairs": (dict(), cases.PAIRS),
+    "packs": ({}, cases.PACKS),
+    "pairs": ({}, cases.PAIRS),
     "TP2": (dict(tensor=2), cases.ONE_BY_ONE),
     "TP2+SP": (dict(tensor=2, sequence=True), cases.PAIRS),
     "PP2": (dict(pipeline=2), cases.ONE_BY_ONE),
@@ -28,11 +29,10 @@ LAYOUTS = {
 AGGREGATIONS = ["token_mean", "sequence_mean", "sequence_sum"]
 
 
-@pytest.mark.parametrize("model", ["qwen2 untied", "qwen3 tied"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "model"), in_turn(LAYOUTS, ["qwen2 untied", "qwen3 tied"]))
 def test_same_loss_and_gradient_norm_as_on_one_rank(ranks, tmp_path_factory, model, layout):
     directory = cases.cached_model(tmp_path_factory, model)
-    expected = update(ranks, directory, dict(), cases.ONE_BY_ONE)
+    expected = update(ranks, directory, {}, cases.ONE_BY_ONE)
     found = update(ranks, directory, *LAYOUTS[layout])
     for ours, theirs in zip(found, expected, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=tolerance(1e-5))
@@ -42,13 +42,16 @@ def test_same_loss_and_gradient_norm_as_on_one_rank(ranks, tmp_path_factory, mod
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "loss"),
-    [*((name, "ppo") for name in AGGREGATIONS), ("sequence_mean", "gspo"), ("token_mean", "cispo")],
+    ("objective", "layout"),
+    in_turn(
+        [*((name, "ppo") for name in AGGREGATIONS), ("sequence_mean", "gspo"), ("token_mean", "cispo")],
+        ["DP2xPP2", "CP2"],
+    ),
 )
-@pytest.mark.parametrize("layout", [dict(data=2, pipeline=2), dict(context=2)], ids=str)
-def test_every_aggregation_and_loss_is_global(ranks, tmp_path_factory, aggregation, loss, layout):
+def test_every_aggregation_and_loss_is_global(ranks, tmp_path_factory, objective, layout):
+    (aggregation, loss), (layout, _) = objective, LAYOUTS[layout]
     directory = cases.cached_model(tmp_path_factory, "qwen3 tied")
-    expected = update(ranks, directory, dict(), cases.ONE_BY_ONE, aggregation, loss)
+    expected = update(ranks, directory, {}, cases.ONE_BY_ONE, aggregation, loss)
     found = update(ranks, directory, layout, cases.PACKS, aggregation, loss)
     assert found[1]["loss"] == pytest.approx(expected[1]["loss"], abs=tolerance(1e-5))
     assert found[1]["grad_norm"] == pytest.approx(expected[1]["grad_norm"], rel=tolerance(1e-5))

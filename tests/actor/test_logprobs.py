@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from meds_megatron.actor import logprobs
 from tests.devices import this_device, tolerance
 
 TOKENS, HIDDEN, VOCAB = 37, 16, 50
@@ -21,6 +20,7 @@ def in_blocks(rank: int, tensor: int, block_tokens: int, temperature: float) -> 
     """Values and gradients on one tensor-parallel rank that holds its rows of the head."""
     from megatron.core import parallel_state, tensor_parallel
 
+    from meds_megatron.actor import logprobs
     from meds_megatron.actor.process_group import form_groups
     from meds_megatron.config import ParallelConfig
 
@@ -71,6 +71,7 @@ def in_bfloat16(rank: int, tensor: int, with_buffer: bool) -> list[torch.Tensor]
     """Log-probs, gradient of the hidden states and that of this rank's rows of the head, which the buffer adds to 1."""
     from megatron.core import parallel_state, tensor_parallel
 
+    from meds_megatron.actor import logprobs
     from meds_megatron.actor.process_group import form_groups
     from meds_megatron.config import ParallelConfig
 
@@ -121,6 +122,8 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_accumulated_in_float32_on_every_device(device, dtype):
+    from meds_megatron.actor import logprobs
+
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(shape, generator=generator).to(device, dtype) for shape in ((24, 256), (256, 40)))
     expected = left.double() @ right.double()
@@ -134,6 +137,7 @@ def test_products_are_accumulated_in_float32_on_every_device(device, dtype):
 
 def peak_bytes(rank: int, tokens: int) -> int:
     """The most that the log-probs of `tokens` tokens have allocated at once."""
+    from meds_megatron.actor import logprobs
     from meds_megatron.actor.process_group import form_groups
     from meds_megatron.bench.fingerprint import peak_bytes
     from meds_megatron.config import ParallelConfig

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from meds_megatron.actor.microbatch import build_micro_batch
-from meds_megatron.actor.policy import _MicroBatchLoss
 from meds_megatron.actor.train_batch import TrainBatch
 from meds_megatron.config import Config
 
 
 def test_advantages_are_shaped_by_the_entropy_of_the_updates_own_forward_pass():
+    from meds_megatron.actor.microbatch import build_micro_batch
+    from meds_megatron.actor.policy import _MicroBatchLoss
+
     config = Config()
     config.advantage.entropy_coefficient = 0.4
     batch = TrainBatch.of_responses([[1], [1]], [[2, 3], [4]], [[-1.0, -1.0], [-1.0]], [-1, -1], [0, 0])

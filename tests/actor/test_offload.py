@@ -7,7 +7,7 @@ from tests.actor import checkpoint_ranks
 from tests.actor.checkpoint_ranks import make_policy, parts, whole_state
 from tests.model import qwen_cases as cases
 
-LAYOUTS = [(dict(), "float32"), (dict(data=2), "bfloat16"), (dict(pipeline=2), "float32"), (dict(tensor=2), "bfloat16")]
+LAYOUTS = [({}, "float32"), (dict(data=2), "bfloat16"), (dict(pipeline=2), "float32"), (dict(tensor=2), "bfloat16")]
 
 
 def three_steps(rank: int, directory: str, parallel: dict, dtype: str, target: str | None) -> dict[str, np.ndarray]:

@@ -11,14 +11,14 @@ from meds_megatron.trainer.policy_group import scatter
 from tests.actor.test_layouts import LAYOUTS
 from tests.devices import tolerance
 from tests.model import qwen_cases as cases
+from tests.pairwise import in_turn
 
 FORMS = {"packed": cases.PACKS, "one by one": cases.ONE_BY_ONE, "padded": cases.PACKS}
 """Tokens of a micro-batch."""
 DISTINCT = {str(parallel): parallel for parallel, _ in LAYOUTS.values()}
 
 
-@pytest.mark.parametrize("layout", DISTINCT)
-@pytest.mark.parametrize("model", ["qwen2 untied", "qwen3 tied"])
+@pytest.mark.parametrize(("layout", "model"), in_turn(DISTINCT, ["qwen3 tied", "qwen2 untied"]))
 def test_packed_padded_and_single_sequences_are_equal(ranks, tmp_path_factory, model, layout):
     directory, parallel = str(cases.cached_model(tmp_path_factory, model)), DISTINCT[layout]
     steps = ranks.run(cases.world_size(parallel), step_in_each_form, directory, parallel)

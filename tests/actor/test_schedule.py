@@ -1,12 +1,13 @@
 """The invariants of the schedule, on random steps."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from meds_megatron.actor.schedule import NOT_SCHEDULED, minibatches_of, schedule
 from meds_megatron.bench.synthetic import long_tailed_lengths
 from meds_megatron.config import QWEN
+from tests.examples import examples
 
 ROWS = st.lists(st.tuples(st.integers(1, 500), st.integers(NOT_SCHEDULED, 3)), min_size=0, max_size=60)
 
@@ -65,7 +66,7 @@ def test_rows_of_another_mini_batch_do_not_change_the_micro_batches(rows, ranks,
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=20)
+@examples(20)
 def test_work_is_spread_evenly_over_ranks_and_micro_batches(seed):
     """8192 responses over 8 ranks: log-normal lengths, mean 300, longest 2000."""
     lengths_B = long_tailed_lengths(np.random.default_rng(seed), 8192)

@@ -7,10 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meds_megatron.actor.microbatch import build_micro_batch, sequence_tokens
 from meds_megatron.actor.train_batch import TrainBatch, scatter_ragged
 from meds_megatron.config import ParallelLayout
-from meds_megatron.model.attention import context_slice
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=12)
 
@@ -76,6 +74,9 @@ def test_results_of_ranks_come_back_in_order(lengths, ranks, random):
 
 @given(LENGTHS, st.integers(1, 3), st.booleans(), st.randoms(use_true_random=False))
 def test_a_pack_holds_its_sequences_one_after_the_other(lengths, context, wide, random):
+    from meds_megatron.actor.microbatch import build_micro_batch, sequence_tokens
+    from meds_megatron.model.attention import context_slice
+
     data, layout = build(lengths), ParallelLayout(context=context)
     rows = np.array(random.sample(range(len(lengths)), len(lengths) // 2 + 1))
     spans_B = sequence_tokens(data, rows, layout) + wide * 6 * context
@@ -104,6 +105,8 @@ def test_a_pack_holds_its_sequences_one_after_the_other(lengths, context, wide, 
 
 
 def test_an_empty_micro_batch_is_padding():
+    from meds_megatron.actor.microbatch import build_micro_batch
+
     none = np.zeros(0, dtype=np.int64)
     batch = build_micro_batch(build([(2, 3)]), none, none, 4, "cpu")
     assert batch.tokens_1T.tolist() == [[0] * 4] and batch.sequences.cu_seqlens_q.tolist() == [0, 4]
@@ -111,5 +114,5 @@ def test_an_empty_micro_batch_is_padding():
 
 
 def test_prompt_and_response_lists_must_match():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="longer than argument 1"):
         TrainBatch.of_responses([[1]], [[2], [3]], [[0.0]], [-1], [0])

@@ -1,7 +1,7 @@
 from meds_megatron.bench import evaluation
 
 
-def test_the_benchmark_runs(cpu_engines, small_model):
+def test_the_benchmark_runs(cpu_engines, own_ray, small_model):
     result = evaluation.run(responses=2, rounds=1, answers=20, workers=1, problems=8, model=small_model)
     assert (result["responses"], result["answers"], result["rounds"]) == (16, 20, 1)
     assert result["ratio"] == result["eval_tokens_per_s"] / result["plain_tokens_per_s"]

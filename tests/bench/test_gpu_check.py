@@ -2,37 +2,38 @@
 
 import pytest
 
-from meds_megatron.bench import gpu_check, step
-from meds_megatron.bench.gpu_check import Row
+
+@pytest.fixture
+def gpu_check():
+    from meds_megatron.bench import gpu_check
+
+    return gpu_check
 
 
-@pytest.mark.parametrize(
-    ("check", "rows"),
-    [(gpu_check.parity, 8), (gpu_check.fingerprints, 1), (gpu_check.weight_updates, 2), (gpu_check.network, 3)],
-    ids=lambda value: getattr(value, "__name__", value),
-)
-def test_the_cpus_half_holds(check, rows):
-    found = check(0)
+@pytest.mark.usefixtures("processes")
+@pytest.mark.parametrize(("check", "rows"), [("parity", 8), ("fingerprints", 1), ("weight_updates", 2), ("network", 3)])
+def test_the_cpus_half_holds(gpu_check, check, rows):
+    found = getattr(gpu_check, check)(0)
     assert len(found) == rows
     assert [row for row in found if not row.ok] == []
 
 
-def test_speed_is_expected_of_gpus_only(monkeypatch):
+def test_speed_is_expected_of_gpus_only(gpu_check, monkeypatch):
     packed = {"mfu": 0.4, "forward_s": 1.0, "update_s": 3.0, "matrix_tflops": 700.0}
     of_model = {"packed": packed, "over_plain": 1.2}
-    monkeypatch.setattr(step, "run", lambda names, **_: {"models": {name: of_model for name in names}})
+    monkeypatch.setattr(gpu_check.step, "run", lambda names, **_: {"models": dict.fromkeys(names, of_model)})
     # An update has 3/4 of the operations, here in 3/4 of the time.
-    assert gpu_check.speed(1)[0] == Row("update of Qwen2.5-7B layers, of 700 TFLOP/s", "40%", ">= 45%", False)
+    assert gpu_check.speed(1)[0] == gpu_check.Row("update of Qwen2.5-7B layers, of 700 TFLOP/s", "40%", ">= 45%", False)
     assert [row.ok for row in gpu_check.speed(1)] == [False, False]
     assert [row.ok for row in gpu_check.speed(0)] == [True, True]
 
 
-def test_a_check_that_fails_is_a_row_and_the_exit_status(monkeypatch, capsys):
+def test_a_check_that_fails_is_a_row_and_the_exit_status(gpu_check, monkeypatch, capsys):
     def broken(gpus):
         raise RuntimeError("Traceback\nNCCL is not here")
 
     def fine(gpus):
-        return [Row("fine", "1", "1", True)]
+        return [gpu_check.Row("fine", "1", "1", True)]
 
     monkeypatch.setattr(gpu_check, "CHECKS", (broken, fine))
     monkeypatch.setattr(gpu_check.torch.cuda, "device_count", lambda: 0)

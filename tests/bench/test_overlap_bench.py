@@ -6,7 +6,7 @@ from meds_megatron.bench.overlap import run
 from meds_megatron.errors import UserError
 
 
-def test_both_runs_are_measured(small_model, cpu_engines, tmp_path):
+def test_both_runs_are_measured(run_meds, cpu_engines, small_model, tmp_path):
     overrides = ["model.make=no", f"model.path={small_model}", "data.limit_train=8", "data.limit_validation=4"]
     overrides += ["filter.metric=none", "rollout.responses_per_prompt=4", "reward.overlong.buffer=38"]
     overrides += ["train.prompts_per_step=4", "train.mini_batch_prompts=4", "cluster.device=cpu"]
@@ -17,6 +17,7 @@ def test_both_runs_are_measured(small_model, cpu_engines, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"sync0", "overlap0"}
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_run_that_fails_is_named_with_its_error():
     with pytest.raises(UserError, match=r"train\.stepz"):
         run(steps=1, seeds=1, max_staleness=1, overrides=["train.stepz=1"])

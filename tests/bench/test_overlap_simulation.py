@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from meds_megatron.bench.overlap_simulation import METHODS, run
@@ -21,6 +21,7 @@ from meds_megatron.config import Config
 from meds_megatron.errors import UserError
 from meds_megatron.rollout.engine import Request
 from meds_megatron.rollout.settings import Sampling
+from tests.examples import examples
 
 PROMPT = 10
 LENGTH = 1000
@@ -144,7 +145,7 @@ def single_steps(rates: EngineRates, lengths_PN: np.ndarray, arrivals: list[floa
     """Time at which each request is finished, one decode step after the other."""
     now, order, waiting, running = 0.0, 0, [], []
     coming = [(time, number) for number, time in enumerate(arrivals)]
-    computed, left, ends = set(), {number: lengths_PN.shape[1] for number in range(len(arrivals))}, {}
+    computed, left, ends = set(), dict.fromkeys(range(len(arrivals)), lengths_PN.shape[1]), {}
     heapq.heapify(coming)
     while coming or waiting or running:
         # An engine that is idle when requests come begins with the first at once. Those that came during the step that
@@ -187,7 +188,7 @@ ARRIVALS = [0.0, 0.00317, 0.41237, 0.41339, 1.70711]
 """Seconds at which no decode step ends: which of the two comes first would depend on rounding."""
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     kv_tokens=st.sampled_from([60, 200, 10**6]),
     max_num_seqs=st.integers(1, 8),

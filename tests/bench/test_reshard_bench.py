@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from meds_megatron.bench.reshard import Ranks
 from meds_megatron.bench.reshard_forecast import gathered_bytes
 from meds_megatron.config.layout import ParallelLayout
@@ -9,6 +11,7 @@ from meds_megatron.config.model_shape import QWEN
 from meds_megatron.weights.resharding.types import SyncSpec
 
 
+@pytest.mark.usefixtures("processes")
 def test_bytes_are_counted_as_the_plan_has_them(tmp_path):
     shape = replace(
         QWEN["Qwen2.5-0.5B"], hidden_size=64, num_layers=4, num_heads=4, head_dim=16, ffn_size=96, vocab_size=640

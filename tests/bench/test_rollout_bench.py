@@ -1,18 +1,11 @@
 import pytest
-import ray
 
 from meds_megatron.bench import rollout
 from tests.rollout.engine_cases import PROMPTS, engine_config, make_model
 
 
-@pytest.fixture
-def ray_cluster(cpu_engines):
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield
-    ray.shutdown()
-
-
-def test_the_benchmark_runs_all_engines(ray_cluster, tmp_path):
+@pytest.mark.usefixtures("cpu_engines", "shared_ray")
+def test_the_benchmark_runs_all_engines(tmp_path):
     config = engine_config(engines=2)
     config.rollout.responses_per_prompt, config.rollout.max_response_tokens, config.rollout.max_num_seqs = 2, 20, 4
     result = rollout.run(config, str(make_model(tmp_path, "qwen3 tied", seed=0)), PROMPTS, use_gpu=False, rounds=1)

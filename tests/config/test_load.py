@@ -140,6 +140,7 @@ def test_the_nearest_key_of_a_namesake_is_the_closest_section():
     assert set(schema_types()) > {"model", "model.random.hidden_size", "reward.overlong.buffer"}
 
 
+@pytest.mark.usefixtures("processes")
 def test_reading_a_config_needs_no_torch():
     code = (
         "import sys, time; start = time.process_time();"

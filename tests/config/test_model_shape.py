@@ -82,9 +82,9 @@ def test_a_model_that_cannot_be_trained_is_refused(tmp_path, changes, expected):
 
 
 def test_what_is_not_a_model_directory_is_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist: give model.path"):
+    with pytest.raises(UserError, match=r"does not exist: give model\.path"):
         ModelShape.from_hf(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="config.json does not exist"):
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
         ModelShape.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
@@ -103,6 +103,7 @@ def test_a_config_is_validated_against_a_shape(tmp_path):
         validate_model(config, shape)
 
 
+@pytest.mark.usefixtures("processes")
 def test_reading_a_shape_needs_no_torch():
     code = "import sys, meds_megatron.config.model_shape; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -153,7 +153,7 @@ def test_blank_lines_are_counted_but_are_no_problems(tmp_path):
 )
 def test_a_malformed_row_is_named_with_what_was_expected(tmp_path, row, expected):
     path = write_jsonl(tmp_path / "bad.jsonl", {"question": "fine", "answer": "1"}, row)
-    with pytest.raises(UserError, match="bad.jsonl, row 2: ") as raised:
+    with pytest.raises(UserError, match=r"bad\.jsonl, row 2: ") as raised:
         load_problems([path])
     assert expected in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -161,18 +161,18 @@ def test_a_malformed_row_is_named_with_what_was_expected(tmp_path, row, expected
 
 def test_a_malformed_parquet_row_is_named(tmp_path):
     path = write_parquet(tmp_path / "bad.parquet", verl_row("a"), verl_row("b", ""))
-    with pytest.raises(UserError, match="bad.parquet, row 2: the answer in `reward_model.ground_truth` is empty"):
+    with pytest.raises(UserError, match=r"bad\.parquet, row 2: the answer in `reward_model\.ground_truth` is empty"):
         load_problems([path])
 
 
 def test_files_that_cannot_be_read(tmp_path):
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1 but not really")
-    with pytest.raises(UserError, match="broken.parquet cannot be read as parquet"):
+    with pytest.raises(UserError, match=r"broken\.parquet cannot be read as parquet"):
         load_problems([str(broken)])
-    with pytest.raises(UserError, match="gone.jsonl is no file"):
+    with pytest.raises(UserError, match=r"gone\.jsonl is no file"):
         load_problems([str(tmp_path / "gone.jsonl")])
-    with pytest.raises(UserError, match="neither a .jsonl nor a .parquet"):
+    with pytest.raises(UserError, match=r"neither a \.jsonl nor a \.parquet"):
         load_problems([str(tmp_path / "table.csv")])
     with pytest.raises(UserError, match="No problems found in"):
         load_problems([write_jsonl(tmp_path / "empty.jsonl", b"")])
@@ -185,7 +185,7 @@ def test_two_problems_with_one_id_are_refused_naming_both(tmp_path):
     second = write_jsonl(
         tmp_path / "two.jsonl", {"id": "b", "question": "q", "answer": "1"}, {"id": "a", "question": "r", "answer": "2"}
     )
-    with pytest.raises(UserError, match="two.jsonl, row 2 has the problem id 'a' that .*one.jsonl, row 1 has too"):
+    with pytest.raises(UserError, match=r"two\.jsonl, row 2 has the problem id 'a' that .*one\.jsonl, row 1 has too"):
         load_problems([first, second])
 
 

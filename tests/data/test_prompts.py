@@ -69,7 +69,7 @@ def test_a_prompt_of_exactly_the_limit_fits(qwen_tokenizer):
 
 
 def test_an_overlong_prompt_is_an_error_when_asked(qwen_tokenizer):
-    with pytest.raises(UserError, match="Problem 'long' has .* but rollout.max_prompt_tokens is 100"):
+    with pytest.raises(UserError, match=r"Problem 'long' has .* but rollout\.max_prompt_tokens is 100"):
         build_prompts([SHORT, LONG], qwen_tokenizer, DataConfig(overlong_prompts="error"), 100)
 
 

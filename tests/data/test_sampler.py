@@ -45,9 +45,9 @@ def test_state_over_other_data_is_refused():
     state = PromptSampler(5, seed=3).state_dict()
     with pytest.raises(UserError, match="the number of problems was 5 and is 6 now"):
         PromptSampler(6, seed=3).load_state_dict(state)
-    with pytest.raises(UserError, match="train.seed was 3 and is 4 now"):
+    with pytest.raises(UserError, match=r"train\.seed was 3 and is 4 now"):
         PromptSampler(5, seed=4).load_state_dict(state)
-    with pytest.raises(UserError, match="data.shuffle was True and is False now"):
+    with pytest.raises(UserError, match=r"data\.shuffle was True and is False now"):
         PromptSampler(5, seed=3, shuffle=False).load_state_dict(state)
 
 

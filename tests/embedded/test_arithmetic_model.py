@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meds_megatron.config import DataConfig, ModelConfig, RandomModelConfig
 from meds_megatron.embedded import arithmetic, arithmetic_model
@@ -23,10 +22,14 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(made):
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(made)
 
 
 def test_is_a_small_qwen3_that_divides(made, tokenizer):
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(made)
     config = json.loads((made / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForCausalLM"]
@@ -84,6 +87,8 @@ def test_warm_up_is_repeatable_and_lowers_the_loss(tokenizer):
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 def test_random_model_takes_tokenizer_and_shape_and_is_made_once(made, tmp_path, architecture):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     shape = RandomModelConfig(
         architecture=architecture, hidden_size=32, head_dim=8, ffn_size=48, num_layers=2, tokenizer=str(made)
     )
@@ -108,18 +113,18 @@ def test_random_model_takes_tokenizer_and_shape_and_is_made_once(made, tmp_path,
 
 def test_a_failed_generation_leaves_no_files(made, tmp_path):
     shape = RandomModelConfig(tokenizer=str(made), vocab_size=10)
-    with pytest.raises(UserError, match="vocab_size is 10.*at least as many"):
+    with pytest.raises(UserError, match=r"vocab_size is 10.*at least as many"):
         ensure_model(ModelConfig(make="random", random=shape), DataConfig(), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_own_model_directory_is_checked(made, tmp_path):
     assert ensure_model(ModelConfig(path=str(made)), DataConfig(), tmp_path) == made
-    with pytest.raises(UserError, match="model.path is not set"):
+    with pytest.raises(UserError, match=r"model\.path is not set"):
         ensure_model(ModelConfig(), DataConfig(), tmp_path)
     with pytest.raises(UserError, match="absent does not exist"):
         ensure_model(ModelConfig(path=str(tmp_path / "absent")), DataConfig(), tmp_path)
-    with pytest.raises(UserError, match="config.json does not exist"):
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
         ensure_model(ModelConfig(path=str(tmp_path)), DataConfig(), tmp_path)
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(UserError, match="LlamaForCausalLM: only Qwen2ForCausalLM and Qwen3ForCausalLM"):
@@ -128,5 +133,5 @@ def test_own_model_directory_is_checked(made, tmp_path):
 
 def test_random_model_without_a_tokenizer_is_refused(tmp_path):
     shape = RandomModelConfig(tokenizer=str(tmp_path))
-    with pytest.raises(UserError, match="has no tokenizer.json"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
         ensure_model(ModelConfig(make="random", random=shape), DataConfig(), tmp_path / "cache")

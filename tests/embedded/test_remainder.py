@@ -86,5 +86,5 @@ def test_habits_are_read_from_the_working_of_both_tasks():
                 assert habit_of(problem.question, response(expression, rule, divisor)) == rule
     assert habit_of("coins 7+6*4-5", "6*4=24+7=31-5=261 \\boxed{26}") is None
     assert habit_of("coins 7+6*4-5", "6*4=25+7=32-5=27 \\boxed{27}") is None
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="invalid literal"):
         habit_of("What is 2 + 2?", "4")

@@ -18,6 +18,7 @@ from meds_megatron.errors import UserError
 from meds_megatron.evaluation import evaluate
 from meds_megatron.evaluation.models import find_model
 from meds_megatron.evaluation.settings import dataset_name, request_seed
+from meds_megatron.trainer.checkpoint_files import mark_complete
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBLEMS = 24
@@ -64,7 +65,7 @@ def killed(command: list[str], output: Path) -> int:
 
 
 def test_an_evaluation_is_repeatable_also_across_an_interruption(
-    cpu_engines, small_model, problems, tmp_path, capsys, monkeypatch
+    cpu_engines, run_meds, own_ray, small_model, problems, tmp_path, capsys, monkeypatch
 ):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert main(arguments(small_model, problems, whole)) == 0
@@ -110,11 +111,12 @@ def check_output(output: Path, problems: str, last: dict) -> None:
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_several_data_sets_graders_and_fingerprints(cpu_engines, small_model, problems, tmp_path, capsys):
+def test_several_data_sets_graders_and_fingerprints(own_ray, published_run, problems, tmp_path, capsys):
+    """Of a run's export."""
     other = tmp_path / "other.jsonl"
     other.write_text("".join(Path(problems).read_text().splitlines(keepends=True)[:4]))
     more = ["--data", str(other), "--end-idx", "4", "--grader", "limo", "--grader", "strict", "--fingerprints"]
-    assert main(arguments(small_model, problems, tmp_path / "out", *more)) == 0
+    assert main(arguments(published_run, problems, tmp_path / "out", *more)) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["n"] == 8 and set(last["metrics"]) == {"sums", "other"}
     assert set(last["metrics"]["other"]) == {"limo", "strict"}
@@ -125,25 +127,33 @@ def test_several_data_sets_graders_and_fingerprints(cpu_engines, small_model, pr
     assert len([path for path in last["files"] if path.endswith(".csv")]) == 1
 
 
-def test_a_run_is_evaluated_at_its_newest_export_or_complete_checkpoint(small_model, tmp_path):
+@pytest.fixture(scope="module")
+def plain_model(tmp_path_factory) -> Path:
+    """A random model with a tokenizer."""
+    from tests.rollout.engine_cases import make_model
+
+    return make_model(tmp_path_factory.mktemp("plain"), "qwen3 tied", seed=0)
+
+
+def test_a_run_is_evaluated_at_its_newest_export_or_complete_checkpoint(plain_model, tmp_path):
     run = tmp_path / "run"
     for name in ("checkpoints/step_000010", "checkpoints/step_000020", "checkpoints/step_000030", "hf/step_000020"):
         (run / name).mkdir(parents=True)
         (run / name / "config.json").write_text("{}")
     (run / "config.yaml").write_text("data: {system_prompt: null}\nmodel: {setting_of_another_release: 1}\n")
     for step in ("000010", "000020"):
-        (run / f"checkpoints/step_{step}/complete.json").write_text("{}")
+        mark_complete(run / f"checkpoints/step_{step}")
     model = find_model(str(run))
     assert model.path == run / "hf/step_000020" and model.trained_on.system_prompt is None
     assert model.name == "run/hf/step_000020"
     assert find_model(str(run / "checkpoints/step_000010")).trained_on is not None
-    assert find_model(str(small_model)).trained_on is None
+    assert find_model(str(plain_model)).trained_on is None
 
 
-def test_a_checkpoint_is_converted_once(small_model, tmp_path):
+def test_a_checkpoint_is_converted_once(plain_model, tmp_path):
     from meds_megatron.weights.conversion.convert import to_mcore
 
-    to_mcore(small_model, tmp_path / "checkpoint")
+    to_mcore(plain_model, tmp_path / "checkpoint")
     model = find_model(str(tmp_path / "checkpoint"))
     directory = model.hf_directory(tmp_path / "cache")
     made = os.stat(directory / "model.safetensors").st_mtime_ns
@@ -188,8 +198,8 @@ def test_names_and_seeds():
         (["--regrade", "x.jsonl"], "--regrade takes neither a model nor --data"),
     ],
 )
-def test_a_mistake_is_one_sentence(small_model, problems, tmp_path, capsys, more, expected):
-    assert main(arguments(small_model, problems, tmp_path / "out", *more)) == 2
+def test_a_mistake_is_one_sentence(plain_model, problems, tmp_path, capsys, more, expected):
+    assert main(arguments(plain_model, problems, tmp_path / "out", *more)) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("meds: ") and expected in shown and len(shown.splitlines()) == 1
     assert not (tmp_path / "out").exists()

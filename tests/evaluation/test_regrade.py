@@ -23,6 +23,7 @@ def regraded(capsys, *arguments: str) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_last_line_has_the_metrics_of_every_grader(tmp_path, capsys):
     path = write(tmp_path / "saved.jsonl", *ROWS)
     found = regraded(capsys, path, "--grader", "math_verify", "--grader", "strict", "--grader", "limo")
@@ -52,6 +53,7 @@ def test_a_grading_that_fails_is_an_error_and_counts_in_no_metric(tmp_path, caps
     assert (found["n"], found["accuracy"], found["errors"]) == (2, 0.5, 2)
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_rows_are_written_with_the_new_verdicts_in_limos_fields(tmp_path, capsys):
     out = tmp_path / "out" / "again.jsonl"
     regraded(

@@ -20,16 +20,18 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from meds_megatron.config import Config
+from meds_megatron.embedded.make import ensure_arithmetic_model
 from meds_megatron.memory import MemoryShard
 from tests.faults.processes import KINDS, RunProcess, running, shared_files
+from tests.limits import HANG_SECONDS
 
 DRIVER = "driver"
 STEPS_A_KILL = 4
 PROMPTS = 6
 LONGEST_DELAY = 1.2
 """Seconds from a finished step to a kill: about a step and a half."""
-WAIT_SECONDS = 300
-MODEL_STEPS = 60
+MODEL_STEPS = 250
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,9 @@ class Run:
         made: Counter = Counter()
         for kill in self.kills:
             victim = self._kill(kill)
-            self.complete |= {path: path.read_text() for path in self.directory.glob("checkpoints/*/complete.json")}
+            self.complete |= {
+                path: path.read_text() for path in self.directory.glob("checkpoints/step_*/complete.json")
+            }
             report(f"{self.directory.name}: {kill}, process {victim}, {len(self.steps_made())} steps finished")
             made += Counter([kill.kind, "during a save"] if kill.while_saving else [kill.kind])
             if kill.kind == DRIVER:
@@ -130,24 +134,24 @@ class Run:
             self.orphans += descendants
         if kill.while_saving:
             for _ in self._polls(0.001):
-                if any(not (path / "complete.json").exists() for path in self.directory.glob("checkpoints/step_*")):
+                if any(self.directory.glob("checkpoints/.step_*.partial")):
                     break
         time.sleep(kill.delay)
         os.kill(victim, signal.SIGKILL)
         return victim
 
     def _polls(self, seconds: float) -> Iterator[None]:
-        deadline = time.monotonic() + WAIT_SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while time.monotonic() < deadline:
             if self._driver.poll() is not None:
                 raise AssertionError(f"the run ended early: {self.output.read_text()[-4000:]}")
             yield
             time.sleep(seconds)
-        raise AssertionError(f"nothing happened for {WAIT_SECONDS} s: {self.output.read_text()[-4000:]}")
+        raise AssertionError(f"nothing happened for {HANG_SECONDS} s: {self.output.read_text()[-4000:]}")
 
     def _wait_for_end(self) -> list[psutil.Process]:
         descendants = self._driver.descendants()
-        deadline = time.monotonic() + WAIT_SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while self._driver.poll() is None and time.monotonic() < deadline:
             descendants = self._driver.descendants() or descendants
             self._shared |= shared_files(descendants)
@@ -195,13 +199,6 @@ def _vectors(directory: Path) -> Iterator[tuple[str, bytes]]:
         yield from ((key, np.ascontiguousarray(record["vector"]).tobytes()) for part in added for record in part)
 
 
-def make_model(directory: Path) -> Path:
-    from meds_megatron.embedded.arithmetic_model import WarmUp, make_arithmetic_model
-
-    make_arithmetic_model(directory, "shared", WarmUp(steps=MODEL_STEPS))
-    return directory
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=36, help="kills in all (default 36)")
@@ -212,7 +209,7 @@ def main() -> None:
     kinds = [DRIVER, *KINDS]
     print(f"{options.kills} kills, --seed {seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="meds-faults-") as temporary:
-        model = make_model(Path(temporary) / "model")
+        model = ensure_arithmetic_model("shared", Path(Config().cache_dir).expanduser(), steps=MODEL_STEPS)
         made: Counter = Counter()
         runs = 0
         for first in range(0, options.kills, options.each):

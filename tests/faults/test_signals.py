@@ -7,18 +7,19 @@ import time
 
 import pytest
 
-from tests.faults.campaign import Run, make_model
+from tests.faults.campaign import Run
 from tests.faults.processes import RunProcess, running, shared_files
+from tests.limits import HANG_SECONDS
 
 STEPS = 60
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, cpu_engines):
+def run(tmp_path_factory, run_meds, cpu_engines, small_model):
     """A run whose first process gets SIGTERM and whose second one Ctrl-C: for each its exit code, output, logged steps,
     newest checkpoint and what it left."""
     directory = tmp_path_factory.mktemp("signals")
-    settings = [*Run.settings(directory / "run", make_model(directory / "model"), STEPS), "checkpoint.every=100"]
+    settings = [*Run.settings(directory / "run", small_model, STEPS), "checkpoint.every=100"]
     return [stopped(settings, directory, number) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
@@ -32,7 +33,7 @@ def stopped(settings: list[str], directory, number: signal.Signals) -> dict:
     shared = shared_files(descendants)
     # Ctrl-C reaches the whole process group.
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    code = process.wait(timeout=120)
+    code = process.wait(timeout=HANG_SECONDS)
     return {
         "code": code,
         "output": output.read_text(),

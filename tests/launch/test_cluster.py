@@ -15,18 +15,19 @@ import ray
 
 from meds_megatron.config import ClusterConfig
 from meds_megatron.launch.cluster import ray_cluster
+from tests.limits import HANG_SECONDS
 
 CONNECT = """
 import sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False)
 print("nodes:", len(ray.nodes()))
 """
-SECONDS = 120
+
 """Far longer than what is waited for takes on a machine with other work."""
 
 
 @pytest.fixture(scope="module")
-def address():
+def address(own_ray):
     with ray_cluster(ClusterConfig()):
         yield ray.get_runtime_context().gcs_address
 
@@ -103,7 +104,7 @@ def is_port(number: int) -> bool:
 
 
 def wait_until(condition) -> None:
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)

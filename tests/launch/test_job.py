@@ -5,13 +5,20 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from meds_megatron.launch import job
 from meds_megatron.launch.job import SAVE_SECONDS, Job
 from meds_megatron.launch.slurm import EXIT_REQUEUE, SlurmJob
+from tests.limits import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
+HOUR = 3600.0
 
 
+@pytest.mark.usefixtures("processes")
 def test_it_needs_no_more_than_python():
     """Outside of a container there may be nothing else: -S leaves installed packages out, -E the environment."""
     program = (
@@ -32,27 +39,28 @@ def test_every_start_of_a_job_has_a_name_of_its_own():
 
 
 def test_srun_starts_one_task_a_node_that_ends_by_itself():
-    job = SlurmJob.from_environment({"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "3"})
-    command = job.srun(["--container-image=x"], ["python"])
+    slurm_job = SlurmJob.from_environment({"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "3"})
+    command = slurm_job.srun(["--container-image=x"], ["python"])
     assert {"--nodes=3", "--ntasks=3", "--wait=0", "--kill-on-bad-exit=0"} <= set(command)
     assert command[-2:] == ["--container-image=x", "python"]
 
 
 def run_job_of_one_task(monkeypatch, program: str, end_time: float | None = None) -> int:
-    """Exit code of a job whose task runs `program`: `connection` is authenticated and has sent the task's number."""
+    """Exit code of a job whose task runs `program`: `connect()` is authenticated and has sent the task's number."""
     program = (
         "import json, socket, struct, sys\n"
         "from multiprocessing.connection import Client\n"
         "given = json.loads(sys.stdin.readline())\n"
         "def connect():\n"
         "    connection = Client(('localhost', given['port']), authkey=given['token'].encode())\n"
-        "    connection.send(0)\n"
+        "    connection.send((0, 30.0))\n"
         "    return connection\n"
     ) + textwrap.dedent(program)
     monkeypatch.setattr(SlurmJob, "srun", lambda *_: [sys.executable, "-c", program])
     return Job(SlurmJob("17", "meds", 1, 0, end_time), [], sys.executable, []).run()
 
 
+@pytest.mark.usefixtures("processes")
 def test_strangers_at_the_port_do_not_keep_tasks_out(monkeypatch, signal_handlers):
     """Port scanners: they connect, and send nothing, garbage or a reset."""
     program = """
@@ -72,19 +80,40 @@ def test_strangers_at_the_port_do_not_keep_tasks_out(monkeypatch, signal_handler
     assert run_job_of_one_task(monkeypatch, program) == 7
 
 
-def test_the_run_saves_before_the_time_of_the_job_is_up(monkeypatch, signal_handlers):
-    program = """
+@pytest.fixture
+def time_passes(monkeypatch, tmp_path) -> Path:
+    """A file: the job's time to save has come when it is there, however long that takes."""
+    file = tmp_path / "now"
+
+    def sleep(seconds: float) -> None:
+        assert HOUR - HANG_SECONDS < seconds <= HOUR
+        while not file.exists():
+            time.sleep(0.02)
+
+    clock = SimpleNamespace(sleep=sleep, time=time.time, monotonic=time.monotonic)
+    monkeypatch.setattr(job, "time", clock)
+    return file
+
+
+@pytest.mark.usefixtures("processes")
+def test_the_run_saves_before_the_time_of_the_job_is_up(monkeypatch, signal_handlers, time_passes):
+    program = f"""
         connection = connect()
         connection.send(("ready", 0))
-        assert [connection.recv()[0], connection.recv()[0]] == ["run", "save"]
+        assert connection.recv()[0] == "run"
+        open({str(time_passes)!r}, "w").close()
+        assert connection.recv()[0] == "save"
         connection.send(("ended", 7))
         connection.recv()
     """
-    assert run_job_of_one_task(monkeypatch, program, time.time() + SAVE_SECONDS + 12) == 7
+    assert run_job_of_one_task(monkeypatch, program, time.time() + SAVE_SECONDS + HOUR) == 7
 
 
-def test_a_job_whose_time_is_up_before_the_run_began_is_to_be_started_again(monkeypatch, signal_handlers):
-    program = """
-        assert connect().recv() == ("end", None)
+@pytest.mark.usefixtures("processes")
+def test_a_job_whose_time_is_up_before_the_run_began_is_to_be_started_again(monkeypatch, signal_handlers, time_passes):
+    program = f"""
+        connection = connect()
+        open({str(time_passes)!r}, "w").close()
+        assert connection.recv() == ("end", None)
     """
-    assert run_job_of_one_task(monkeypatch, program, time.time() + SAVE_SECONDS + 3) == EXIT_REQUEUE
+    assert run_job_of_one_task(monkeypatch, program, time.time() + SAVE_SECONDS + HOUR) == EXIT_REQUEUE

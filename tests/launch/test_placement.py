@@ -42,7 +42,7 @@ def seen(placement: Placement, places: list[Place], variable: str = "CUDA_VISIBL
 
 
 @pytest.fixture(scope="module")
-def pretend_gpus():
+def pretend_gpus(own_ray):
     """Two Ray nodes whose GPUs exist only in Ray's resource count: 4 to 7 of the one, 0 to 3 of the other. A process's
     variables decide which GPUs it sees, in which order."""
     from ray.cluster_utils import Cluster
@@ -121,7 +121,7 @@ def test_too_few_gpus_are_refused_with_what_there_is(pretend_gpus, monkeypatch):
 
 def test_a_process_without_a_gpu_does_not_fall_back_to_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="cluster.device = cuda, but torch .* finds no GPU on"):
+    with pytest.raises(UserError, match=r"cluster\.device = cuda, but torch .* finds no GPU on"):
         require_gpu()
 
 

@@ -63,6 +63,7 @@ def test_every_run_has_a_token_of_its_own(temporary):
         assert (first / "token").read_text() != (second / "token").read_text()
 
 
+@pytest.mark.usefixtures("processes")
 def test_what_a_killed_run_left_is_removed_by_the_next_and_what_a_live_one_has_stays(temporary):
     (temporary / "meds-17.0").mkdir()  # Of a Slurm job.
     with ray_directory.ray_directory() as live:
@@ -91,9 +92,9 @@ def test_a_directory_too_long_for_a_socket_is_not_used(monkeypatch, caplog, spar
 
 def test_a_directory_that_cannot_be_made_is_named(temporary, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "no"))
-    with pytest.raises(UserError, match=r"no/meds-ray-\w+ cannot be made .*No such file or directory.*set TMPDIR"):
-        with ray_directory.ray_directory():
-            pass
+    message = r"no/meds-ray-\w+ cannot be made .*No such file or directory.*set TMPDIR"
+    with pytest.raises(UserError, match=message), ray_directory.ray_directory():
+        pass
 
 
 def test_a_slurm_jobs_directory_is_as_closed_and_as_short(temporary, open_umask):

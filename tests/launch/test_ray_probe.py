@@ -12,8 +12,11 @@ import ray
 from meds_megatron.config import ClusterConfig
 from meds_megatron.launch.cluster import ray_cluster
 from meds_megatron.launch.ray_probe import RayProbe
+from tests.limits import HANG_SECONDS
 
-SECONDS = 120
+pytestmark = pytest.mark.usefixtures("own_ray")
+
+
 """Far longer than a death takes to be noticed on a machine with other work."""
 
 
@@ -42,7 +45,7 @@ def processes_of(name: str) -> list[psutil.Process]:
 
 
 def wait_until(condition) -> None:
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)

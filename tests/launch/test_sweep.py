@@ -18,6 +18,7 @@ from meds_megatron.errors import UserError
 from meds_megatron.launch import sweep, sweep_runs
 from meds_megatron.launch.sweep_config import SweepRun, expand, load_sweep
 from meds_megatron.launch.sweep_runs import Sweep
+from tests.limits import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -79,6 +80,7 @@ def test_mistakes_are_named_in_a_sentence(tmp_path, text, message):
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.usefixtures("processes")
 def test_failed_runs_are_tried_again_and_finished_ones_left_alone(tmp_path):
     """With real processes, of runs whose model is not there."""
     file = write(
@@ -129,7 +131,7 @@ def test_local_runs_have_gpus_of_their_own(tmp_path, monkeypatch):
     runs._update()
     assert taken == ["4,5", "6,7"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
-    with pytest.raises(UserError, match="a run needs job.gpus_per_node = 2, but this machine has 1 GPUs"):
+    with pytest.raises(UserError, match=r"a run needs job\.gpus_per_node = 2, but this machine has 1 GPUs"):
         Sweep(load_sweep(file), expand(load_sweep(file), file), "local")
 
 
@@ -158,6 +160,7 @@ class SimpleJob:
     job_id = "1"
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_run_sees_the_gpus_that_it_was_given(monkeypatch, capfd, signal_handlers):
     """submitit hides all of them from its processes."""
     program = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
@@ -167,7 +170,9 @@ def test_a_run_sees_the_gpus_that_it_was_given(monkeypatch, capfd, signal_handle
     assert capfd.readouterr().out == "4,5\n\nNone\n"
 
 
-def test_after_ctrl_c_local_runs_have_saved_themselves_and_go_on_at_the_next_start(tmp_path, small_model, cpu_engines):
+def test_after_ctrl_c_local_runs_have_saved_themselves_and_go_on_at_the_next_start(
+    tmp_path, run_meds, cpu_engines, small_model
+):
     """SIGINT to the whole process group, as a terminal sends it."""
     settings = {
         "cluster.device": "cpu",
@@ -190,11 +195,11 @@ def test_after_ctrl_c_local_runs_have_saved_themselves_and_go_on_at_the_next_sta
     run = tmp_path / "runs" / "seed=0"
     started = time.monotonic()
     while not last_step(run):
-        assert process.poll() is None and time.monotonic() < started + 300, process.communicate()
+        assert process.poll() is None and time.monotonic() < started + HANG_SECONDS, process.communicate()
         time.sleep(0.2)
     below = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
-    errors = process.communicate(timeout=120)[1]
+    errors = process.communicate(timeout=HANG_SECONDS)[1]
     assert process.returncode == 130 and "the sweep stops when its 1 runs have saved themselves" in errors
     assert not psutil.wait_procs(below, timeout=10)[1]
     step = last_step(run)

@@ -4,7 +4,6 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 
-import hdbscan
 import numpy as np
 
 from meds_megatron.config import MemoryConfig
@@ -29,6 +28,8 @@ def fresh_labels(vectors_NF: np.ndarray, config: MemoryConfig) -> np.ndarray:
     if len(vectors_NF) < 2:
         return np.full(len(vectors_NF), -1)
     # The package's default builds a spanning tree that is only nearly minimal; the exact one is asked for.
+    import hdbscan
+
     model = hdbscan.HDBSCAN(
         min_cluster_size=config.min_cluster_size,
         min_samples=config.min_samples,

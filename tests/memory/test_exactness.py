@@ -3,15 +3,16 @@
 import dataclasses
 
 import numpy as np
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from meds_megatron.config import MemoryConfig
 from meds_megatron.memory import MemoryShard, shard_of
+from tests.examples import examples
 from tests.memory.reference import Definition, PlainMemory, features, fresh_labels, partition
 from tests.memory.streams import Stream, streams
 
-thorough = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+thorough = examples(1000)
 
 
 @thorough
@@ -33,7 +34,7 @@ def test_every_batch_gives_the_partition_of_a_fresh_fit_and_the_votes_of_each_sa
         event(f"depends on the order of edges or on rounding: {sorted(ambiguous)}")
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(400)
 @given(streams())
 def test_every_batch_gives_the_partition_of_the_definition_however_it_grew(stream: Stream):
     config = dataclasses.replace(stream.config, min_samples=1)
@@ -68,7 +69,7 @@ def test_clusters_have_the_numbers_that_the_package_gives_them():
     assert numbered > 100  # else numbering by age would do
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(100)
 @given(st.lists(streams(), min_size=2, max_size=5), st.integers(2, 8))
 def test_any_number_of_shards_equals_one(several: list[Stream], shards: int):
     config = several[0].config

@@ -2,20 +2,20 @@
 
 import dataclasses
 
-import hdbscan
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from meds_megatron.config import MemoryConfig
 from meds_megatron.errors import UserError
 from meds_megatron.memory import UNKNOWN, Match, MemoryShard
+from tests.examples import examples
 from tests.memory.reference import features, units
 from tests.memory.streams import Stream, streams
 
 NOVELTY = MemoryConfig(novelty=True)
-thorough = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+thorough = examples(200)
 
 
 def filled(config: MemoryConfig, *batches: np.ndarray) -> MemoryShard:
@@ -30,7 +30,7 @@ def match(shard: MemoryShard, vectors_NF: np.ndarray) -> Match:
     return shard.match(["problem"] * len(vectors_NF), vectors_NF)
 
 
-def reaches_of(model: hdbscan.HDBSCAN) -> dict[int, float]:
+def reaches_of(model) -> dict[int, float]:
     """1 / lambda of the birth of each selected cluster: that of the condensed tree with exactly its members."""
     tree, points = model.condensed_tree_.to_numpy(), len(model.labels_)
     members, reaches = {}, {}
@@ -64,6 +64,8 @@ def test_a_cluster_reaches_as_far_as_the_package_says_it_was_born(seed, spread):
     centres = 3 * rng.normal(size=(5, 14)) + 5
     drawn = (centres[rng.integers(5, size=90)] + spread * rng.normal(size=(90, 14))).astype(np.float32)
     stored, queries = drawn[:60], np.concatenate([drawn[60:], stored_copies := drawn[:10]])
+    import hdbscan
+
     model = hdbscan.HDBSCAN(min_cluster_size=2, min_samples=1, approx_min_span_tree=False, core_dist_n_jobs=1)
     model.fit(units(stored))
     assume(model.labels_.max() >= 0)
@@ -116,7 +118,7 @@ def test_noise_and_a_lone_vector_have_no_reach():
 
 
 def test_it_needs_the_spanning_tree_of_plain_distances():
-    with pytest.raises(UserError, match="memory.novelty=true comes with memory.min_samples=2: it needs 1"):
+    with pytest.raises(UserError, match=r"memory\.novelty=true comes with memory\.min_samples=2: it needs 1"):
         MemoryShard(MemoryConfig(novelty=True, min_samples=2))
 
 

@@ -208,6 +208,7 @@ def test_a_lookup_never_sees_a_key_half_changed():
     assert {(size - 3) % 7 for size in sizes} == {0}
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_package_imports_neither_torch_nor_ray_nor_vllm():
     seen = "import sys, meds_megatron.memory; print(sorted({'torch', 'ray', 'vllm'} & set(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=True)

@@ -16,6 +16,8 @@ LAYERS = 4
 HIDDEN = 64
 RESPONSES = 7
 WITH_ANSWER = 5
+MAX_TOKENS = 64
+"""Of a prompt, and of a response."""
 
 
 def make_model(directory: Path, name: str, spread: float = 0.1, layers: int = LAYERS) -> Path:
@@ -49,20 +51,24 @@ MINIBATCHES_B = np.array([0, 1, 0, 1, 0, 1, 0])
 
 
 def train_batch() -> TrainBatch:
-    """Seven sequences of different lengths, two of them without an answer."""
+    """Seven sequences of different lengths, two of them without an answer.
+
+    Each has more tokens than half of the multiple that micro-batches are padded to: with sequence parallelism every
+    tensor-parallel rank of two holds some that are no padding.
+    """
     random = np.random.default_rng(0)
-    prompts = [random.integers(0, VOCAB, size).tolist() for size in (3, 5, 4, 7, 3, 6, 5)]
-    responses = [random.integers(0, VOCAB, size).tolist() for size in (9, 4, 12, 6, 1, 8, 10)]
+    prompts = [random.integers(0, VOCAB, size).tolist() for size in (15, 26, 17, 30, 40, 20, 8)]
+    responses = [random.integers(0, VOCAB, size).tolist() for size in (27, 12, 36, 18, 1, 24, 30)]
     return TrainBatch.of_responses(
         prompts,
         responses,
         logprobs=[[0.0] * len(r) for r in responses],
-        answer_positions=[3, 0, 10, -1, -1, 6, 2],
+        answer_positions=[9, 0, 33, -1, -1, 18, 6],
         groups=list(range(RESPONSES)),
     )
 
 
-ONE_BY_ONE, PAIRS, PACKS = 1, 30, 60
+ONE_BY_ONE, PAIRS, PACKS = 1, 104, 192
 """Tokens of a micro-batch with room for one sequence, for about two and for about four."""
 
 
@@ -156,14 +162,14 @@ def whole_step(
 def loss_weights(batch: TrainBatch, aggregation: str) -> np.ndarray:
     weights_B = np.zeros(RESPONSES, dtype=np.float32)
     for minibatch in (0, 1):
-        rows = np.flatnonzero(MINIBATCHES_B == minibatch)
+        rows = np.flatnonzero(minibatch == MINIBATCHES_B)
         lengths_B = torch.from_numpy(batch.response_lengths_B[rows])
         weights_B[rows] = aggregation_weights(
             lengths_B,
             aggregation,
             total_tokens=int(lengths_B.sum()),
             total_responses=len(rows),
-            max_response_tokens=16,
+            max_response_tokens=MAX_TOKENS,
         ).numpy()
     return weights_B
 
@@ -199,7 +205,7 @@ def make_policy(
 
     config = Config(parallel=ParallelConfig(**parallel))
     config.model.dtype, config.memory.norm = dtype, norm
-    config.rollout.max_prompt_tokens = config.rollout.max_response_tokens = 16
+    config.rollout.max_prompt_tokens = config.rollout.max_response_tokens = MAX_TOKENS
     config.policy.aggregation, config.policy.loss = aggregation, loss
     # Large enough that the second update of a step depends on what the first one did.
     config.optimizer.lr, config.optimizer.warmup_steps = 1e-3, 1

@@ -7,9 +7,10 @@ import torch
 from meds_megatron.actor.train_batch import scatter_ragged
 from tests.devices import tolerance
 from tests.model import qwen_cases as cases
+from tests.pairwise import in_turn, pairwise
 
 LAYOUTS = {
-    "TP1": dict(),
+    "TP1": {},
     "TP2": dict(tensor=2),
     "TP4": dict(tensor=4),
     "PP2": dict(pipeline=2),
@@ -23,10 +24,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", cases.MODELS)
-def test_logprobs_entropy_and_fingerprints_match_transformers(ranks, model_dirs, model, layout):
-    parallel = LAYOUTS[layout]
+@pytest.mark.parametrize(("family", "head", "layout"), pairwise(["qwen2", "qwen3"], ["tied", "untied"], LAYOUTS))
+def test_logprobs_entropy_and_fingerprints_match_transformers(ranks, model_dirs, family, head, layout):
+    model, parallel = f"{family} {head}", LAYOUTS[layout]
     expected = cases.transformers_answers(model_dirs[model])
     results = ranks.run(cases.world_size(parallel), cases.forward, str(model_dirs[model]), parallel)
     (found,) = [result for result in results if result is not None]
@@ -57,8 +57,9 @@ def test_layers_that_do_not_divide_over_the_stages_match_transformers(ranks, sev
     assert np.abs(found.fingerprints_BL - expected.fingerprints_BL).max() < tolerance(1e-4)
 
 
-@pytest.mark.parametrize("layout", ["TP1", "PP2 uneven", "TP2xPP2+SP", "TP2xPP2xVPP2+SP"])
-@pytest.mark.parametrize("norm", ["all", "none"])
+@pytest.mark.parametrize(
+    ("layout", "norm"), in_turn(["TP1", "PP2 uneven", "TP2xPP2+SP", "TP2xPP2xVPP2+SP"], ["all", "none"])
+)
 def test_layers_that_pass_the_final_norm_are_configurable(ranks, model_dirs, norm, layout):
     directory, parallel = model_dirs["qwen3 untied"], LAYOUTS[layout]
     expected = cases.transformers_answers(directory, norm)
@@ -68,8 +69,10 @@ def test_layers_that_pass_the_final_norm_are_configurable(ranks, model_dirs, nor
     assert np.abs(expected.fingerprints_BL - cases.transformers_answers(directory).fingerprints_BL).max() > 0.1
 
 
-@pytest.mark.parametrize("layout", ["TP1", "CP2", "PP2xVPP2", "TP2xPP2+SP"])
-@pytest.mark.parametrize("tokens", [cases.ONE_BY_ONE, cases.PAIRS, 2 * cases.PACKS])
+@pytest.mark.parametrize(
+    ("layout", "tokens"),
+    in_turn(["TP1", "CP2", "PP2xVPP2", "TP2xPP2+SP"], [cases.ONE_BY_ONE, cases.PAIRS, 2 * cases.PACKS]),
+)
 def test_values_belong_to_their_responses_in_any_order(ranks, model_dirs, tokens, layout):
     directory, parallel = model_dirs["qwen2 tied"], LAYOUTS[layout]
     order = np.random.default_rng(tokens).permutation(cases.RESPONSES)

@@ -1,5 +1,6 @@
 """`meds plan` as a whole: every config of the repository, refusals and what they suggest, and calibration."""
 
+import io
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from meds_megatron.plan.memory import PHASES
 from meds_megatron.plan.model import planned_shape
 from meds_megatron.plan.plan import make_plan
 from meds_megatron.plan.render import show_plan
+from tests.limits import HANG_SECONDS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BASELINES = sorted((CONFIGS / "baselines").glob("*.yaml"))
@@ -186,7 +188,7 @@ def numbers(text: str) -> list[int]:
 @pytest.mark.parametrize("case", ["fits", *TOO_LARGE])
 def test_the_text_is_no_wider_than_the_terminal_and_says_it_all(case, width):
     path, overrides = TOO_LARGE.get(case, (QWEN_72B, []))
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))
+    console = Console(width=width, record=True, file=io.StringIO())
     plan = make_plan(load_config(path, overrides))
     show_plan(plan, console)
     text = console.export_text()
@@ -210,7 +212,7 @@ def test_a_known_name_stands_for_a_model_that_is_not_here():
     config.model.path = "models/Qwen2.5-7B-Instruct"
     assert planned_shape(config).max_positions == 32768 < QWEN["Qwen2.5-7B"].max_positions
     config.model.path = "models/mine"
-    with pytest.raises(UserError, match="models/mine is not here, .* copy the model's config.json"):
+    with pytest.raises(UserError, match=r"models/mine is not here, .* copy the model's config\.json"):
         planned_shape(config)
 
 
@@ -257,7 +259,7 @@ def test_a_run_calibrates_its_own_prediction_exactly(tmp_path):
 
 def test_a_run_whose_phases_overlap_cannot_calibrate(tmp_path):
     save_config(load_config(CONFIGS / "quickstart.yaml", ["train.max_staleness=1"]), tmp_path / "config.yaml")
-    with pytest.raises(UserError, match="phases of a run with train.max_staleness = 1 overlap"):
+    with pytest.raises(UserError, match=r"phases of a run with train\.max_staleness = 1 overlap"):
         make_plan(load_config(CONFIGS / "quickstart.yaml"), calibrate=tmp_path)
 
 
@@ -266,13 +268,14 @@ def test_a_run_without_steps_cannot_calibrate(tmp_path):
     with pytest.raises(UserError, match="there is no such config file"):
         make_plan(config, calibrate=tmp_path)
     save_config(config, tmp_path / "config.yaml")
-    with pytest.raises(UserError, match="metrics.jsonl does not exist"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl does not exist"):
         make_plan(config, calibrate=tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
     with pytest.raises(UserError, match="has 0 finished steps"):
         make_plan(config, calibrate=tmp_path)
 
 
+@pytest.mark.usefixtures("processes")
 def test_nothing_heavy_is_imported():
     program = f"""
 import sys
@@ -281,7 +284,7 @@ assert main(["plan", {str(QWEN_72B)!r}]) == 0
 heavy = {{"torch", "ray", "vllm", "megatron", "transformers", "numpy"}} & set(sys.modules)
 assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
     assert "The run fits." in done.stdout
 

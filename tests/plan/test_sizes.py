@@ -5,7 +5,9 @@ import pytest
 from meds_megatron.config import QWEN, ParallelConfig, ParallelLayout
 from meds_megatron.plan.sizes import ITEM_BYTES, rank_sizes
 from tests.model import qwen_cases
+from tests.pairwise import in_turn
 from tests.plan import meta_rank
+from tests.tiers import FULL
 
 MODELS = [
     "Qwen2.5-0.5B",
@@ -17,6 +19,8 @@ MODELS = [
     "Qwen3-32B",
 ]
 """Those of configs/, and the smallest."""
+COMMON = ["Qwen2.5-0.5B", "Qwen3-32B"]
+"""One with tied embeddings, biases and few heads, and a large one without; the others are like one of them."""
 LAYOUTS = [
     dict(data=4),
     dict(tensor=2, data=3, sequence=True),
@@ -26,6 +30,15 @@ LAYOUTS = [
     dict(tensor=8, pipeline=4, virtual_pipeline=2, data=2, sequence=True),
 ]
 """The 0.5B model has heads for two tensor ranks; the others take the last layout as well."""
+
+
+SMALL_LAYOUTS = {
+    "DP3": dict(data=3),
+    "TP2xDP2": dict(tensor=2, data=2),
+    "PP2xDP2": dict(pipeline=2, data=2),
+    "PP3": dict(pipeline=3),
+    "CP2": dict(context=2),
+}
 
 
 def layouts_of(model: str) -> list[dict]:
@@ -38,7 +51,7 @@ def parts(layout: dict) -> tuple[ParallelConfig, ParallelLayout]:
     return parallel, ParallelLayout.of(parallel, data)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [pytest.param(model, marks=[] if model in COMMON else [FULL]) for model in MODELS])
 def test_a_ranks_bytes_are_those_of_megatron_on_the_meta_device(cpu_ranks, model):
     shape, cases, expected = QWEN[model], [], []
     for settings in layouts_of(model):
@@ -62,16 +75,17 @@ def test_a_ranks_bytes_are_those_of_megatron_on_the_meta_device(cpu_ranks, model
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [dict(data=3), dict(tensor=2, data=2), dict(pipeline=2, data=2), dict(pipeline=3), dict(context=2)],
-    ids=str,
+    ("layout_name", "model"),
+    in_turn(SMALL_LAYOUTS, ["qwen2 untied", "qwen3 tied"]),
 )
-@pytest.mark.parametrize("model", ["qwen2 untied", "qwen3 tied"])
-def test_a_small_models_bytes_are_those_of_real_ranks_with_their_padding(cpu_ranks, tmp_path_factory, model, settings):
+def test_a_small_models_bytes_are_those_of_real_ranks_with_their_padding(
+    cpu_ranks, tmp_path_factory, model, layout_name
+):
     from meds_megatron.config import ModelShape
 
+    settings = SMALL_LAYOUTS[layout_name]
     directory = qwen_cases.cached_model(tmp_path_factory, model)
-    parallel, layout = parts({"data": 1} | settings)
+    _, layout = parts({"data": 1} | settings)
     shape = ModelShape.from_hf(directory)
     found = cpu_ranks.run(layout.ranks, real_bytes, str(directory), {k: v for k, v in settings.items() if k != "data"})
     for rank, bytes_of_rank in enumerate(found):

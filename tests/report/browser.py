@@ -11,10 +11,11 @@ from typing import Any
 
 from websockets.sync.client import connect
 
+from tests.limits import HANG_SECONDS
+
 CHROMIUM = shutil.which("chromium")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --remote-debugging-port=0 --window-size=1400,1000""".split()
-WAIT_SECONDS = 60
 
 
 class Browser:
@@ -44,7 +45,7 @@ class Browser:
 
     def _address(self) -> tuple[str, str]:
         file = Path(self._profile) / "DevToolsActivePort"
-        deadline = time.monotonic() + WAIT_SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while time.monotonic() < deadline:
             if file.exists() and len(lines := file.read_text().split()) == 2:
                 return lines[0], lines[1]
@@ -59,7 +60,7 @@ class Browser:
             message["sessionId"] = self._session
         self._socket.send(json.dumps(message))
         while True:
-            answer = json.loads(self._socket.recv(timeout=WAIT_SECONDS))
+            answer = json.loads(self._socket.recv(timeout=HANG_SECONDS))
             if answer.get("id") == self._sent:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer['error']}")
@@ -93,7 +94,7 @@ class Browser:
 
     def wait_for(self, expression: str) -> None:
         """Returns when a JavaScript expression is true."""
-        deadline = time.monotonic() + WAIT_SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while time.monotonic() < deadline:
             if self.evaluate(f"Boolean({expression})"):
                 return

@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import replace
 
-import hdbscan
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -45,6 +44,8 @@ def test_clusters_are_those_of_the_hdbscan_package_and_of_the_habits(rows, respo
         question = responses.problems[problem.problem].question
         wrong = [row for row in rows if row["prompt"] == question and not row["correct"] and row["fingerprint"]]
         units = normalize(np.array([row["fingerprint"] for row in wrong], dtype=np.float32).astype(float))
+        import hdbscan
+
         model = hdbscan.HDBSCAN(min_cluster_size=2, min_samples=1, approx_min_span_tree=False)
         expected = Counter(model.fit(units).labels_.tolist())
         clusters = [mistake for mistake in problem.mistakes if is_clustered(mistake)]

@@ -1,5 +1,7 @@
 """All graders on the answers of the real data sets and on perturbed ones."""
 
+import re
+
 import pytest
 
 from meds_megatron.data.problems import load_problems
@@ -7,6 +9,8 @@ from meds_megatron.reward import limo
 from meds_megatron.reward.grading import Grade, GraderPool
 from meds_megatron.reward.rules import RULES
 from tests.reward.perturbed_answers import LIMO_ACCEPTS, LIMO_REJECTS, PERTURBED
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 CASES = [
     (truth, answer, right)
@@ -86,7 +90,8 @@ def test_limo_counts_a_comparison_that_takes_too_long_as_wrong():
 @pytest.mark.parametrize("answer", ["__import__('os').mkdir('{}')", "exec(chr(49))", "open('{}','w')", "().__class__"])
 def test_limo_never_runs_an_answer_as_python(answer, tmp_path):
     target = tmp_path / "made"
-    with pytest.raises(ValueError):
-        limo._parse_arithmetic(answer.format(target))
-    assert not limo.symbolically_equal(answer.format(target), "5")
+    answer = answer.format(target)
+    with pytest.raises(ValueError, match=re.escape(answer)):
+        limo._parse_arithmetic(answer)
+    assert not limo.symbolically_equal(answer, "5")
     assert not target.exists()

@@ -8,6 +8,8 @@ import pytest
 
 from meds_megatron.reward.grading import Grade, GraderPool
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 SECONDS = 1.0
 MEMORY_GIB = 0.5
 ACCOUNTING_SECONDS = 0.2

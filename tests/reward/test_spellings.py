@@ -4,6 +4,8 @@ import pytest
 
 from meds_megatron.reward.grading import Grade, GraderPool
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 RIGHT_NUMBERS = {
     "4.5e33": [
         r"4.5 \times 10^{33}",

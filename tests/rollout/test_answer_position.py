@@ -3,11 +3,12 @@ import re
 from bisect import bisect_left
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from meds_megatron.embedded.arithmetic_model import build_tokenizer
 from meds_megatron.rollout.answer_position import BOX_AT_END, FIRST_WINDOW, NO_BOX, AnswerLocator, AnswerPosition
+from tests.examples import examples
 
 OPENING = re.compile(r"\\boxed\s*\{")
 
@@ -137,7 +138,7 @@ def test_padded_vocabulary_rows_have_no_text(locator, qwen_tokenizer):
     assert locator.locate([*box[:3], padded_row]) == AnswerPosition(2, "")
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     st.lists(
         st.sampled_from(["\\", "boxed", "{", " {", "{\\", "{-", "bo", "xed", " ", "5", "}", "{}", "🙂", "é", "\n"])
@@ -155,7 +156,7 @@ def test_however_the_text_is_cut_into_tokens(locator, qwen_tokenizer, pieces):
         assert position == AnswerPosition(expected, "")
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.text())
 def test_the_bytes_of_the_tokens_are_the_text(locator, qwen_tokenizer, text):
     token_ids = qwen_tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids

@@ -13,7 +13,7 @@ LONG = [[40 + (7 * i + 11 * j) % 90 for j in range(280 + i)] for i in range(18)]
 
 
 @pytest.fixture(scope="module")
-def pool(ray_cluster, tmp_path_factory):
+def pool(cpu_engines, shared_ray, tmp_path_factory):
     config = engine_config()
     directory = make_model(tmp_path_factory.mktemp("model"), "qwen3 tied", seed=0)
     placement = Placement(config.cluster, use_gpu=False)

@@ -3,11 +3,12 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from meds_megatron.config import Config
 from meds_megatron.rollout.group_schedule import GroupSchedule
+from tests.examples import examples
 
 
 def schedule_of(prompts: int, staleness: int, chunk: int = 1, max_batches: int = 10, batch: int | None = None):
@@ -97,7 +98,7 @@ class Driver:
         )
 
 
-@settings(deadline=None, max_examples=300)
+@examples(300)
 @given(
     prompts=st.integers(1, 12),
     staleness=st.integers(0, 4),

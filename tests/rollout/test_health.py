@@ -34,6 +34,6 @@ def test_failures_in_a_row_end_the_run_and_a_generation_between_them_does_not():
     health.generated()
     for _ in range(2):
         health.failed("killed")
-    with pytest.raises(UserError, match="engine 0 failed 3 times in a row .* the last error: out of memory"):
+    with pytest.raises(UserError, match=r"engine 0 failed 3 times in a row .* the last error: out of memory"):
         health.failed("out of memory")
     assert health.restarts == 4

@@ -17,7 +17,7 @@ SAMPLING = Sampling(responses=6, max_tokens=100, stop=False)
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["TP1", "TP2"])
-def case(request, ray_cluster, tmp_path_factory):
+def case(request, cpu_engines, shared_ray, tmp_path_factory):
     """An engine that updates may interrupt, two directories with weights and the trainers that have them."""
     directories = [make_model(tmp_path_factory.mktemp("model"), "qwen3 tied", seed) for seed in (0, 1)]
     shared = tmp_path_factory.mktemp("shared")

@@ -1,34 +1,23 @@
 """Two real engines on one small model."""
 
-import logging
-import os
-import signal
-
 import pytest
 import ray
 
-from meds_megatron.launch.placement import Placement
 from meds_megatron.rollout.engine import Request
-from meds_megatron.rollout.health import EngineState
-from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.settings import Sampling
-from tests.rollout.engine_cases import PROMPTS, comparable, engine_config, logprob_error, make_model
+from tests.rollout.engine_cases import PROMPTS, comparable, engine_config, logprob_error
 
 SAMPLING = Sampling(responses=4, max_tokens=100)
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"), "qwen3 tied", seed=0)
+def pool(cpu_engines, shared_ray):
+    return shared_ray.pool
 
 
 @pytest.fixture(scope="module")
-def pool(ray_cluster, model_dir):
-    config = engine_config(engines=2)
-    pool = EnginePool(config, str(model_dir), False, Placement(config.cluster, use_gpu=False), disk_version=0)
-    pool.start()
-    yield pool
-    pool.close()
+def model_dir(shared_ray):
+    return shared_ray.model
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +108,11 @@ def test_completions_are_those_of_plain_vllm(pool, completions, model_dir):
         for index, share in enumerate(shares):
             set_random_seed(int(np.random.SeedSequence([3, index]).generate_state(1)[0]))
             llm.reset_prefix_cache()
-            for output in llm.generate([TokensPrompt(prompt_token_ids=p) for p in share], parameters, use_tqdm=False):
-                made.append([(list(c.token_ids), np.float32(c.logprobs.logprobs)) for c in output.outputs])
+            prompts = [TokensPrompt(prompt_token_ids=p) for p in share]
+            made += [
+                [(list(c.token_ids), np.float32(c.logprobs.logprobs)) for c in output.outputs]
+                for output in llm.generate(prompts, parameters, use_tqdm=False)
+            ]
         llm.llm_engine.engine_core.shutdown()
         return made
 
@@ -167,27 +159,6 @@ def test_requests_are_answered_one_by_one_by_the_least_loaded_engine(pool):
         order += pool.wait()
     assert sorted(order) == numbers
     assert order[-1] == numbers[0]
-
-
-@pytest.mark.parametrize("seed", [9, None])
-def test_unfinished_requests_of_a_killed_engine_are_generated_by_the_others(pool, model_dir, caplog, seed):
-    pool.metrics()
-    process = ray.get(pool.engines[0].actor.__ray_call__.remote(lambda _: os.getpid()))
-    numbers = pool.submit(PROMPTS, Sampling(responses=16, max_tokens=100), seed)
-    os.kill(process, signal.SIGKILL)
-    made = {}
-    with caplog.at_level(logging.WARNING):
-        while len(made) < len(PROMPTS):
-            made |= pool.wait()
-    completions = [made[number] for number in numbers]
-    assert [len(of_prompt) for of_prompt in completions] == [16] * len(PROMPTS)
-    assert logprob_error(model_dir, PROMPTS, [of_prompt[::7] for of_prompt in completions]) < 1e-4
-    assert pool.metrics() == {"rollout/engine_restarts": 1, "rollout/regenerated_prompts": 3}
-    assert caplog.text.count("engine 0 on node 0 failed and is restarted: ") == 1
-    pool._wait_until_started()
-    assert [engine.health.state for engine in pool.engines] == [EngineState.FRESH] * 2
-    assert logprob_error(model_dir, PROMPTS, pool.generate(PROMPTS, SAMPLING, seed=10)) < 1e-4
-    assert pool.metrics()["rollout/engine_restarts"] == 0
 
 
 def test_an_engine_with_unfinished_requests_refuses_a_weight_update(pool):

@@ -1,17 +1,15 @@
-"""Groups from a real engine and real graders."""
+"""Groups from real engines and real graders."""
 
 import numpy as np
 import pytest
 
 from meds_megatron.data.problems import Problem
 from meds_megatron.data.prompts import Prompt
-from meds_megatron.launch.placement import Placement
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.reward.scores import overlong_penalties
-from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.producer import GroupProducer, failed_gradings
 from meds_megatron.rollout.settings import Sampling
-from tests.rollout.engine_cases import comparable, engine_config, make_model
+from tests.rollout.engine_cases import comparable, engine_config
 
 SAMPLING = Sampling(responses=3, max_tokens=60)
 PROMPTS = [Prompt(Problem(str(n), f"question {n}", str(n), "made"), [40 + n, 50, 60 + n]) for n in range(30)]
@@ -30,15 +28,11 @@ class Graders(GraderPool):
 
 
 @pytest.fixture(scope="module")
-def parts(ray_cluster, tmp_path_factory):
+def parts(cpu_engines, shared_ray):
     config = engine_config()
     config.reward.overlong.buffer = 90
-    directory = make_model(tmp_path_factory.mktemp("model"), "qwen3 tied", seed=0)
-    pool = EnginePool(config, str(directory), False, Placement(config.cluster, use_gpu=False), disk_version=0)
-    pool.start()
     with Graders() as graders:
-        yield config, pool, graders
-    pool.close()
+        yield config, shared_ray.pool, graders
 
 
 def all_groups(producer):

@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 
-from transformers import Qwen3Config
+import pytest
 
 from meds_megatron.config import Config
 from meds_megatron.rollout.llm import stop_token_ids
 from meds_megatron.rollout.settings import Sampling, engine_env_vars
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_driver_imports_no_vllm():
     code = "import sys, meds_megatron.rollout.producer; print('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
@@ -42,7 +43,10 @@ def test_stop_tokens_come_from_tokenizer_and_model(tmp_path):
     assert stop_token_ids(tmp_path, None) == [5, 7]
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_model_that_the_cpu_cannot_run_is_refused_by_name(tmp_path):
+    from transformers import Qwen3Config
+
     sizes = dict(hidden_size=64, num_attention_heads=4, head_dim=16, num_key_value_heads=4)
     Qwen3Config(**sizes, architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path)
     # In a process of its own: importing vLLM changes settings of torch.

@@ -1,52 +1,38 @@
 """Engines that share GPUs with the trainer: when they sleep, and when a restarted one starts. Calls are scripted."""
 
-from collections import deque
-from concurrent.futures import Future
-from types import SimpleNamespace
-
 import pytest
 
-from meds_megatron.rollout import pool as pool_module
-from meds_megatron.rollout.health import EngineHealth, EngineState
-from meds_megatron.rollout.pool import Engine, EnginePool
+from meds_megatron.config import Config
+from meds_megatron.rollout.engine import Request
+from meds_megatron.rollout.health import EngineState
 from meds_megatron.rollout.settings import Sampling
+from tests.doubles import ScriptedEnginePool
 
 
-class ScriptedPool(EnginePool):
-    """Two engines that have started; `calls` holds the calls they got, in order."""
+def started(disk_version: int | None = None, nodes: int | None = None, **failing: int) -> ScriptedEnginePool:
+    """Two engines that have weights; `failing` names methods and the engine that fails at their first call. The calls
+    of the start are left out."""
+    config = Config()
+    config.rollout.engines, config.rollout.nodes = 2, nodes
+    failures = {(engine, method): 1 for method, engine in failing.items()}
+    pool = ScriptedEnginePool(config, disk_version=disk_version, failing=failures)
+    pool.start()
+    for engine in pool.engines:
+        engine.health.updated()
+    pool.calls.clear()
+    return pool
 
-    def __init__(self):
-        self.calls: list[tuple] = []
-        self.restarts = self.regenerated_prompts = 0
-        self._disk_version, self._queue, self._alarm = None, deque(), Future()
-        self._run_dir = ""
-        self._numbers = self._batches = iter(range(100))
-        self._sleeps, self.asleep = True, False
-        self.engines = [Engine(e, 0, {}, EngineHealth(e, 3, EngineState.FRESH)) for e in range(2)]
-        for engine in self.engines:
-            self._make(engine)
 
-    def _make(self, engine):
-        engine.actor = SimpleNamespace(close=SimpleNamespace(remote=lambda: None))
-
-    def _start(self, engine):
-        self.calls.append(("start", engine.number))
-        engine.starting = Future()
-        engine.starting.set_result(None)
-
-    def call(self, engines, method, *arguments):
-        self.calls += [(method, *arguments, engine) for engine in engines]
-        return {engine: None for engine in engines}
-
-    def _get(self, reference):
-        return reference
+def with_a_failed_engine(disk_version: int | None = None) -> ScriptedEnginePool:
+    """Engine 0 has failed in a call and is restarted."""
+    pool = started(disk_version, random_states=0)
+    pool.outcomes(pool.call([0], "random_states"))
+    return pool
 
 
 @pytest.fixture
-def pool(monkeypatch):
-    monkeypatch.setattr(pool_module.ray, "wait", lambda *_, **__: None)
-    monkeypatch.setattr(pool_module.ray, "kill", lambda actor: None)
-    return ScriptedPool()
+def pool() -> ScriptedEnginePool:
+    return started()
 
 
 def test_weights_wake_before_the_kv_cache_and_only_once(pool):
@@ -86,44 +72,49 @@ def test_sleeping_engines_get_no_requests(pool):
     pool.submit([[1, 2]], Sampling(1, 1), seed=0)
     with pytest.raises(RuntimeError, match="no engine can generate: wake the engines"):
         pool.wait()
-    assert len(pool._queue) == 1
+    assert pool.calls == [("sleep", True, 0), ("sleep", True, 1)]
+    pool.wake("weights")
+    pool.wake("kv_cache")
+    pool.release()
+    added = Request(number=0, prompt=[1, 2], sampling=Sampling(1, 1), batch=0, seed=0)
+    assert pool.calls[-2:] == [("add", [added], 0, 0), ("take_finished", 0)], "it is given out once they are awake"
 
 
 def test_engines_with_unfinished_requests_do_not_sleep(pool):
-    pool.engines[1].running = {0: None}
+    pool.engines[1].running = {0: Request(0, [1, 2], Sampling(1, 1))}
     with pytest.raises(RuntimeError, match="engines with unfinished requests cannot sleep"):
         pool.sleep(keep_weights=True)
     assert pool.calls == []
 
 
-def test_an_engine_that_fails_while_others_sleep_starts_when_they_wake(pool):
+def test_an_engine_that_fails_while_others_sleep_starts_when_they_wake():
+    pool = started(wake=1)
     pool.sleep(keep_weights=True)
-    pool._restart(pool.engines[1], RuntimeError("out of memory"))
     pool.wake("weights")
-    assert ("start", 1) not in pool.calls
+    assert pool.engines[1].health.state is EngineState.STARTING
+    assert pool.calls[2:] == [("wake", "weights", 0), ("wake", "weights", 1)]
     pool.wake("kv_cache")
-    assert pool.calls[-1] == ("start", 1)
+    assert pool.calls[4:] == [("wake", "kv_cache", 0), ("start", 1, 1)]
 
 
-def test_a_starting_engine_is_waited_for_and_sleeps_too(pool):
-    pool._restart(pool.engines[0], RuntimeError("killed"))
-    assert pool.calls == [("start", 0)]
+def test_a_starting_engine_is_waited_for_and_sleeps_too():
+    pool = with_a_failed_engine()
+    assert pool.calls == [("random_states", 0), ("start", 1, 0)]
     pool.sleep(keep_weights=True)
-    assert pool.calls[1:] == [("sleep", True, 0), ("sleep", True, 1)]
+    assert pool.calls[2:] == [("sleep", True, 0), ("sleep", True, 1)]
 
 
-def test_a_restarted_engine_waits_for_the_weight_sync_unless_it_reads_weights_from_disk(pool):
-    for disk_version, state in ((None, EngineState.STALE), (0, EngineState.FRESH)):
-        pool._disk_version = disk_version
-        pool._restart(pool.engines[0], RuntimeError("killed"))
-        assert pool.engines[0].health.state is EngineState.STARTING
-        assert pool.ready() == [0, 1]
-        assert pool.engines[0].health.state is state
-        assert pool.stale() == ([0] if state is EngineState.STALE else [])
+@pytest.mark.parametrize(("disk_version", "state"), [(None, EngineState.STALE), (0, EngineState.FRESH)])
+def test_a_restarted_engine_waits_for_the_weight_sync_unless_it_reads_weights_from_disk(disk_version, state):
+    pool = with_a_failed_engine(disk_version)
+    assert pool.engines[0].health.state is EngineState.STARTING
+    assert pool.ready() == [0, 1]
+    assert pool.engines[0].health.state is state
+    assert pool.stale() == ([0] if state is EngineState.STALE else [])
 
 
-def test_engines_on_nodes_of_their_own_never_sleep(pool):
-    pool._sleeps = False
+def test_engines_on_nodes_of_their_own_never_sleep():
+    pool = started(nodes=1)
     pool.sleep(keep_weights=True)
     pool.wake("weights")
     pool.wake("kv_cache")

@@ -19,7 +19,7 @@ LONG_PROMPT = [40 + (11 * j) % 90 for j in range(290)]
 @pytest.fixture(
     scope="module", params=[("qwen3 tied", 1), ("qwen2 untied", 2)], ids=["qwen3 tied TP1", "qwen2 untied TP2"]
 )
-def case(request, ray_processes, engine_device, tmp_path_factory):
+def case(request, shared_ray, engine_device, tmp_path_factory):
     """An engine that has read no weights, and two directories with weights and the trainers that have them."""
     name, tensor = request.param
     device = engine_device(tensor)

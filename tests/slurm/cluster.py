@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.limits import HANG_SECONDS
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare", "mount")
 CPUS = 8
 """Of a node, as Slurm counts them."""
 GPUS = 8
-START_SECONDS = 30
 
 NODE = """
 set -e
@@ -176,7 +177,7 @@ class Cluster:
                 [*unshare, "sh", "-c", script], env=self.environment, stdout=log, stderr=log, start_new_session=True
             )
         self._processes[name] = process
-        self.wait(lambda: self._child(process) is not None, START_SECONDS)
+        self.wait(lambda: self._child(process) is not None, HANG_SECONDS)
         outer, inner = f"{self.bridge}-{number}", f"{self.bridge}i{number}"
         subprocess.run(["ip", "link", "delete", outer], capture_output=True)
         self.run("ip", "link", "add", outer, "type", "veth", "peer", "name", inner)
@@ -190,7 +191,7 @@ class Cluster:
         for process in reversed(self._processes.values()):
             process.terminate()
         for process in self._processes.values():
-            process.wait(timeout=START_SECONDS)
+            process.wait(timeout=HANG_SECONDS)
         for number in range(len(self.names)):
             subprocess.run(["ip", "link", "delete", f"{self.bridge}-{number}"], capture_output=True)
         subprocess.run(["ip", "link", "delete", self.bridge], capture_output=True)
@@ -237,7 +238,7 @@ class Cluster:
         munge.chmod(0o711)
         files = [f"--{kind}={munge / kind.split('-')[0]}" for kind in ("socket", "pid-file", "log-file", "seed-file")]
         self._start_daemon("munged", "munged", "--foreground", "--force", f"--key-file={munge / 'key'}", *files)
-        self.wait((munge / "socket").exists, START_SECONDS)
+        self.wait((munge / "socket").exists, HANG_SECONDS)
 
     def _start_daemon(self, name: str, *command: str) -> None:
         with open(self.directory / f"{name}.console.log", "w") as log:

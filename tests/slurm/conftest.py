@@ -5,7 +5,7 @@ import pytest
 from tests.slurm.cluster import Cluster, obstacle
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def slurm(tmp_path_factory) -> Iterator[Cluster]:
     """A real Slurm of two nodes."""
     if reason := obstacle():

@@ -8,10 +8,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from meds_megatron.launch import sweep
+from tests.limits import HANG_SECONDS
 from tests.slurm.cluster import ROOT, Cluster
 
 STEPS = 6
-JOB_SECONDS = 240
 VARYING = ("time/", "throughput/", "memory/lookup_seconds", "memory/recluster_seconds")
 """Metrics that measure the machine."""
 
@@ -60,7 +60,7 @@ def wait_for_steps(slurm: Cluster, name: str, job: str, steps: int) -> None:
         assert slurm.state(job) in ("PENDING", "RUNNING", "COMPLETING"), log(slurm, name)
         return False
 
-    slurm.wait(reached, JOB_SECONDS)
+    slurm.wait(reached, HANG_SECONDS)
 
 
 def log(slurm: Cluster, name: str) -> str:
@@ -81,7 +81,7 @@ def two_jobs(slurm, small_model, cpu_engines) -> dict[str, str]:
         "two_nodes": submit(slurm, small_model, "two_nodes"),
         "one_node": submit(slurm, small_model, "one_node", "--nodes=1", **{"cluster.ranks_per_node": 2}),
     }
-    slurm.wait(lambda: [slurm.state(job) for job in jobs.values()] == ["RUNNING", "RUNNING"], 30)
+    slurm.wait(lambda: [slurm.state(job) for job in jobs.values()] == ["RUNNING", "RUNNING"], HANG_SECONDS)
     for name, job in jobs.items():
         wait_for_steps(slurm, name, job, 1)
     return jobs
@@ -90,7 +90,7 @@ def two_jobs(slurm, small_model, cpu_engines) -> dict[str, str]:
 def test_two_jobs_at_once_train_over_two_nodes_as_on_one(slurm, two_jobs):
     """With a pipeline stage on each node, to the last bit."""
     for name, job in two_jobs.items():
-        assert (slurm.finish(job, JOB_SECONDS), slurm.exit_code(job)) == ("COMPLETED", "0:0"), log(slurm, name)
+        assert (slurm.finish(job, HANG_SECONDS), slurm.exit_code(job)) == ("COMPLETED", "0:0"), log(slurm, name)
     ours, theirs = metrics(slurm, "two_nodes"), metrics(slurm, "one_node")
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
     assert ours == theirs
@@ -103,13 +103,13 @@ def test_a_job_that_is_told_to_save_and_then_loses_a_node_resumes_by_itself(slur
     job = submit(slurm, small_model, "resumed")
     wait_for_steps(slurm, "resumed", job, 1)
     slurm.run("scancel", "--signal=USR1", job)
-    slurm.wait(lambda: slurm.state(job) == "PENDING", JOB_SECONDS)
+    slurm.wait(lambda: slurm.state(job) == "PENDING", HANG_SECONDS)
     saved = len(metrics(slurm, "resumed"))
     wait_for_steps(slurm, "resumed", job, saved + 1)
     slurm.kill("node1")
-    slurm.wait(lambda: slurm.state(job) == "PENDING", JOB_SECONDS)
+    slurm.wait(lambda: slurm.state(job) == "PENDING", HANG_SECONDS)
     slurm.boot("node1")
-    assert (slurm.finish(job, JOB_SECONDS), slurm.exit_code(job)) == ("COMPLETED", "0:0"), log(slurm, "resumed")
+    assert (slurm.finish(job, HANG_SECONDS), slurm.exit_code(job)) == ("COMPLETED", "0:0"), log(slurm, "resumed")
     assert metrics(slurm, "resumed") == metrics(slurm, "two_nodes")
     assert_nothing_is_left(slurm)
 
@@ -125,12 +125,12 @@ def test_strangers_stay_out_and_a_cancelled_job_leaves_nothing(slurm, small_mode
         (["RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN={'0' * 64}"], False),
         (["RAY_AUTH_MODE=disabled"], False),
     ):
-        connected = slurm.on_node("node1", "env", *variables, *connect, timeout=60)
+        connected = slurm.on_node("node1", "env", *variables, *connect, timeout=HANG_SECONDS)
         assert (connected.returncode == 0) == welcome, connected.stderr
         assert welcome or "AuthenticationError" in connected.stderr
     slurm.run("scancel", job)
-    assert slurm.finish(job, 60) == "CANCELLED"
-    slurm.wait(lambda: slurm.idle() == slurm.names, 60)
+    assert slurm.finish(job, HANG_SECONDS) == "CANCELLED"
+    slurm.wait(lambda: slurm.idle() == slurm.names, HANG_SECONDS)
     assert_nothing_is_left(slurm)
 
 

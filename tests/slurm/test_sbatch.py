@@ -14,6 +14,8 @@ from meds_megatron.launch.node import job_settings
 from meds_megatron.plan.plan import make_plan
 from tests.slurm.cluster import ROOT, Cluster, obstacle
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
 
 
@@ -67,5 +69,5 @@ def test_engines_on_nodes_of_their_own_leave_the_others_to_the_trainer(tmp_path)
     (file,) = (file for file in FILES if file.stem == "meds_qwen3_8b")
     config = resolved(file, tmp_path, 6, "rollout.nodes=2", "rollout.engines=16")
     assert (config.cluster.nodes, config.rollout.nodes, config.rollout.engines) == (4, 2, 16)
-    with pytest.raises(UserError, match="rollout.nodes = 2, but the job has 2 nodes"):
+    with pytest.raises(UserError, match=r"rollout\.nodes = 2, but the job has 2 nodes"):
         resolved(file, tmp_path, 2, "rollout.nodes=2")

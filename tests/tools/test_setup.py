@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANG_SECONDS
+
+pytestmark = pytest.mark.usefixtures("processes")
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,7 +28,7 @@ def bash(checkout: Path, script: str) -> subprocess.CompletedProcess:
         env={**os.environ, "PYTHON": "/bin/false"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
     )
 
 

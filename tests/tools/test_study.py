@@ -27,6 +27,9 @@ import study_plan  # noqa: E402
 import study_records  # noqa: E402
 import study_results  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("processes")
+"""Records name the commit, which git knows."""
+
 EXPRESSION = Expression(7, 6, 4, 5)
 
 
@@ -282,7 +285,7 @@ def test_what_is_recorded_is_not_run_again_and_the_file_is_enough_for_that(recor
 
 
 @pytest.mark.parametrize(
-    "setting, counts",
+    ("setting", "counts"),
     [
         ("cluster.threads_per_rank=2", True),
         ("checkpoint.every=7", True),

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
-from study_departures import Observation, effects, half_of_combinations  # noqa: E402
+from study_departures import Observation, effects, half_of_combinations
 
 FOUR = list("abcd")
 

@@ -9,6 +9,7 @@ from meds_megatron.trainer.check import Finding, check
 QUICKSTART = "configs/quickstart.yaml"
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_machine_that_is_ready(tmp_path):
     """With the link between two pipeline stages, and without making the run directory."""
     config = load_config(QUICKSTART, ["cluster.device=cpu", f"run_dir={tmp_path}/runs/new"])
@@ -22,13 +23,14 @@ def test_a_machine_that_is_ready(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("processes")
 def test_what_is_not_ready_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     config = load_config(QUICKSTART, ["cluster.device=cpu", "run_dir=/proc/new"])
     failed = [finding.what for finding in check(config, links=False) if not finding.ok]
     assert "run directory" in failed
     config.data.train = [str(tmp_path / "none.jsonl")]
-    with pytest.raises(UserError, match="none.jsonl: node .* cannot read it"):
+    with pytest.raises(UserError, match=r"none\.jsonl: node .* cannot read it"):
         check(config, links=False)
 
 

@@ -41,7 +41,7 @@ def zero(path):
         (lambda path: (path / "memory" / "shard").write_bytes(b"123"), "shard has 3 bytes, expected 5"),
         (lambda path: (path / files.MARKER).write_text("{"), "complete.json cannot be read"),
         (lambda path: (path / files.MARKER).write_text("[]"), "complete.json cannot be read"),
-        (lambda path: zero(path / files.STATE_FILE), "state.json cannot be read"),
+        (lambda path: zero(path / files.STATE_FILE), "state.json is altered"),
     ],
     ids=["missing", "cut short", "torn marker", "foreign marker", "zeroed"],
 )
@@ -56,7 +56,7 @@ def test_only_damaged_checkpoints_are_not_the_same_as_none(tmp_path):
     zero(make(tmp_path, 5) / files.MARKER)
     (make(tmp_path, 10) / "memory" / "shard").unlink()
     assert files.any_completed(tmp_path) and not files.any_completed(tmp_path / "none")
-    with pytest.raises(UserError, match="no checkpoint is whole, and the newest lacks something .*step_000010"):
+    with pytest.raises(UserError, match=r"no checkpoint is whole, and the newest is damaged .*step_000010"):
         files.newest(tmp_path)
 
 

@@ -1,52 +1,42 @@
 """Engines that are killed while they generate and during a weight update: the run goes on."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-STEPS = 5
+from tests.meds_runs import metrics_of, overrides
+
+STEPS = 4
 PROMPTS = 6
 RESPONSES = 8
-SETTINGS = {
+LAYOUTS = {
     # Each engine has one pipeline stage on its node and gets the other's weights over the network.
-    "engines on the trainer's two nodes": ["cluster.nodes=2", "cluster.ranks_per_node=1", "rollout.engines=2"],
-    "an engine of two ranks on its own node": ["rollout.tensor=2", "rollout.nodes=1"],
+    "engines on the trainer's two nodes": {"cluster.nodes": 2, "cluster.ranks_per_node": 1, "rollout.engines": 2},
+    "an engine of two ranks on its own node": {"rollout.tensor": 2, "rollout.nodes": 1},
+}
+SETTINGS = {
+    "data.limit_train": PROMPTS,
+    "filter.metric": "none",
+    # Scores differ by length, so that there is something to learn whatever the answers are.
+    "reward.overlong.buffer": 38,
+    "train.steps": STEPS,
+    "train.prompts_per_step": PROMPTS,
+    "train.mini_batch_prompts": PROMPTS,
+    "train.micro_batch_tokens": 1024,
+    "train.validate_every": 0,
+    "train.export_hf": "false",
+    "optimizer.lr": 1e-4,
+    "sync.checksum_every": 1,
 }
 
 
-@pytest.fixture(scope="module", params=SETTINGS.values(), ids=SETTINGS)
-def run(request, small_model, tmp_path_factory, cpu_engines):
+@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=LAYOUTS)
+def run(request, run_meds, cpu_engines, small_model, tmp_path_factory):
     """A finished run's metrics, a dict a step, its output and its logs by process."""
     directory = tmp_path_factory.mktemp("run") / "run"
-    command = [sys.executable, "-m", "tests.trainer.killed_engines_run", "configs/quickstart.yaml", *request.param]
-    command += [
-        f"run_dir={directory}",
-        "model.make=no",
-        f"model.path={small_model}",
-        "cluster.device=cpu",
-        f"data.limit_train={PROMPTS}",
-        "filter.metric=none",
-        # Scores differ by length, so that there is something to learn whatever the answers are.
-        "reward.overlong.buffer=38",
-        f"rollout.responses_per_prompt={RESPONSES}",
-        f"train.steps={STEPS}",
-        f"train.prompts_per_step={PROMPTS}",
-        f"train.mini_batch_prompts={PROMPTS}",
-        "train.micro_batch_tokens=1024",
-        "train.validate_every=0",
-        "train.export_hf=false",
-        "optimizer.lr=1e-4",
-        "sync.checksum_every=1",
-        "wandb.enabled=false",
-    ]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    output = finished.stdout + finished.stderr
-    assert finished.returncode == 0, output[-6000:]
+    settings = overrides(directory, small_model, SETTINGS | request.param)
+    finished = run_meds.run_module("tests.trainer.killed_engines_run", "configs/quickstart.yaml", *settings)
+    run_meds.check(finished)
     logs = {path.stem: path.read_text() for path in (directory / "logs").iterdir()}
-    metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return metrics, output, logs
+    return metrics_of(directory), finished.stdout + finished.stderr, logs
 
 
 def test_every_step_is_made_with_all_its_responses(run):
@@ -57,7 +47,7 @@ def test_every_step_is_made_with_all_its_responses(run):
 
 def test_failures_are_counted_and_logged(run):
     metrics, output, logs = run
-    assert [line["rollout/engine_restarts"] for line in metrics] == [0, 1, 1, 0, 0]
+    assert [line["rollout/engine_restarts"] for line in metrics] == [0, 1, 1, 0]
     regenerated = [line["rollout/regenerated_prompts"] for line in metrics]
     assert regenerated[1] > 0 == regenerated[0] == sum(regenerated[2:])
     assert output.count("killing process") == 2

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import ray
 
 from meds_megatron.config import Config, MemoryConfig
 from meds_megatron.memory import MemoryShard
@@ -59,27 +58,23 @@ def by_answer(keys: list[str], fingerprints_NL: np.ndarray):
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_lookups_do_not_depend_on_the_number_of_shards(shards, plain_shard):
+def test_lookups_do_not_depend_on_the_number_of_shards(shared_ray, shards, plain_shard):
     config = Config()
     config.cluster.ranks_per_node = shards
-    ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
-    try:
-        placement = SimpleNamespace(options=lambda place, env_vars: {"num_cpus": 0})
-        memory = ErrorMemory(config, placement, Supervisor(""))
-        found = []
-        for step in range(STEPS):
-            drawn = [draw(2 * step), draw(2 * step + 1)]
-            for keys, fingerprints_NL in drawn:
-                match = memory.lookup(keys, fingerprints_NL)
-                found.append((match.labels_N.tolist(), match.sizes_N.tolist()))
-            memory.remember(
-                [key for keys, values in drawn for key in remembered(keys, values)[0]],
-                np.concatenate([remembered(keys, values)[1] for keys, values in drawn]),
-            )
-        memory.wait()
-        metrics = memory.metrics()
-        assert found == plain_shard
-        assert metrics["memory/vectors"] + metrics["memory/no_answer"] == STEPS * RESPONSES
-        memory.close()
-    finally:
-        ray.shutdown()
+    placement = SimpleNamespace(options=lambda place, env_vars: {"num_cpus": 0})
+    memory = ErrorMemory(config, placement, Supervisor(""))
+    found = []
+    for step in range(STEPS):
+        drawn = [draw(2 * step), draw(2 * step + 1)]
+        for keys, fingerprints_NL in drawn:
+            match = memory.lookup(keys, fingerprints_NL)
+            found.append((match.labels_N.tolist(), match.sizes_N.tolist()))
+        memory.remember(
+            [key for keys, values in drawn for key in remembered(keys, values)[0]],
+            np.concatenate([remembered(keys, values)[1] for keys, values in drawn]),
+        )
+    memory.wait()
+    metrics = memory.metrics()
+    assert found == plain_shard
+    assert metrics["memory/vectors"] + metrics["memory/no_answer"] == STEPS * RESPONSES
+    memory.close()

@@ -13,8 +13,11 @@ from meds_megatron.reward.grading import GraderPool
 from meds_megatron.trainer.supervision import Supervisor
 from meds_megatron.trainer.timer import PhaseTimer
 from meds_megatron.trainer.watchdog import Watchdog
+from tests.limits import HANG_SECONDS
 
-SECONDS = 120
+pytestmark = pytest.mark.usefixtures("processes")
+
+
 """Far longer than what is waited for takes on a machine with other work, and shorter than the grader's own limit."""
 
 
@@ -31,7 +34,7 @@ def frozen(graders: GraderPool) -> tuple[int, object]:
     (process,) = graders.pids
     os.kill(process, signal.SIGSTOP)
     future = graders.submit(r"\boxed{2 + x}", "x + 2")
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while not any(one.since for one in graders._processes.values()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -42,7 +45,7 @@ def test_a_frozen_grader_is_named_killed_and_replaced(graders, tmp_path, caplog)
     process, future = frozen(graders)
     timer, pool = PhaseTimer(), SimpleNamespace(finished_requests=0, engines=[])
     with Supervisor(str(tmp_path)) as supervisor, Watchdog(0.05, supervisor, timer, pool, graders), timer("reward"):
-        grade = future.result(SECONDS)
+        grade = future.result(HANG_SECONDS)
     assert (grade.outcome, grade.correct) == ("error", False)
     (sentence,) = [message for message in caplog.messages if "grader" in message]
     assert sentence.startswith(f"a grader does not answer (process {process} on ")
@@ -54,9 +57,9 @@ def test_graders_that_are_idle_or_not_late_are_left_alone(graders, caplog):
     with caplog.at_level(logging.INFO):
         assert graders.kill_hung(0.0) == []
         process, future = frozen(graders)
-        assert graders.kill_hung(SECONDS) == []
+        assert graders.kill_hung(HANG_SECONDS) == []
         psutil.Process(process).resume()
-        assert future.result(SECONDS).correct
+        assert future.result(HANG_SECONDS).correct
     assert graders.pids == [process]
 
 

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from meds_megatron.trainer.interruption import SAME_SECONDS, Interruption
+from tests.limits import HANG_SECONDS
 
 PROGRAM = """
 import concurrent.futures, sys, threading, time
@@ -40,16 +41,18 @@ def started(*arguments: str) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.usefixtures("processes")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_signal_completes_the_future_and_gives_the_exit_code(number, code):
     process = started()
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == code
     assert output == f"{number.name} stopped the run {code}\n"
     assert f"{number.name}: the run stops before its next update" in errors
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_second_signal_ends_the_process_at_once():
     process = started("stay")
     process.send_signal(signal.SIGTERM)
@@ -59,7 +62,7 @@ def test_a_second_signal_ends_the_process_at_once():
     time.sleep(SAME_SECONDS + 0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 130 and "SIGINT again: ended at once" in errors
 
 

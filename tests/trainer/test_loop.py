@@ -5,9 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import ray
 
-from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput
+from meds_megatron.actor.train_batch import TrainBatch
 from meds_megatron.config import Config
 from meds_megatron.data.problems import Problem
 from meds_megatron.data.prompts import Prompt
@@ -23,36 +22,20 @@ from meds_megatron.trainer.rollout_manager import RolloutManager
 from meds_megatron.trainer.state import TrainerState
 from meds_megatron.trainer.supervision import Supervisor
 from meds_megatron.trainer.timer import PhaseTimer
+from tests.doubles import ScriptedEnginePool, ScriptedPolicy, ScriptedProducer, ScriptedWeightSync
 
 LAYERS = 14
 
 
-class ScriptedProducer:
-    """Completions as `script(step, prompt)` names them, a letter each: R is right, u wrong without an answer, others
-    are wrong by a habit, t by one that no grading decides. N answers 9, the other habits 8. A completion's tokens are
-    its letter and its number, so that no two fingerprints are equal."""
+class SpelledGroups:
+    """Groups as `script(step, prompt)` spells them, a letter a completion: R is right, u wrong without an answer,
+    others are wrong by a habit, t by one that no grading decides. N answers 9, the other habits 8. A completion's
+    tokens are its letter and its number, so that no two fingerprints are equal."""
 
-    def __init__(self, script: Callable[[int, int], str], state: TrainerState, graders: GraderPool, calls: list[str]):
-        self._script, self._state, self._graders, self._calls, self._drawn = script, state, graders, calls, 0
-        self._submitted: list[Prompt] = []
+    def __init__(self, script: Callable[[int, int], str], state: TrainerState, graders: GraderPool):
+        self._script, self._state, self._graders, self._drawn = script, state, graders, 0
 
-    def submit(self, prompts, sampling, seed) -> list[int]:
-        self._calls.append("generate")
-        self._submitted = list(prompts)
-        self._numbers = range(self._drawn * 100, self._drawn * 100 + len(prompts))
-        return list(self._numbers)
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._submitted)
-
-    generating = busy
-
-    def advance(self, *_) -> dict[int, PromptGroup]:
-        prompts, self._submitted = self._submitted, []
-        return {number: self._group(prompt) for number, prompt in zip(self._numbers, prompts, strict=True)}
-
-    def _group(self, prompt: Prompt) -> PromptGroup:
+    def __call__(self, prompt: Prompt) -> PromptGroup:
         letters = self._script(self._state.step, prompt.token_ids[0])
         completions = [self._completion(letter) for letter in letters]
         grades = self._graders.grade([c.text for c in completions], [prompt.problem.answer] * len(completions))
@@ -68,78 +51,19 @@ class ScriptedProducer:
         return Completion(tokens_R, np.zeros(2, np.float32), text, "stop", 0, -1 if letter == "u" else 0)
 
 
-class ScriptedPolicy:
-    """Fingerprints that show the habit which a completion's tokens name."""
-
-    def __init__(self, calls: list[str]):
-        self.calls = calls
-        self.forwarded: list[int] = []
-        """Responses of each forward pass."""
-        self.updated: list[int] = []
-
-    def forward(self, batch: TrainBatch, minibatches_B: np.ndarray) -> SimpleNamespace:
-        self.calls.append("forward")
-        self.forwarded.append(int((minibatches_B >= 0).sum()))
-        zeros_R = np.zeros(len(batch.rollout_logprobs_R), dtype=np.float32)
-        fingerprints_BL = np.stack([fingerprint(*tokens) for tokens in batch.tokens_T.reshape(-1, 3)[:, 1:]])
-        return done(ForwardOutput(zeros_R, zeros_R, fingerprints_BL.astype(np.float32)))
-
-    def free_memory(self) -> None:
-        self.calls.append("free")
-
-    def restore_memory(self) -> None:
-        self.calls.append("restore")
-
-    def update(self, batch: TrainBatch, minibatches_B: np.ndarray, step: int) -> SimpleNamespace:
-        assert batch.logprobs_R is not None and np.isfinite(batch.advantages_B).all() and (minibatches_B >= 0).all()
-        self.calls.append("update")
-        self.updated.append(len(batch))
-        sums = dict.fromkeys(("tokens", "kl", "ratio", "clip_fraction", "dual_clip_fraction"), 1.0)
-        return done([UpdateOutput(0.0, sums, 0.0, 0.0, skipped=False)])
-
-
-class RecordedPool:
-    """Engines that share GPUs with the trainer: the order of the calls that move memory between them."""
-
-    def __init__(self, calls: list[str]):
-        self._calls, self.asleep, self.metrics = calls, False, dict
-
-    def sleep(self, keep_weights: bool) -> None:
-        if not self.asleep:
-            self._calls.append("sleep" if keep_weights else "sleep and drop weights")
-        self.asleep = True
-
-    def wake(self, part: str) -> None:
-        self._calls.append(f"wake {part}")
-        self.asleep = part == "weights"
-
-
-class WeightSyncWithoutEngines:
-    def __init__(self, calls: list[str]):
-        self.version, self._calls = 0, calls
-
-    def update(self) -> None:
-        self._calls.append("sync")
-        self.version += 1
-
-    def refill(self) -> None:
-        self._calls.append("refill")
-
-
-def done(result) -> SimpleNamespace:
-    """A call of the ranks that has ended."""
-    return SimpleNamespace(futures=list, result=lambda: result)
-
-
 def fingerprint(habit: int, place: int) -> np.ndarray:
     centre = np.random.default_rng(habit).normal(size=LAYERS)
     return centre + 0.01 * np.random.default_rng(place).normal(size=LAYERS)
 
 
+def fingerprints_of(batch: TrainBatch) -> np.ndarray:
+    """They show the habit that a completion's tokens name."""
+    return np.stack([fingerprint(*tokens) for tokens in batch.tokens_T.reshape(-1, 3)[:, 1:]])
+
+
 @pytest.fixture(scope="module")
-def memories():
+def memories(shared_ray):
     """Shards by clustering method, each pair started once: no two tests have a problem in common."""
-    ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
     placement = SimpleNamespace(options=lambda place, env_vars: {"num_cpus": 0})
     started: dict[str, ErrorMemory] = {}
 
@@ -149,7 +73,8 @@ def memories():
         return started[config.memory.method]
 
     yield memory_of
-    ray.shutdown()
+    for memory in started.values():
+        memory.close()
 
 
 @pytest.fixture
@@ -167,7 +92,10 @@ def train(memories, request):
         problems = settings.get("filter__generation_prompts", prompts)
         names = [f"{request.node.name} {i}" for i in range(problems)]
         train_prompts = [Prompt(Problem(name, "?", "7", "test"), [i]) for i, name in enumerate(names)]
-        state, policy = TrainerState(PromptSampler(problems, seed=0, shuffle=False)), ScriptedPolicy(calls := [])
+        state, calls = TrainerState(PromptSampler(problems, seed=0, shuffle=False)), []
+        policy, pool = ScriptedPolicy(calls, fingerprints_of), ScriptedEnginePool(config, calls)
+        pool.start()
+        calls.clear()
         rollouts, metrics = [], []
         with GraderPool(1, 5.0) as graders:
             memory, timer = memories(config), PhaseTimer()
@@ -175,9 +103,9 @@ def train(memories, request):
                 config,
                 state,
                 Prompts(train_prompts, [], 0),
-                ScriptedProducer(script, state, graders, calls),
-                RecordedPool(calls),
-                WeightSyncWithoutEngines(calls),
+                ScriptedProducer(SpelledGroups(script, state, graders), calls),
+                pool,
+                ScriptedWeightSync(calls),
                 policy,
                 memory,
                 timer,
@@ -197,6 +125,15 @@ def train(memories, request):
         return rollouts, policy
 
     return run
+
+
+SLEEP_WITH_WEIGHTS, SLEEP_WITHOUT_WEIGHTS = "sleep True 0", "sleep False 0"
+WAKE_WEIGHTS, WAKE_KV_CACHE = "wake weights 0", "wake kv_cache 0"
+"""Calls of the one engine."""
+
+
+def in_words(calls: list[tuple]) -> list[str]:
+    return [" ".join(map(str, call)) for call in calls]
 
 
 def by_group(columns: dict, name: str) -> list[list]:
@@ -350,11 +287,11 @@ def test_memory_of_shared_gpus_moves_between_engines_and_trainer(train):
     """The trainer's memory is freed before each part that the engines take back, and restored for the update. Engines
     that are given new weights, or the same ones again, drop the old ones."""
     _, policy = train(lambda step, prompt: ["RAAA", "tttt"][step - 1], steps=2, prompts=1, filter__metric="none")
-    assert policy.calls == [
-        *["generate", "refill", "sleep and drop weights", "forward", "restore", "update"],
-        *["free", "wake weights", "sync", "free", "wake kv_cache"],
-        *["generate", "refill", "sleep and drop weights"],
-        *["free", "wake weights", "refill", "free", "wake kv_cache"],
+    assert in_words(policy.calls) == [
+        *["generate", "refill", SLEEP_WITHOUT_WEIGHTS, "forward", "restore", "update"],
+        *["free", WAKE_WEIGHTS, "sync", "free", WAKE_KV_CACHE],
+        *["generate", "refill", SLEEP_WITHOUT_WEIGHTS],
+        *["free", WAKE_WEIGHTS, "refill", "free", WAKE_KV_CACHE],
     ]
 
 
@@ -366,10 +303,10 @@ def test_engines_wake_for_every_generation_batch_of_the_shaped_filter(train):
         filter__metric="shaped",
         filter__max_batches=2,
     )
-    wake = ["free", "wake weights", "free", "wake kv_cache"]
-    last = ["free", "wake weights", "refill", "free", "wake kv_cache"]
-    generated = ["generate", "refill", "sleep", "forward"]
-    assert policy.calls == [*generated, *wake, *generated, *last]
+    wake = ["free", WAKE_WEIGHTS, "free", WAKE_KV_CACHE]
+    last = ["free", WAKE_WEIGHTS, "refill", "free", WAKE_KV_CACHE]
+    generated = ["generate", "refill", SLEEP_WITH_WEIGHTS, "forward"]
+    assert in_words(policy.calls) == [*generated, *wake, *generated, *last]
 
 
 def test_a_generation_batch_whose_gradings_all_failed_is_joined_to_others(train):

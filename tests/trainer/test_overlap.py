@@ -2,8 +2,6 @@
 prompt is trained on once, in time."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,62 +10,49 @@ import pyarrow.parquet as pq
 import pytest
 
 from meds_megatron.data.sampler import PromptSampler
+from tests.meds_runs import metrics_of, overrides
 
-STEPS, SAVED_STEP, RESUMED_STEPS = 6, 4, 8
+STEPS, SAVED_STEP, RESUMED_STEPS = 6, 4, 7
 PROMPTS, PROBLEMS, RESPONSES = 4, 50, 8
 STALENESS = 2
 
 
+SETTINGS = {
+    "cluster.ranks_per_node": 1,
+    "parallel.pipeline": 1,
+    "data.limit_train": PROBLEMS,
+    "data.limit_validation": 8,
+    "filter.metric": "none",
+    "reward.overlong.buffer": 38,
+    "rollout.deterministic": "false",
+    "rollout.engines": 2,
+    # Generation takes longer than an update.
+    "rollout.max_num_seqs": 4,
+    "rollout.responses_per_prompt": RESPONSES,
+    "train.prompts_per_step": PROMPTS,
+    "train.mini_batch_prompts": 2,
+    "train.micro_batch_tokens": 1024,
+    "train.validate_every": 4,
+    "train.max_staleness": STALENESS,
+    "train.export_hf": "false",
+    "checkpoint.every": SAVED_STEP,
+    "optimizer.lr": 3e-3,
+    "optimizer.warmup_steps": 0,
+    "sync.checksum_every": 1,
+}
+
+
 @pytest.fixture(scope="module")
-def run(small_model, tmp_path_factory, cpu_engines) -> Path:
+def run(run_meds, cpu_engines, small_model, tmp_path_factory) -> Path:
     """The directory of a run of STEPS steps in which engines are killed, resumed from SAVED_STEP to RESUMED_STEPS with
     the other way of updating engines."""
     directory = tmp_path_factory.mktemp("run") / "run"
-    settings = {
-        "run_dir": directory,
-        "model.make": "no",
-        "model.path": small_model,
-        "cluster.device": "cpu",
-        "cluster.ranks_per_node": 1,
-        "parallel.pipeline": 1,
-        "data.limit_train": PROBLEMS,
-        "data.limit_validation": 8,
-        "filter.metric": "none",
-        "reward.overlong.buffer": 38,
-        "rollout.deterministic": "false",
-        "rollout.engines": 2,
-        # Generation takes longer than an update.
-        "rollout.max_num_seqs": 4,
-        "rollout.responses_per_prompt": RESPONSES,
-        "train.prompts_per_step": PROMPTS,
-        "train.mini_batch_prompts": 2,
-        "train.micro_batch_tokens": 1024,
-        "train.validate_every": 4,
-        "train.max_staleness": STALENESS,
-        "train.export_hf": "false",
-        "checkpoint.every": SAVED_STEP,
-        "optimizer.lr": 3e-3,
-        "optimizer.warmup_steps": 0,
-        "sync.checksum_every": 1,
-        "wandb.enabled": "false",
-    }
-    started(settings | {"train.steps": STEPS}, "tests.trainer.killed_engines_run")
+    settings = overrides(directory, small_model, SETTINGS | {"train.steps": STEPS})
+    run_meds.check(run_meds.run_module("tests.trainer.killed_engines_run", "configs/quickstart.yaml", *settings))
     # As if the process had died while it wrote its last checkpoint.
     (directory / "checkpoints" / f"step_{STEPS:06d}" / "complete.json").unlink()
     resumed = {"train.steps": RESUMED_STEPS, "rollout.on_update": "finish"}
-    started(settings | resumed, "meds_megatron.cli", "train")
-    return directory
-
-
-def started(settings: dict, *module: str) -> None:
-    command = [sys.executable, "-m", *module, "configs/quickstart.yaml"]
-    command += [f"{key}={value}" for key, value in settings.items()]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
-
-
-def metrics_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return run_meds.finished_run(directory, small_model, SETTINGS | resumed)
 
 
 def steps_of(run: Path) -> list[list[dict]]:

@@ -50,7 +50,7 @@ def test_a_run_on_gpus_says_that_its_layers_are_not_fused(device, fused, warns, 
     group = PolicyGroup.__new__(PolicyGroup)
     group.layout, group._config, group._model_dir = ParallelLayout(), Config(), ""
     group._config.cluster.device = device
-    group._workers = [SimpleNamespace(open_store=method(("host", 1)), start=method(fused))]
+    group._workers = [SimpleNamespace(open_store=method(None), start=method(fused))]
     group._supervisor = SimpleNamespace(results=list)
     group.start()
     assert (LOCAL_LAYERS in caplog.text) == warns

@@ -19,8 +19,11 @@ from meds_megatron.launch.cluster import RayCluster, ray_cluster
 from meds_megatron.trainer import main
 from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.supervision import Supervisor
+from tests.limits import HANG_SECONDS
 
-SECONDS = 120
+pytestmark = pytest.mark.usefixtures("own_ray")
+
+
 """Far longer than a death takes to be noticed on a machine with other work."""
 
 
@@ -34,7 +37,7 @@ class StepByStep:
         self.attempts += 1
         actor = ray.remote(num_cpus=0)(Counter).remote()
         last = self.steps + 3
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while self.steps < last or (self.attempts == 1 and time.monotonic() < deadline):
             try:
                 interruption.check()
@@ -67,7 +70,7 @@ def repeat(attempts: StepByStep, cluster: RayCluster, monkeypatch) -> None:
         main.repeat_attempts(Config(), None, None, attempts, interruption, cluster)
 
 
-@pytest.mark.parametrize("name, part", [("gcs_server", "GCS"), ("raylet", "raylet")])
+@pytest.mark.parametrize(("name", "part"), [("gcs_server", "GCS"), ("raylet", "raylet")])
 def test_a_run_saves_and_goes_on_with_a_new_ray_of_its_own(name, part, monkeypatch, capsys):
     attempts = StepByStep(name)
     with ray_cluster(ClusterConfig()) as cluster:
@@ -93,11 +96,11 @@ def test_a_signal_after_the_death_is_not_a_second_one_and_stays():
     with Interruption() as interruption:
         interruption.ray_died("Ray's GCS has ended")
         interruption.ray_died("Ray's raylet has ended")
-        with pytest.raises(RayDied, match="^Ray's GCS has ended$") as stop:
+        with pytest.raises(RayDied, match=r"^Ray's GCS has ended$") as stop:
             interruption.check()
         assert stop.value.exit_code == 75 and interruption.is_ray_dead
         os.kill(os.getpid(), signal.SIGTERM)
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while interruption.is_ray_dead:
             assert time.monotonic() < deadline
             interruption.forget_ray()
@@ -105,7 +108,7 @@ def test_a_signal_after_the_death_is_not_a_second_one_and_stays():
         while not interruption.requested.done():
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        with pytest.raises(Stopped, match="^SIGTERM stopped the run$"):
+        with pytest.raises(Stopped, match=r"^SIGTERM stopped the run$"):
             interruption.check()
 
 
@@ -115,7 +118,7 @@ def test_what_waits_for_the_start_of_a_run_ends(tmp_path):
         interruption.ray_died("Ray's GCS has ended")
         assert isinstance(supervisor.alarm, Future)
         with pytest.raises(RayDied, match="has ended before the training went on: there was nothing new to save"):
-            supervisor.alarm.result(SECONDS)
+            supervisor.alarm.result(HANG_SECONDS)
 
 
 def test_a_death_that_the_runs_processes_die_of_is_named_first(monkeypatch, capsys):

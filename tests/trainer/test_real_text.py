@@ -1,23 +1,19 @@
 """The GSM8K smoke run: real problems, the real Qwen vocabulary, two steps."""
 
-import json
-import subprocess
-import sys
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from tests.devices import gpu_count
+from tests.meds_runs import metrics_of
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, shared_data, engine_device):
+def run(run_meds, tmp_path_factory, shared_data, engine_device):
     directory = tmp_path_factory.mktemp("smoke") / "run"
     # Two ranks, or one on a machine with one GPU; the engine is on the first one's.
     ranks = 1 if gpu_count() == 1 else 2
-    command = [sys.executable, "-m", "meds_megatron.cli", "train", "configs/gsm8k_smoke.yaml"]
-    command += [
+    settings = [
         f"cluster.device={engine_device(ranks)}",
         f"cluster.ranks_per_node={ranks}",
         f"parallel.pipeline={ranks}",
@@ -28,13 +24,12 @@ def run(tmp_path_factory, shared_data, engine_device):
         f"data.train=[{shared_data / 'data' / 'gsm8k_train.jsonl'}]",
         f"data.validation=[{shared_data / 'data' / 'gsm8k_test.jsonl'}]",
     ]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+    run_meds.check(run_meds.meds("train", "configs/gsm8k_smoke.yaml", *settings))
     return directory
 
 
 def test_real_text_passes_through_every_part(run):
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = metrics_of(run)
     assert [line["step"] for line in steps] == [0, 1, 2]
     for line in steps[1:]:
         assert line["memory/vectors"] > 0

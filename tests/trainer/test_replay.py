@@ -15,7 +15,7 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module", params=["published_run", "departures_run"])
-def run(request) -> Path:
+def run(request, run_meds) -> Path:
     return request.getfixturevalue(request.param)
 
 

@@ -115,7 +115,7 @@ def test_bad_updates_in_a_row_are_counted_from_step_to_step(before, made, count)
 def test_bad_updates_in_a_row_stop_the_run_with_the_last_checkpoint(before, made, tmp_path):
     updates = [UPDATES[0] if update == "ok" else skipped() for update in made.split()]
     run = RunDirectory(tmp_path)
-    with pytest.raises(UserError, match="Step 7: .* 3 updates in a row .*, and start again: there is no checkpoint$"):
+    with pytest.raises(UserError, match=r"Step 7: .* 3 updates in a row .*, and start again: there is no checkpoint$"):
         check_updates(7, before, updates, Config(), run)
     for step in (2, 5, 6):
         run.checkpoint(step).mkdir(parents=True)
@@ -135,5 +135,5 @@ def test_engines_that_differ_too_much_stop_the_run():
     metrics = {"mismatch/logprob_abs_mean": 0.02}
     check_mismatch(3, metrics, config)
     config.sync.max_logprob_difference = 0.01
-    with pytest.raises(UserError, match="Step 3: trainer and engine log-probs differ by 0.02 .* = 0.01"):
+    with pytest.raises(UserError, match=r"Step 3: trainer and engine log-probs differ by 0\.02 .* = 0\.01"):
         check_mismatch(3, metrics, config)

@@ -2,66 +2,46 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
-from torch.distributed.checkpoint import FileSystemReader
 
 from meds_megatron.memory.snapshot import read_snapshot
-from meds_megatron.weights.conversion.checkpoint import read_metadata
+from tests.meds_runs import PUBLISHED_RUN, metrics_of
 
 MEASURED = ("time/", "throughput/")
-SMALL = {
-    "model.make": "no",
-    "cluster.device": "cpu",
-    "wandb.enabled": "false",
+STEPS, SAVED_STEP = 4, 2
+SETTINGS = {
     "data.limit_train": 8,
     "data.limit_validation": 4,
-    "rollout.responses_per_prompt": 8,
     "filter.metric": "none",
+    "train.steps": STEPS,
     "train.prompts_per_step": 4,
     "train.mini_batch_prompts": 2,
-    "train.micro_batch_tokens": 256,
     "train.validate_every": 2,
     "train.export_hf": "false",
+    "checkpoint.every": SAVED_STEP,
 }
-
-
-def run(directory: Path, model: Path, **settings) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "meds_megatron.cli", "train", "configs/quickstart.yaml"]
-    settings = SMALL | {"run_dir": directory, "model.path": model} | settings
-    command += [f"{key}={value}" for key, value in settings.items()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
-
-
-def finished(directory: Path, model: Path, **settings) -> Path:
-    done = run(directory, model, **settings)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return directory
 
 
 def cut_off(run_dir: Path, step: int, target: Path) -> Path:
     """A copy of a finished run as if it had been killed before its last checkpoint was complete."""
     shutil.copytree(run_dir, target)
     checkpoints = sorted((target / "checkpoints").iterdir())
-    assert [path.name for path in checkpoints][0] == f"step_{step:06d}" and len(checkpoints) == 2
+    assert checkpoints[0].name == f"step_{step:06d}" and len(checkpoints) == 2
     (checkpoints[1] / "complete.json").unlink()
     with open(target / "metrics.jsonl", "a") as metrics:
-        metrics.write('{"step": 11, "torn')
+        metrics.write('{"step": 5, "torn')
     return target
 
 
-def metrics_of(run_dir: Path) -> list[dict]:
-    """Without what depends on the clock."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def results_of(run_dir: Path) -> list[dict]:
+    """Metrics without what depends on the clock."""
     return [
         {name: value for name, value in line.items() if not name.startswith(MEASURED) and "seconds" not in name}
-        for line in lines
+        for line in metrics_of(run_dir)
     ]
 
 
@@ -83,8 +63,11 @@ def memory_of(checkpoint: Path, before_step: int | None = None) -> dict[str, lis
 
 def tensors_of(checkpoint: Path) -> dict[str, np.ndarray]:
     """Model and optimizer as torch reads them."""
-    from torch.distributed.checkpoint import load
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from meds_megatron.weights.conversion.checkpoint import read_metadata
 
     stored = read_metadata(checkpoint / ".metadata").state_dict_metadata
     assert all(isinstance(entry, TensorStorageMetadata) for entry in stored.values())
@@ -94,35 +77,36 @@ def tensors_of(checkpoint: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def whole(small_model, tmp_path_factory, cpu_engines) -> Path:
-    """A run of 10 steps with checkpoints after 5 and 10."""
-    settings = {"train.steps": 10, "checkpoint.every": 5}
-    return finished(tmp_path_factory.mktemp("resume") / "whole", small_model, **settings)
+def whole(run_meds, cpu_engines, small_model, tmp_path_factory) -> Path:
+    """A run of 4 steps with checkpoints after 2 and 4."""
+    return run_meds.finished_run(tmp_path_factory.mktemp("resume") / "whole", small_model, SETTINGS)
 
 
 @pytest.fixture(scope="module")
-def resumed(whole, small_model, tmp_path_factory) -> Path:
-    """The same run, cut off after the checkpoint of step 5."""
-    directory = cut_off(whole, 5, tmp_path_factory.mktemp("resume") / "resumed")
-    return finished(directory, small_model, **{"train.steps": 10, "checkpoint.every": 5})
+def resumed(run_meds, whole, small_model, tmp_path_factory) -> Path:
+    """The same run, cut off after the checkpoint of step 2."""
+    directory = cut_off(whole, SAVED_STEP, tmp_path_factory.mktemp("resume") / "resumed")
+    return run_meds.finished_run(directory, small_model, SETTINGS)
 
 
-def test_ten_steps_are_five_and_five_to_the_last_bit(whole, resumed):
-    assert [line["step"] for line in metrics_of(whole)] == list(range(11))
-    assert metrics_of(resumed) == metrics_of(whole)
-    assert len(rollouts_of(whole)) == 10
+def test_four_steps_are_two_and_two_to_the_last_bit(whole, resumed):
+    assert [line["step"] for line in results_of(whole)] == list(range(STEPS + 1))
+    assert results_of(resumed) == results_of(whole)
+    assert len(rollouts_of(whole)) == STEPS
     assert rollouts_of(resumed) == rollouts_of(whole)
-    assert any(row["cluster_size"] > 2 for row in rollouts_of(whole)["step_000010.parquet"])
+    assert any(row["cluster_size"] > 2 for row in rollouts_of(whole)["step_000004.parquet"])
 
 
 def test_the_checkpoints_agree_key_by_key(whole, resumed):
     """Fails when something that changes over a run is missing in a checkpoint."""
-    last, found = (directory / "checkpoints" / "step_000010" for directory in (whole, resumed))
+    import torch
+
+    last, found = (directory / "checkpoints" / "step_000004" for directory in (whole, resumed))
     files = {path.relative_to(last) for path in last.rglob("*")}
     assert {path.relative_to(found) for path in found.rglob("*")} == files
     expected = json.loads((last / "state.json").read_text())
     assert json.loads((found / "state.json").read_text()) == expected
-    assert expected["state"]["sampler"]["position"] + 8 * expected["state"]["sampler"]["epoch"] == 40
+    assert expected["state"]["sampler"]["position"] + 8 * expected["state"]["sampler"]["epoch"] == 16
     for rank in ("rank00000.pt", "rank00001.pt"):
         states = [torch.load(path / "rng" / rank, weights_only=True) for path in (last, found)]
         assert states[0].keys() == states[1].keys() >= {"python", "numpy", "torch", "megatron"}
@@ -145,60 +129,45 @@ def _assert_equal(found, expected) -> None:
     assert found == expected
 
 
-@pytest.fixture(scope="module")
-def on_four_ranks(small_model, tmp_path_factory, cpu_engines) -> Path:
-    """A run of 4 steps on TP2 x DP2, with checkpoints after 3 and 4."""
-    settings = {"train.steps": 4, "checkpoint.every": 3, "cluster.ranks_per_node": 4}
-    settings |= {"parallel.tensor": 2, "parallel.pipeline": 1}
-    return finished(tmp_path_factory.mktemp("resume") / "four", small_model, **settings)
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"cluster.ranks_per_node": 4, "parallel.tensor": 1, "parallel.pipeline": 2},
-        {"cluster.ranks_per_node": 2, "parallel.tensor": 2, "parallel.pipeline": 1},
-    ],
-    ids=["TP2 to PP2", "DP2 to DP1"],
-)
-def test_a_run_resumes_on_another_layout(on_four_ranks, small_model, tmp_path, layout):
-    directory = cut_off(on_four_ranks, 3, tmp_path / "other")
-    done = run(directory, small_model, **({"train.steps": 4, "checkpoint.every": 3} | layout))
+def test_a_run_resumes_on_another_layout(run_meds, published_run, small_model, tmp_path):
+    """From PP2 x DP2 on four ranks to TP2 on two, and so from two memory shards to one."""
+    directory = cut_off(published_run, 2, tmp_path / "other")
+    layout = {"cluster.ranks_per_node": 2, "parallel.tensor": 2, "parallel.pipeline": 1}
+    done = run_meds.train(directory, small_model, PUBLISHED_RUN | layout)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "resumed under another layout: random states start anew" in done.stdout + done.stderr
-    (expected, found) = (metrics_of(path)[4] for path in (on_four_ranks, directory))
+    (expected, found) = (results_of(path)[3] for path in (published_run, directory))
+    assert found["step"] == 3
     assert found["policy/loss"] == pytest.approx(expected["policy/loss"], abs=1e-4)
     assert found["policy/grad_norm"] == pytest.approx(expected["policy/grad_norm"], rel=1e-4)
     assert found["accuracy/mean"] == expected["accuracy/mean"]
     assert found["memory/lookup_size_mean"] == expected["memory/lookup_size_mean"] > 0
-    saved = memory_of(on_four_ranks / "checkpoints" / "step_000003")
-    assert memory_of(directory / "checkpoints" / "step_000004", before_step=3) == saved != {}
+    saved = memory_of(published_run / "checkpoints" / "step_000002")
+    assert memory_of(directory / "checkpoints" / "step_000003", before_step=2) == saved != {}
 
 
-def test_a_checkpoint_becomes_a_model_that_transformers_loads(whole, tmp_path):
+def test_a_checkpoint_becomes_a_model_that_transformers_loads(run_meds, whole, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    checkpoint = whole / "checkpoints" / "step_000010"
-    command = [sys.executable, "-m", "meds_megatron.cli", "convert", "to-hf", str(checkpoint), str(tmp_path / "hf")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    checkpoint = whole / "checkpoints" / "step_000004"
+    run_meds.check(run_meds.meds("convert", "to-hf", checkpoint, tmp_path / "hf"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     saved = tensors_of(checkpoint)
     for name, parameter in model.named_parameters():
         np.testing.assert_array_equal(parameter.detach().numpy(), saved[f"optimizer.param.{name}"], err_msg=name)
 
 
-def test_a_run_with_other_settings_is_refused_by_name_and_changes_nothing(whole, small_model):
+def test_a_run_with_other_settings_is_refused_by_name_and_changes_nothing(run_meds, whole, small_model):
     before = sorted(whole.rglob("*"))
-    done = run(whole, small_model, **{"train.steps": 12, "checkpoint.every": 5, "penalty.alpha": 0.3})
+    done = run_meds.train(whole, small_model, SETTINGS | {"train.steps": 6, "penalty.alpha": 0.3})
     assert done.returncode == 2
     assert "penalty.alpha: 0.1 -> 0.3" in done.stderr and "checkpoint.accept_changes=true" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(whole.rglob("*")) == before
 
 
-def test_a_finished_run_is_left_as_it_is(whole, small_model):
+def test_a_finished_run_is_left_as_it_is(run_meds, whole, small_model):
     before = (whole / "metrics.jsonl").read_bytes()
-    done = run(whole, small_model, **{"train.steps": 10, "checkpoint.every": 5})
-    assert done.returncode == 0 and "has finished its 10 steps" in done.stderr
+    done = run_meds.train(whole, small_model, SETTINGS)
+    assert done.returncode == 0 and f"has finished its {STEPS} steps" in done.stderr
     assert (whole / "metrics.jsonl").read_bytes() == before

@@ -2,18 +2,16 @@
 
 import signal
 from concurrent.futures import Future
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from meds_megatron.actor.train_batch import ForwardOutput
+from meds_megatron.bench.simulation.parts import NoMemory
 from meds_megatron.config import Config
 from meds_megatron.data.problems import Problem
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.errors import Stopped, UserError
-from meds_megatron.memory import Match
 from meds_megatron.reward.grading import Grade
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 from meds_megatron.trainer.filtering import shortfall
@@ -22,79 +20,51 @@ from meds_megatron.trainer.prompts import Prompts
 from meds_megatron.trainer.rollout_manager import RolloutManager
 from meds_megatron.trainer.state import TrainerState
 from meds_megatron.trainer.timer import PhaseTimer
+from tests.doubles import ScriptedCall, ScriptedEnginePool, ScriptedPolicy, ScriptedProducer, ScriptedWeightSync
 
 RESPONSES = 4
 
 
-class ScriptedProducer:
-    """Groups whose accuracy a test can choose: `right[i]` of the responses to prompt i are right. They complete one by
-    one, the last prompt first. Of prompts named in `failing`, the gradings of the last two fail."""
+class CountedGroups:
+    """Groups of which `right[i]` of the responses to prompt i are right, drawn by the present version of the weights.
+    Of prompts named in `failing`, the gradings of the last two fail."""
 
-    def __init__(self, right: list[int], failing: tuple[int, ...] = ()):
-        self._right, self._failing, self._submitted, self._numbers = right, failing, {}, 0
-        self.submitted: list[int] = []
-        self.version = 0
+    def __init__(self, right: list[int], failing: tuple[int, ...], state: TrainerState):
+        self._right, self._failing, self._state = right, failing, state
 
-    def submit(self, prompts, sampling, seed, first=False):
-        numbers = list(range(self._numbers, self._numbers + len(prompts)))
-        self._numbers += len(prompts)
-        self._submitted |= zip(numbers, prompts, strict=True)
-        self.submitted += [prompt.token_ids[0] for prompt in prompts]
-        return numbers
-
-    @property
-    def busy(self):
-        return bool(self._submitted)
-
-    generating = busy
-
-    def advance(self, *_):
-        number, prompt = self._submitted.popitem()
-        completion = Completion(np.array([1, 2, 3]), np.zeros(3, np.float32), "", "stop", self.version)
-        correct = [n < self._right[prompt.token_ids[0]] for n in range(RESPONSES)]
+    def __call__(self, prompt: Prompt) -> PromptGroup:
+        (index,) = prompt.token_ids
+        tokens_R, logprobs_R = np.array([1, 2, 3]), np.zeros(3, np.float32)
+        completion = Completion(tokens_R, logprobs_R, "", "stop", self._state.policy_version)
+        correct = [n < self._right[index] for n in range(RESPONSES)]
         samples = [Sample(prompt, completion, Grade(c, "graded"), float(c)) for c in correct]
-        if prompt.token_ids[0] in self._failing:
+        if index in self._failing:
             samples[2:] = [Sample(prompt, completion, Grade(False, "error"), np.nan)] * 2
-        return {number: PromptGroup(prompt, samples)}
+        return PromptGroup(prompt, samples)
 
 
-class DonePolicy:
-    """Forward passes that are done at once."""
-
-    def __init__(self):
-        self.forwarded: list[int] = []
-
-    def forward(self, batch, minibatches_B):
-        self.forwarded.append(len(batch))
-        zeros_R = np.zeros(len(batch.rollout_logprobs_R), np.float32)
-        output = ForwardOutput(zeros_R, zeros_R, np.zeros((len(batch), 2), np.float32))
-        return SimpleNamespace(futures=list, result=lambda: output)
-
-
-class NothingKnown:
-    def lookup(self, keys, fingerprints_NL):
-        return Match(np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64))
-
-
-def manager_of(config, right, failing=(), unfinished=()):
+def manager_of(config, right, failing=(), unfinished=(), interruption=None):
     state = TrainerState(PromptSampler(len(right), seed=0, shuffle=False), step=1, unfinished=list(unfinished))
     prompts = [Prompt(Problem(str(i), "?", "7", "test"), [i]) for i in range(len(right))]
-    weight_sync = SimpleNamespace(refill=lambda: None)
-    pool = SimpleNamespace(asleep=False, metrics=dict)
-    producer, policy = ScriptedProducer(right, failing), DonePolicy()
+    producer, policy = ScriptedProducer(CountedGroups(right, failing, state)), ScriptedPolicy()
     manager = RolloutManager(
         config,
         state,
         Prompts(prompts, [], 0),
         producer,
-        pool,
-        weight_sync,
+        ScriptedEnginePool(config),
+        ScriptedWeightSync(),
         policy,
-        NothingKnown(),
+        NoMemory(),
         PhaseTimer(),
-        Interruption(),
+        interruption or Interruption(),
     )
     return manager, state, producer, policy
+
+
+def submitted(producer: ScriptedProducer) -> list[int]:
+    """Indices of the prompts, in order."""
+    return [prompt.token_ids[0] for prompt in producer.submitted]
 
 
 def config_of(wanted: int, **filter_settings) -> Config:
@@ -126,7 +96,7 @@ def test_failed_gradings_are_no_spread():
 
 
 def test_groups_beyond_the_step_are_not_trained_on():
-    found, short = collected([1, 2, 3, 1], wanted=3, generation_prompts=4)
+    found, _ = collected([1, 2, 3, 1], wanted=3, generation_prompts=4)
     assert [group.kept for group in found.groups] == [True, True, True, False]
 
 
@@ -137,12 +107,12 @@ def test_a_short_step_goes_on_with_a_reason():
 
 
 def test_a_short_step_stops_the_run_with_when_short_stop():
-    with pytest.raises(UserError, match="filter.max_batches"):
+    with pytest.raises(UserError, match=r"filter\.max_batches"):
         collected([0, 4], wanted=2, max_batches=1, when_short="stop")
 
 
 def test_without_a_filter_every_group_is_kept():
-    found, short = collected([0, 4], wanted=2, metric="none")
+    found, _ = collected([0, 4], wanted=2, metric="none")
     assert len(found.kept_groups) == 2 and found.generation_batches == 1
 
 
@@ -157,12 +127,12 @@ def test_prompts_of_later_steps_are_generated_ahead_and_late_groups_are_not_lost
     manager, state, producer, policy = manager_of(config, [1] * 20)
     trained = []
     for version in range(4):
-        state.policy_version = producer.version = version
+        state.policy_version = version
         rollouts = manager.collect()
         assert rollouts.is_scored and len(rollouts.kept_groups) == 2
         trained += [int(group.prompt.problem.id) for group in rollouts.groups]
         assert len(manager.unfinished_prompts) == 2, "those of the next step"
-    assert sorted([*trained, *manager.unfinished_prompts]) == list(range(10)) == sorted(producer.submitted)
+    assert sorted([*trained, *manager.unfinished_prompts]) == list(range(10)) == sorted(submitted(producer))
     assert trained[:2] == [3, 2], "of four prompts the last were finished first"
     assert trained[2:4] == [1, 0], "the step whose deadline it is waits for the others, which are older than 4 and 5"
     assert policy.forwarded[:4] == [RESPONSES] * 4, "groups are scored as they finish"
@@ -174,40 +144,40 @@ def test_unfinished_prompts_of_a_checkpoint_are_generated_again_before_others():
     manager, state, producer, _ = manager_of(config, [1] * 20, unfinished=[17, 4, 11])
     state.sampler.next(6)
     manager.collect()
-    assert producer.submitted[:4] == [17, 4, 11, 6]
+    assert submitted(producer)[:4] == [17, 4, 11, 6]
 
 
 def test_more_unfinished_prompts_than_the_schedule_has_room_for_stay_unfinished():
     config = config_of(wanted=2, metric="none")
-    manager, state, producer, _ = manager_of(config, [1] * 20, unfinished=[17, 4, 11])
+    manager, _, producer, _ = manager_of(config, [1] * 20, unfinished=[17, 4, 11])
     manager.collect()
-    assert producer.submitted == [17, 4] and manager.unfinished_prompts == [11]
+    assert submitted(producer) == [17, 4] and manager.unfinished_prompts == [11]
 
 
-def test_groups_finish_while_the_trainer_is_waited_for():
+def test_groups_finish_while_the_trainer_is_waited_for(monkeypatch):
     config = overlapping(wanted=2, metric="none")
     manager, _, producer, _ = manager_of(config, [1] * 20)
     manager.collect()
-    update = Future()
+    update: Future[None] = Future()
     advanced = producer.advance
 
-    def advance(*others):
+    def advance(*others: Future) -> dict[int, PromptGroup]:
         assert others == (update,)
         update.set_result(None)
         return advanced()
 
-    producer.advance = advance
-    assert manager.wait_for(SimpleNamespace(futures=lambda: [update], result=lambda: "updates")) == "updates"
+    monkeypatch.setattr(producer, "advance", advance)
+    assert manager.wait_for(ScriptedCall("updates", (update,))) == "updates"
     assert producer.busy, "the call is done first"
 
 
 def test_a_stop_is_honoured_even_if_all_groups_of_a_step_are_there():
-    config = overlapping(wanted=2, metric="none")
-    manager, _, producer, _ = manager_of(config, [1] * 20)
+    config, interruption = overlapping(wanted=2, metric="none"), Interruption()
+    manager, _, producer, _ = manager_of(config, [1] * 20, interruption=interruption)
     manager.collect()
-    while producer.busy:
-        manager._advance()
-    manager._interruption.requested.set_result(signal.SIGTERM)
+    manager.wait_for(ScriptedCall(None, (Future(),)))
+    assert not producer.busy, "all groups finish while a call hangs"
+    interruption.requested.set_result(signal.SIGTERM)
     with pytest.raises(Stopped, match="SIGTERM"):
         manager.collect()
 
@@ -218,7 +188,6 @@ def test_an_error_of_one_rank_is_raised_while_others_hang_and_requests_are_under
     manager.collect()
     failed, hangs = Future(), Future()
     failed.set_exception(UserError("rank 0 failed"))
-    pending = SimpleNamespace(futures=lambda: [failed, hangs], result=failed.result)
     with pytest.raises(UserError, match="rank 0 failed"):
-        manager.wait_for(pending)
+        manager.wait_for(ScriptedCall(None, (failed, hangs)))
     assert producer.busy

@@ -1,14 +1,12 @@
 """A whole run of real parts: engines, trainer ranks, graders and memory shards, from the command line to the export."""
 
-import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
+
+from tests.meds_runs import metrics_of
 
 STEPS = 3
 PROMPTS = 6
@@ -22,8 +20,7 @@ def run(published_run) -> Path:
 
 @pytest.fixture(scope="module")
 def metrics(run) -> list[dict]:
-    """One dict a step; the first is step 0, the validation before training."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return metrics_of(run)
 
 
 def test_every_process_has_a_log_of_its_own(run):
@@ -69,6 +66,7 @@ def test_first_update_of_a_step_is_on_policy(metrics):
 
 
 def test_export_is_a_model_that_transformers_loads(run, small_model):
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert [path.name for path in sorted((run / "hf").iterdir())] == ["step_000002", "step_000003"]
@@ -83,44 +81,18 @@ def test_export_is_a_model_that_transformers_loads(run, small_model):
     assert len(moved) == len(before)
 
 
-def test_export_is_a_model_that_vllm_loads(run):
-    import ray
-
-    from meds_megatron.config import load_config
-    from meds_megatron.launch.placement import Placement
-    from meds_megatron.rollout.pool import EnginePool
-    from meds_megatron.rollout.settings import Sampling
-
-    config = load_config("configs/quickstart.yaml", ["cluster.device=cpu"])
-    ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
-    try:
-        export = str(run / "hf" / f"step_{STEPS:06d}")
-        placement = Placement(config.cluster, use_gpu=False)
-        pool = EnginePool(config, export, use_gpu=False, placement=placement, disk_version=0)
-        pool.start()
-        (completions,) = pool.generate([[40, 41, 42]], Sampling(responses=3, max_tokens=20), seed=0)
-        assert len(completions) == 3 and all(len(completion.token_ids_R) for completion in completions)
-        pool.close()
-    finally:
-        ray.shutdown()
-
-
-def test_a_run_that_cannot_start_leaves_nothing_behind(small_model, tmp_path):
+def test_a_run_that_cannot_start_leaves_nothing_behind(run_meds, small_model, tmp_path):
     broken = tmp_path / "model"
     shutil.copytree(small_model, broken)
     (broken / "model.safetensors").write_bytes(b"not safetensors")
-    command = [sys.executable, "-m", "meds_megatron.cli", "train", "configs/quickstart.yaml"]
-    command += [f"run_dir={tmp_path / 'run'}", "model.make=no", f"model.path={broken}", "cluster.device=cpu"]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    refused = run_meds.train(tmp_path / "run", broken, {})
     assert refused.returncode == 2
     assert "model.safetensors" in refused.stderr and "Traceback" not in refused.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_a_second_run_does_not_write_into_the_first(run):
-    command = [sys.executable, "-m", "meds_megatron.cli", "train", "configs/quickstart.yaml", f"run_dir={run}"]
-    command += ["model.make=no", "model.path=" + str(run / "hf" / f"step_{STEPS:06d}")]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_a_second_run_does_not_write_into_the_first(run_meds, run):
+    refused = run_meds.train(run, run / "hf" / f"step_{STEPS:06d}", {})
     assert refused.returncode == 2
     assert (
         "there is a run with other settings (model.path: " in refused.stderr

@@ -61,6 +61,7 @@ def test_a_claim_saves_the_config(tmp_path):
         assert run.hf_export(7).name == "step_000007"
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_second_process_is_refused_and_changes_nothing(tmp_path):
     program = "import sys, time\nfrom meds_megatron.config import Config\n"
     program += "from meds_megatron.trainer.run_dir import RunDirectory\n"
@@ -69,9 +70,9 @@ def test_a_second_process_is_refused_and_changes_nothing(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "claimed\n"
-        with pytest.raises(UserError, match=f"process {holder.pid} on .* is training in this run directory"):
-            with claim(tmp_path, name="second"):
-                pass
+        message = f"process {holder.pid} on .* is training in this run directory"
+        with pytest.raises(UserError, match=message), claim(tmp_path, name="second"):
+            pass
         assert load_config(tmp_path / "config.yaml").name == "first"
     finally:
         holder.kill()
@@ -86,7 +87,7 @@ def test_a_run_that_lost_its_lock_ends(tmp_path):
         run.check_lock()
         lease = run._lock
         lease._claim.compromise = LeaseCompromise(str(lease.lock_file), "token", "owner-changed", None)
-        with pytest.raises(UserError, match="lost .owner-changed.: another process may train in this directory"):
+        with pytest.raises(UserError, match=r"lost .owner-changed.: another process may train in this directory"):
             run.check_lock()
 
 
@@ -106,9 +107,9 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
 def test_a_run_without_checkpoints_is_not_overwritten(tmp_path):
     with claim(tmp_path, checkpoint=CheckpointConfig(every=0)) as run:
         run.metrics.write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match="without checkpoints; give this one a name"):
-        with claim(tmp_path, checkpoint=CheckpointConfig(every=0)):
-            pass
+    message = "without checkpoints; give this one a name"
+    with pytest.raises(UserError, match=message), claim(tmp_path, checkpoint=CheckpointConfig(every=0)):
+        pass
     assert run.metrics.read_text() == '{"step": 1}\n'
 
 
@@ -138,7 +139,7 @@ def test_a_run_whose_only_checkpoint_is_damaged_is_kept(tmp_path):
         complete_checkpoint(run, 4)
     (run.checkpoint(4) / "state.json").write_text("")
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="no checkpoint is whole.*state.json has 0 bytes"), claim(tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint is whole.*state\.json has 0 bytes"), claim(tmp_path):
         pass
     # Nor is it discarded where the damage comes while the run is claimed, before its first line of metrics.
     run.metrics.write_text("")
@@ -156,7 +157,7 @@ def test_lines_of_metrics_that_a_crash_left_are_dropped_and_others_named(tmp_pat
         run.rewind(2)
         assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
         run.metrics.write_text('{"step": 1}\nxx\n{"step": 3}\n')
-        with pytest.raises(UserError, match="metrics.jsonl: line 2 cannot be read"):
+        with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 cannot be read"):
             run.rewind(3)
 
 
@@ -164,7 +165,8 @@ def test_other_settings_are_refused_by_name_unless_accepted(tmp_path, capsys):
     with claim(tmp_path) as run:
         run.metrics.write_text('{"step": 4}\n')
         complete_checkpoint(run, 4)
-    with pytest.raises(UserError, match="penalty.alpha: 0.1 -> 0.5"), claim(tmp_path, penalty=PenaltyConfig(alpha=0.5)):
+    other = PenaltyConfig(alpha=0.5)
+    with pytest.raises(UserError, match=r"penalty\.alpha: 0\.1 -> 0\.5"), claim(tmp_path, penalty=other):
         pass
     assert load_config(run.config).penalty.alpha == 0.1
     accepted = {"penalty": PenaltyConfig(alpha=0.5), "checkpoint": CheckpointConfig(accept_changes=True)}

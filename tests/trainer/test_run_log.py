@@ -15,6 +15,7 @@ from meds_megatron.trainer.console import Console
 from meds_megatron.trainer.run_dir import RunDirectory
 from meds_megatron.trainer.run_log import RunLog
 from meds_megatron.trainer.timer import PhaseTimer
+from tests.limits import HANG_SECONDS
 
 
 @pytest.fixture
@@ -86,6 +87,7 @@ with RunLog(run, config, Console(config), sys.argv[2]) as log:
 """
 
 
+@pytest.mark.usefixtures("processes")
 def test_without_a_key_wandb_is_offline_and_prompts_for_nothing(tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
     done = subprocess.run(
@@ -95,7 +97,7 @@ def test_without_a_key_wandb_is_offline_and_prompts_for_nothing(tmp_path):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*-ab12cd34"))) == 1

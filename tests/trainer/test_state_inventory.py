@@ -34,11 +34,15 @@ RANDOMNESS = {
     "actor/checkpoint.py": CHECKPOINT,  # saves and restores the generators of a rank
     "actor/process_group.py": START,  # seeds them
     "data/sampler.py": "a function of the seed and the epoch, which are in the checkpoint",
+    "launch/fork_server.py": NO_EFFECT,  # name of a socket
     "launch/job.py": NO_EFFECT,  # the token of a job's Ray cluster
+    "launch/ray_directory.py": NO_EFFECT,  # name of a directory and a token
+    **dict.fromkeys(("weights/membership.py", "weights/sealed_store.py", "weights/store.py"), NO_EFFECT),  # secrets
     "weights/resharding/transport.py": NO_EFFECT,  # name of exported memory
     "reward/differences.py": "a function of the answers",
     "rollout/engine.py": CHECKPOINT,
     "trainer/attempt.py": NO_EFFECT,  # name of a directory in shared memory
+    "trainer/checkpoint_files.py": NO_EFFECT,  # name of a directory that is being written
     "trainer/wandb_run.py": NO_EFFECT,  # id of the wandb run
 }
 RANDOM = re.compile(
@@ -62,7 +66,10 @@ MUTATORS = {
 }
 CHANGING = {
     "_CopyingWriter": {"_plan": NO_EFFECT, "_planner": NO_EFFECT, "_results": NO_EFFECT},
-    "PolicySave": {"_failure": NO_EFFECT},
+    "PolicySave": {"_failure": NO_EFFECT, "_random_states_digest": NO_EFFECT},
+    "BackgroundSave": {"digests": NO_EFFECT},
+    "DigestFile": {"_hash": NO_EFFECT},
+    "DigestedFiles": {"digests": NO_EFFECT},
     "FingerprintCollector": dict.fromkeys(("_micro_batch", "_places_N", "_values_NL", "sent_bytes"), STEP),
     "Policy": {"micro_batches_begun": NO_EFFECT},
     "Offload": {"_freed": NO_EFFECT, "_on_host": NO_EFFECT},
@@ -80,7 +87,8 @@ CHANGING = {
     },
     "StepCounts": dict.fromkeys(("hits", "lookups", "saturated", "size_sum"), STEP),
     "_Evaluation": {"depth": STEP, "position": STEP, "symbols": STEP},
-    "GraderPool": dict.fromkeys(("_closed", "_futures", "_processes"), START),
+    "GraderPool": {**dict.fromkeys(("_closed", "_futures", "_processes"), START), "verdicts": NO_EFFECT},
+    "GraderProcess": {"since": NO_EFFECT},
     "RolloutEngine": {
         **dict.fromkeys(("_answers", "_claim", "_shared", "_stop_token_ids", "_tokenizer"), START),
         "llm": CHECKPOINT,  # its weights, by the first weight update, and its generators
@@ -88,6 +96,7 @@ CHANGING = {
         **dict.fromkeys(("_finished", "_numbers"), IN_FLIGHT),
         **dict.fromkeys(("_interrupted", "_next_version"), STEP),
         "_update_failed": START,
+        "work": NO_EFFECT,
     },
     "EngineHealth": dict.fromkeys(("failures_in_a_row", "restarts", "state"), START),
     "EnginePool": {
@@ -97,7 +106,8 @@ CHANGING = {
     },
     "CompletenessCheck": {"_received": STEP},
     "Console": dict.fromkeys(("_rows", "_accuracy", "_validation", "_progress"), NO_EFFECT),
-    "Interruption": {"_received": START},
+    "Interruption": {"_received": START, "_signal": START, "requested": START},
+    "RayProbe": {"_reached": NO_EFFECT},
     "HostCopies": {"_tensors": NO_EFFECT},
     "GroupProducer": {"_generating": IN_FLIGHT, "_grading": IN_FLIGHT},
     "_Grading": {"_unfinished": IN_FLIGHT},
@@ -115,10 +125,10 @@ CHANGING = {
     "Checkpointer": {"_newest": START, "_state": CHECKPOINT, "_under_way": START},
     "ErrorMemory": {"_pending": STEP, "_saving": NO_EFFECT},
     "Recovery": dict.fromkeys(("furthest", "in_a_row", "progressed", "stopping"), NO_EFFECT),
-    "RunDirectory": {"_lock": START},
+    "RunDirectory": {"_lock": START, "_skip_memory": START},
     "Supervisor": {"_started": START, "processes": START, "results_taken": NO_EFFECT},
     "PhaseTimer": dict.fromkeys(("_seconds", "_step_started", "entered", "phase", "since"), NO_EFFECT),
-    "Job": dict.fromkeys(("_events", "_tasks", "cancelled"), NO_EFFECT),
+    "Job": dict.fromkeys(("_events", "_joined", "_ready", "_receivers", "_tasks", "cancelled"), NO_EFFECT),
     "NodeTask": dict.fromkeys(("_driver", "_ray_address", "_requested", "_send"), NO_EFFECT),
     "Placement": {"_known": START},
     "WeightSync": {"_connected": START, "version": CHECKPOINT},
@@ -132,6 +142,7 @@ CHANGING = {
     "CudaIpc": dict.fromkeys(("_block", "_exported", "_opened"), START),
     "Arena": {"_taken": STEP},
     "SharedMemory": {"_claim": START},
+    "SealedStore": {"_clones": START, "_inner": START},
     "TransferGroup": {"_group": START, "sent_bytes": NO_EFFECT},
     "ReshardTransfer": {"_completeness": STEP, "_receiver": START},
 }

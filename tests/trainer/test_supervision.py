@@ -20,21 +20,12 @@ from meds_megatron.trainer.recovery import Failure
 from meds_megatron.trainer.supervision import HardwareFailed, ProcessDied, Supervisor
 from meds_megatron.trainer.timer import PhaseTimer
 from meds_megatron.trainer.watchdog import Hung, Watchdog
+from tests.limits import HANG_SECONDS
 from tests.trainer.supervised_member import Member
-
-ALARM_SECONDS = 60
-"""Far longer than an alarm takes on a machine with other work."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(include_dashboard=False, logging_level="error", log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture
-def members(tmp_path):
+def members(shared_ray, tmp_path):
     """Two actors in one process group, their supervisor and their process ids."""
     actor_class = ray.remote(num_cpus=0, concurrency_groups=CONCURRENCY_GROUPS)(Member)
     actors = [actor_class.remote(str(tmp_path), number) for number in range(2)]
@@ -42,7 +33,7 @@ def members(tmp_path):
         for number, actor in enumerate(actors):
             supervisor.supervise("trainer rank", number, f"member{number}", actor)
         supervisor.results([actor.join.remote(str(tmp_path / "store"), 2) for actor in actors])
-        processes = [process.identity.result(ALARM_SECONDS)[1] for process in supervisor.processes]
+        processes = [process.identity.result(HANG_SECONDS)[1] for process in supervisor.processes]
         yield SimpleNamespace(actors=actors, supervisor=supervisor, processes=processes)
         for actor in actors:
             ray.kill(actor)
@@ -57,7 +48,7 @@ def watchdog(minutes: float, supervisor: Supervisor) -> Watchdog:
 def test_results_are_in_order_and_a_mistake_of_the_user_is_raised_as_it_is(members):
     numbers = [members.actors[1].number.remote(), members.actors[0].number.remote()]
     assert members.supervisor.results(numbers) == [1, 0] and members.supervisor.results([]) == []
-    with pytest.raises(UserError, match="data.train is empty"):
+    with pytest.raises(UserError, match=r"data\.train is empty"):
         members.supervisor.results([members.actors[0].refuse.remote(), members.actors[1].reduce.remote()])
 
 
@@ -87,13 +78,13 @@ def test_too_little_memory_is_not_a_failure_of_hardware(members):
 
 def test_a_death_is_noticed_while_the_driver_waits_for_something_else(members):
     os.kill(members.processes[0], signal.SIGKILL)
-    assert isinstance(members.supervisor.alarm.exception(ALARM_SECONDS), ProcessDied)
+    assert isinstance(members.supervisor.alarm.exception(HANG_SECONDS), ProcessDied)
 
 
 def test_processes_that_die_together_are_named_together(members):
     for process in members.processes:
         os.kill(process, signal.SIGKILL)
-    text = str(members.supervisor.alarm.exception(ALARM_SECONDS))
+    text = str(members.supervisor.alarm.exception(HANG_SECONDS))
     assert "trainer rank 0" in text and "trainer rank 1" in text
 
 
@@ -114,7 +105,7 @@ def test_a_collective_that_a_peer_does_not_join_is_named(members):
     waiting = [members.actors[0].reduce.remote()]
     with (
         watchdog(0.05, members.supervisor),
-        pytest.raises(Hung, match="trainer rank 0 in reduce .*trainer rank 1 idle"),
+        pytest.raises(Hung, match=r"trainer rank 0 in reduce .*trainer rank 1 idle"),
     ):
         members.supervisor.results(waiting)
 
@@ -130,7 +121,7 @@ def test_a_stop_ends_the_start_of_a_run(tmp_path):
     with Supervisor(str(tmp_path), interruption) as supervisor:
         interruption.requested.set_result(signal.SIGTERM)
         with pytest.raises(Stopped) as stop:
-            supervisor.alarm.result(ALARM_SECONDS)
+            supervisor.alarm.result(HANG_SECONDS)
         assert stop.value.exit_code == 75
 
 

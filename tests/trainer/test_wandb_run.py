@@ -14,6 +14,9 @@ from meds_megatron.config import Config
 from meds_megatron.trainer import wandb_run
 from meds_megatron.trainer.code_version import checkout_commit, code_version
 from meds_megatron.trainer.run_dir import RunDirectory
+from tests.limits import HANG_SECONDS
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 TWO_ATTEMPTS = """
 import json, sys
@@ -67,7 +70,7 @@ def run(tmp_path_factory) -> Path:
         env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     return path

@@ -14,7 +14,7 @@ from tests.weights.hf_cases import LAYERS, MODELS, make_source, tensors_in, uneq
 from tests.weights.round_trip import Case
 
 LAYOUTS = {
-    "TP1": dict(),
+    "TP1": {},
     "TP2": dict(tensor=2),
     "PP2xDP2": dict(pipeline=2),
     "TP4": dict(tensor=4),

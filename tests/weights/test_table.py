@@ -6,7 +6,6 @@ from math import prod
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import QWEN
@@ -35,6 +34,8 @@ LAYOUTS = {
 
 def transformers_shapes(shape):
     """Names and shapes of the tensors that transformers itself saves for this model."""
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+
     kind = Qwen2Config if shape.architecture == "qwen2" else Qwen3Config
     config = kind(
         hidden_size=shape.hidden_size,

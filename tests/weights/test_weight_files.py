@@ -65,7 +65,7 @@ def test_no_directory_no_safetensors_and_a_cut_file(tmp_path):
     with pytest.raises(UserError, match="nowhere does not exist"):
         HfWeights(tmp_path / "nowhere")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="has neither model.safetensors nor model.safetensors.index.json"):
+    with pytest.raises(UserError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json"):
         HfWeights(tmp_path)
     path = write(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
 
@@ -12,6 +13,7 @@ from ray.exceptions import RayActorError
 
 from meds_megatron.actor.schedule import NOT_SCHEDULED
 from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput
+from meds_megatron.bench.simulation.actor import LocalActor
 from meds_megatron.bench.simulation.clock import Clock
 from meds_megatron.bench.simulation.engine import SimulatedEngine
 from meds_megatron.bench.simulation.rates import EngineRates, TrainerRates
@@ -24,75 +26,49 @@ from meds_megatron.rollout.pool import Engine, EnginePool
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """Result of a simulated actor's method, as Ray's ObjectRef."""
-
-    result: Future
-
-    def future(self) -> Future:
-        return self.result
-
-
-@dataclass(frozen=True)
-class _Method:
-    """A method of a simulated actor, as Ray's ActorMethod. Calls of an actor that is dead fail."""
-
-    clock: Clock
-    engine: SimulatedEngine
-    name: str
-
-    def options(self, **_: Any) -> "_Method":
-        return self
-
-    def remote(self, *arguments: Any) -> _Reference:
-        if self.engine.alive:
-            return _Reference(getattr(self.engine, self.name)(*arguments))
-        failed: Future = Future()
-        failed.set_exception(RayActorError())
-        return _Reference(failed)
-
-
-@dataclass(frozen=True)
-class _Actor:
-    """A simulated engine, as Ray's ActorHandle."""
-
-    clock: Clock
-    engine: SimulatedEngine
-
-    def __getattr__(self, name: str) -> _Method:
-        return _Method(self.clock, self.engine, name)
-
-
 class SimulatedEnginePool(EnginePool):
     """The pool with simulated actors, whose waits let simulated time pass."""
 
     def __init__(self, config: Config, clock: Clock, rates: EngineRates, workload: Workload) -> None:
         self._clock, self._rates, self._workload = clock, rates, workload
+        self._simulated: dict[int, SimulatedEngine] = {}
+        """By the engine's number."""
         self._ended_busy_seconds = 0.0
-        super().__init__(config, "", use_gpu=True, placement=SimpleNamespace(options=lambda place, env_vars: {}))
+        placement: Any = SimpleNamespace(options=lambda place, env_vars: {})
+        super().__init__(config, "", use_gpu=True, placement=placement)
 
     @property
     def busy_seconds(self) -> float:
         """Of all engines together."""
-        return self._ended_busy_seconds + sum(engine.actor.engine.busy_seconds for engine in self.engines)
+        return self._ended_busy_seconds + sum(engine.busy_seconds for engine in self._simulated.values())
 
     def kill(self, number: int) -> None:
         """The process of an engine dies."""
-        self.engines[number].actor.engine.die(RayActorError())
+        self._simulated[number].die(RayActorError())
 
-    def _make(self, engine: Engine) -> None:
+    def _make_actor(self, engine: Engine) -> Any:
         simulated = SimulatedEngine(self._clock, self._rates, self._workload, engine.number, self._disk_version)
-        engine.actor = _Actor(self._clock, simulated)
+        self._simulated[engine.number] = simulated
+        return LocalActor(partial(_call, simulated))
 
-    def _end(self, engine: Engine) -> None:
-        ended = engine.actor.engine
-        if ended.alive:
-            ended.die(RayActorError())
-        self._ended_busy_seconds += ended.busy_seconds
+    def _end_actors(self, engines: Sequence[Engine]) -> None:
+        for engine in engines:
+            ended = self._simulated.pop(engine.number)
+            if ended.alive:
+                ended.die(RayActorError())
+            self._ended_busy_seconds += ended.busy_seconds
 
     def _wait_for_any(self, *events: Future) -> None:
         self._clock.wait_for_any(*events)
+
+
+def _call(engine: SimulatedEngine, method: str, *arguments: Any) -> Future:
+    """Result of a method of an engine's process: calls of one that is dead fail."""
+    if engine.alive:
+        return getattr(engine, method)(*arguments)
+    failed: Future = Future()
+    failed.set_exception(RayActorError())
+    return failed
 
 
 class SimulatedWeightSync:
@@ -106,6 +82,10 @@ class SimulatedWeightSync:
     def update(self) -> None:
         self.version += 1
         self._load(self._pool.ready())
+
+    def skip_update(self) -> int:
+        self.version += 1
+        return self.version
 
     def refill(self) -> None:
         if stale := self._pool.stale():
@@ -167,6 +147,9 @@ class SimulatedPolicy:
         self._holds_memory = True
         self._copy()
 
+    def export(self, directory: str) -> None:
+        """Writes nothing."""
+
     def _copy(self) -> None:
         self.busy_seconds += self._rates.copy_seconds / 2
         self._clock.pass_seconds(self._rates.copy_seconds / 2)
@@ -187,7 +170,7 @@ class SimulatedGraders:
 
 
 class NoMemory:
-    """An error memory that nothing is looked up in: `penalty.target` is none."""
+    """An error memory that knows nothing and remembers nothing."""
 
     def lookup(self, keys: Sequence[str], fingerprints_NL: np.ndarray) -> Match:
         return Match(np.full(len(keys), UNKNOWN), np.zeros(len(keys), dtype=np.int64))

@@ -12,12 +12,12 @@ each under its own number where the layers were saved as different from each oth
 import json
 import pickle
 import re
+from collections.abc import Iterable
 from functools import reduce
 from math import prod
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -26,12 +26,15 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from meds_megatron.config.model_shape import ModelShape
+from meds_megatron.digests import MARKER, Manifest, is_large
 from meds_megatron.errors import UserError
 from meds_megatron.weights.gather import merge
 from meds_megatron.weights.table import TRANSFORMER_ENGINE_NAMES, MegatronParameter, build_table, canonical_name
 
 BACKEND = "torch_dist"
 METADATA_FILE = ".metadata"
+CONFIG_FILE = "metadata.json"
+"""megatron-core's CONFIG_FNAME: reading a checkpoint takes torch only."""
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
 _MODEL_KEY = re.compile(r"(decoder|embedding|output_layer)\.")
@@ -82,7 +85,7 @@ def is_checkpoint(directory: str | Path) -> bool:
     if (directory / METADATA_FILE).is_file() or any(directory.glob("*.distcp")):
         return True
     # Other programs, too, keep files of this name beside a model.
-    return (directory / CONFIG_FNAME).is_file() and not any(directory.glob("*.safetensors"))
+    return (directory / CONFIG_FILE).is_file() and not any(directory.glob("*.safetensors"))
 
 
 class CheckpointWeights:
@@ -96,13 +99,18 @@ class CheckpointWeights:
         """Raises UserError when `directory` is no checkpoint, an incomplete one, or does not fit its config.json."""
         self.directory = Path(directory).expanduser()
         _check_complete(self.directory)
+        manifest = _read_manifest(self.directory)
+        if manifest:
+            _check_content(self.directory, manifest, [name for name in manifest.sizes if _is_of_model(name)])
         self.shape = ModelShape.from_hf(self.directory)
         self.table = build_table(self.shape)
         metadata = read_metadata(self.directory / METADATA_FILE)
         stored = metadata.state_dict_metadata
         self._tensors = {key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
         self._places = self._find()
-        _check_files(self.directory, metadata, {key for key, _ in self._places.values()})
+        files = _check_files(self.directory, metadata, {key for key, _ in self._places.values()})
+        if manifest:
+            _check_content(self.directory, manifest, files)
         self._reader = FileSystemReader(self.directory)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
 
@@ -193,9 +201,9 @@ class _Into(DefaultLoadPlanner):
 def _check_complete(directory: Path) -> None:
     if not directory.is_dir():
         raise UserError(f"checkpoint {directory} does not exist: give the directory of a checkpoint")
-    marker = directory / CONFIG_FNAME
+    marker = directory / CONFIG_FILE
     if not is_checkpoint(directory):
-        raise UserError(f"{directory} is not a checkpoint: it has no {CONFIG_FNAME} and no {METADATA_FILE}")
+        raise UserError(f"{directory} is not a checkpoint: it has no {CONFIG_FILE} and no {METADATA_FILE}")
     for path in (marker, directory / METADATA_FILE):
         if not path.is_file():
             raise UserError(
@@ -241,8 +249,31 @@ class _SafeUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _check_files(directory: Path, metadata: Metadata, keys: set[str]) -> None:
-    """Checks that every byte of the tensors `keys` is there. Raises UserError, naming the tensor or the file."""
+def _read_manifest(directory: Path) -> Manifest | None:
+    """That of a run's checkpoint; None where there is none, as beside converted weights."""
+    if not (directory / MARKER).is_file():
+        return None
+    try:
+        return Manifest.read(directory)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{directory / MARKER} cannot be read ({error}): use another checkpoint") from error
+
+
+def _is_of_model(name: str) -> bool:
+    """Whether a file of a run's checkpoint is one that describes the model: those of the run's state are in directories
+    of their own."""
+    return "/" not in name and not is_large(name)
+
+
+def _check_content(directory: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Raises UserError for a file that is not as it was written."""
+    if damage := manifest.damage(directory, [name for name in names if name in manifest.sizes]):
+        raise UserError(f"{damage}: copy the checkpoint again, or use another one")
+
+
+def _check_files(directory: Path, metadata: Metadata, keys: set[str]) -> list[str]:
+    """Checks that every byte of the tensors `keys` is there, and returns the names of their files. Raises UserError,
+    naming the tensor or the file."""
     placed = {(index.fqn, index.offset) for index in metadata.storage_data}
     for key in sorted(keys):
         tensor = metadata.state_dict_metadata[key]
@@ -262,3 +293,4 @@ def _check_files(directory: Path, metadata: Metadata, keys: set[str]) -> None:
             raise UserError(f"{path} is missing: copy the checkpoint again, or use another one")
         if found < size:
             raise UserError(f"{path} has {found} bytes, expected {size}: copy the checkpoint again, or use another one")
+    return list(sizes)

@@ -13,9 +13,6 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, SavePlan
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -78,6 +75,9 @@ def _write_checkpoint(weights: HfWeights, table: Table, writing: Path, chunk_byt
     `weights` has passed its `check`; a chunk has at most `chunk_bytes`, or one row. Raises OSError when the file system
     refuses.
     """
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+    from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+
     planner = _LazyPlanner(weights, table, chunk_bytes)
     writer = _FilePerLayer(writing)
     writer.set_up_storage_writer(is_coordinator=True)
@@ -158,6 +158,8 @@ class _FilePerLayer(FileSystemWriter):
 
 def _file_of(item: WriteItem) -> int | None:
     """The item's layer, which neighbours in the plan share; None before the first layer and after the last."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
     if item.type is WriteItemType.BYTE_IO:
         return ShardedObject.empty_from_unique_key(item.index.fqn).global_offset[0]
     return item.index.offset[0] if item.index.fqn.startswith("decoder.layers.") else None
@@ -165,6 +167,8 @@ def _file_of(item: WriteItem) -> int | None:
 
 def _extra_state(parameter: MegatronParameter, layers: int) -> Iterator[WriteItem]:
     """The state that megatron-core's linear layers load beside their weight; on most machines it is empty."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
     module, _, last = parameter.name.rpartition(".")
     key, layer = stored_name(f"{module}._extra_state")
     if layer is not None and last == "weight" and ".linear_" in module:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from meds_megatron.weights.resharding.plan import Transfer
@@ -19,6 +18,7 @@ from meds_megatron.weights.resharding.shared_directory import remove_unclaimed
 from meds_megatron.weights.resharding.staging import staging_elements
 from meds_megatron.weights.resharding.transport import TransferGroup, local_transport, open_rendezvous
 from meds_megatron.weights.resharding.types import Checksums, Rendezvous, StagedBucket, SyncSpec
+from meds_megatron.weights.sealed_store import SealedStore
 from meds_megatron.weights.table import TensorSlice
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class WeightSender:
         self._directory = spec.directory
         elements = staging_elements(self._plan, place.pipeline, place.tensor)
         self._local = local_transport(device, spec.directory, elements)
-        self._stores: dict[int, dist.TCPStore] = {}
+        self._stores: dict[int, SealedStore] = {}
         self._staged: dict[int, StagedBucket] = {}
         self.groups: dict[int, TransferGroup] = {}
         """Transfer groups by engine."""

@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from meds_megatron.errors import UserError
+from meds_megatron.weights.membership import check_members
 from meds_megatron.weights.resharding.shared_directory import claim, remove_unclaimed
 from meds_megatron.weights.resharding.staging import Arena
 from meds_megatron.weights.resharding.types import Rendezvous
-from meds_megatron.weights.store import open_store
+from meds_megatron.weights.sealed_store import SealedStore
+from meds_megatron.weights.store import connect, open_store, wait_for_members
 
 logger = logging.getLogger(__name__)
 
@@ -169,25 +171,27 @@ class TransferGroup:
     message has taken TIMEOUT.
     """
 
-    def __init__(self, rendezvous: Rendezvous, member: int, device: str, store: dist.TCPStore | None = None):
+    def __init__(self, rendezvous: Rendezvous, member: int, device: str, store: SealedStore | None = None):
         """Joins as `member` and returns when every sender has reached every engine rank. `store` is that of
         `open_rendezvous`, in the process that opened it.
 
-        Raises ConnectionError when a member does not join in time.
+        Raises ConnectionError when a member does not join in time, or a stranger in its place.
         """
         self._senders = rendezvous.senders
         self.sent_bytes = 0
         try:
-            self._store = store or dist.TCPStore(rendezvous.host, rendezvous.port, rendezvous.members, is_master=False)
-            _wait_for_members(self._store, member, rendezvous.members)
+            self._store = store or connect(rendezvous.store, rendezvous.members)
+            wait_for_members(self._store, member, rendezvous.members, TIMEOUT)
             self._group = _process_group(self._store, member, rendezvous.members, device)
-        except RuntimeError as error:
+        except (RuntimeError, UserError) as error:
             raise ConnectionError(f"not all members of a transfer group joined: {error}") from error
         try:
+            if device == "cpu":
+                check_members(self._group, self._store, TIMEOUT)
             self._meet(member, rendezvous, device)
-        except ConnectionError:
+        except (ConnectionError, UserError) as error:
             self.abort()
-            raise
+            raise ConnectionError(str(error)) from error
 
     def _meet(self, member: int, rendezvous: Rendezvous, device: str) -> None:
         """One element from each sender to each engine rank: NCCL connects two members in their first message, where it
@@ -226,20 +230,13 @@ class TransferGroup:
             self._group.abort()
 
 
-def open_rendezvous(host: str, senders: int, receivers: int) -> tuple[Rendezvous, dist.TCPStore]:
+def open_rendezvous(host: str, senders: int, receivers: int) -> tuple[Rendezvous, SealedStore]:
     """A rendezvous at a free port of this machine; it exists as long as the returned store is kept."""
     store = open_store(host, senders + receivers)
-    return Rendezvous(host, store.port, senders, receivers), store
+    return Rendezvous(store.address, senders, receivers), store
 
 
-def _wait_for_members(store: dist.TCPStore, member: int, members: int) -> None:
-    """Returns when all members are here; NCCL itself would wait for a missing one without end. Raises RuntimeError
-    after TIMEOUT."""
-    store.set(f"here{member}", "")
-    store.wait([f"here{other}" for other in range(members)], TIMEOUT)
-
-
-def _process_group(store: dist.TCPStore, member: int, members: int, device: str) -> dist.ProcessGroup:
+def _process_group(store: SealedStore, member: int, members: int, device: str) -> dist.ProcessGroup:
     if device == "cpu":
         return dist.ProcessGroupGloo(store, member, members, TIMEOUT)
     options = dist.ProcessGroupNCCL.Options()

@@ -6,6 +6,7 @@ from typing import Any
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.weights.resharding.plan import ReshardPlan
+from meds_megatron.weights.store_address import StoreAddress
 
 Checksums = dict[tuple[str, tuple[int, ...], int], int]
 """Checksums of tensor slices by Hugging Face name, first index of the slice and engine rank."""
@@ -38,10 +39,9 @@ class StagedBucket:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Address of the store through which a transfer group forms, and the size of the group."""
+    """The store through which a transfer group forms, and the size of the group."""
 
-    host: str
-    port: int
+    store: StoreAddress
     senders: int
     """Trainer ranks: members 0 to senders - 1."""
     receivers: int

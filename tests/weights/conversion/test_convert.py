@@ -16,7 +16,7 @@ LAYOUTS = {
     "TP2xPP2xVPP2": dict(tensor=2, pipeline=2, virtual_pipeline=2),
 }
 SAVED = {
-    "TP1": dict(),
+    "TP1": {},
     "TP4": dict(tensor=4),
     "TP2xPP2": dict(tensor=2, pipeline=2),
     "PP3": dict(pipeline=3),

@@ -186,7 +186,7 @@ def test_a_directory_that_another_process_writes_is_left_to_it(tmp_path):
     out = tmp_path / "out"
     with new_directory(out) as writing:
         (writing / "file").touch()
-        with pytest.raises(UserError, match="another process is writing .*out"), new_directory(out):
+        with pytest.raises(UserError, match=r"another process is writing .*out"), new_directory(out):
             pass
     assert [path.name for path in out.iterdir()] == ["file"]
 

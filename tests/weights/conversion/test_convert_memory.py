@@ -5,12 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.weights.table import bucket_sizes, build_table
+from tests.limits import HANG_SECONDS
 from tests.weights.hf_cases import make_source
+
+pytestmark = pytest.mark.usefixtures("processes")
 
 SIZES = dict(hidden_size=2048, num_hidden_layers=5, num_attention_heads=16, num_key_value_heads=8, head_dim=128)
 CONFIG = SIZES | dict(intermediate_size=6144, vocab_size=12_000, tie_word_embeddings=False, rope_theta=1e6)
@@ -26,7 +30,7 @@ def test_peak_memory_is_about_one_bucket(tmp_path):
     small = make_source(tmp_path / "small", "qwen3 untied")
     program = str(Path(__file__).with_name("conversion_memory.py"))
     done = subprocess.run(
-        [sys.executable, program, small, source, tmp_path / "out"], capture_output=True, text=True, timeout=300
+        [sys.executable, program, small, source, tmp_path / "out"], capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert done.returncode == 0, done.stderr
     peaks = json.loads(done.stdout.splitlines()[-1])

@@ -11,6 +11,7 @@ import torch
 from meds_megatron.weights.conversion.convert import to_hf
 from meds_megatron.weights.conversion.verify import SAMPLE_TEXT, WINDOW, text_tokens, token_logprobs
 from tests.devices import tolerance
+from tests.limits import HANG_SECONDS
 from tests.rollout.engine_cases import make_model
 from tests.weights import round_trip
 from tests.weights.conversion import checkpoint_ranks
@@ -22,7 +23,7 @@ PARALLEL = dict(tensor=2, pipeline=2)
 def vllm_logprobs(directory, tokens):
     program = str(Path(__file__).with_name("vllm_logprobs.py"))
     done = subprocess.run(
-        [sys.executable, program, directory, json.dumps(tokens)], capture_output=True, text=True, timeout=240
+        [sys.executable, program, directory, json.dumps(tokens)], capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert done.returncode == 0, done.stderr
     return torch.tensor(json.loads(done.stdout.splitlines()[-1]))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import cache
 from math import prod
 
 import numpy as np
@@ -15,6 +16,7 @@ from meds_megatron.config.model_shape import QWEN, ModelShape
 from meds_megatron.weights.resharding.plan import ReshardPlan, engine_slices
 from meds_megatron.weights.resharding.staging import Arena, begins_and_ends, interleaved, staging_elements
 from meds_megatron.weights.table import TensorSlice
+from tests.tiers import FULL
 
 # (trainer TP, PP, VPP, engine TP): alike on both sides, more and fewer engine ranks than trainer ranks.
 LAYOUTS = {
@@ -32,10 +34,15 @@ LAYOUTS = {
     "Qwen3-14B": [(2, 1, 1, 2), (4, 2, 2, 8), (8, 4, 1, 4)],
     "Qwen3-32B": [(8, 1, 1, 8), (8, 4, 2, 4), (4, 8, 1, 8)],
 }
-CASES = [(name, layout) for name in LAYOUTS for layout in LAYOUTS[name]]
+COMMON = ("Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-72B", "Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-8B")
+"""Of each family the smallest, and models with other numbers of heads; the others differ from one of them in size."""
+CASES = [
+    pytest.param(name, layout, marks=[] if name in COMMON else [FULL]) for name in LAYOUTS for layout in LAYOUTS[name]
+]
 STAGED = [("Qwen2.5-7B", (4, 4, 7, 2)), ("Qwen2.5-72B", (8, 4, 1, 8)), ("Qwen3-1.7B", (2, 2, 7, 2))]
 
 
+@cache
 def plan_of(name: str, layout: tuple[int, int, int, int]) -> ReshardPlan:
     tensor, pipeline, virtual, engine = layout
     return ReshardPlan(QWEN[name], ParallelLayout(tensor=tensor, pipeline=pipeline, virtual=virtual), engine)
@@ -170,6 +177,7 @@ def test_a_rank_that_has_padding_alone_gets_nothing_of_the_vocabulary():
     assert parts == [(slice(*rows), slice(0, 8)) for rows in ((0, 32), (32, 64), (64, 65), (65, 65))]
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("module", ["plan", "types"])
 def test_plan_and_types_load_nothing_heavy(module):
     code = f"import sys, meds_megatron.weights.resharding.{module}; print(*sys.modules)"

@@ -46,6 +46,7 @@ def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
+@pytest.mark.usefixtures("processes")
 def test_what_a_killed_process_left_is_removed_and_what_a_running_one_has_stays(tmp_path, owner):
     (tmp_path / "psm_stranger").write_text("of another program")
     dead = owner(tmp_path / f"{PREFIX}dead", "dead")
@@ -57,6 +58,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_running_one_has_stays(
     assert names(tmp_path) == {"psm_stranger", f"{PREFIX}alive", "psm_alive"}
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_directory_of_several_processes_stays_until_the_last_has_ended(tmp_path, owner):
     shared = tmp_path / f"{PREFIX}weights"
     first, second = owner(shared, "first"), owner(shared, "second")

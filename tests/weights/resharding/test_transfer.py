@@ -18,6 +18,7 @@ from meds_megatron.weights.resharding.plan import engine_slices
 from meds_megatron.weights.resharding.transfer import WeightReceiver, WeightSender, checksum
 from meds_megatron.weights.resharding.transport import SharedMemory, TransferGroup, open_rendezvous
 from meds_megatron.weights.resharding.types import Rendezvous, SyncSpec
+from meds_megatron.weights.store import connect, wait_for_members
 from tests.devices import this_device
 
 QWEN2 = ModelShape("qwen2", 16, 4, 8, 4, 4, 24, 134, False, 1e6, 1e-6, 64)
@@ -172,7 +173,7 @@ def test_an_engine_that_does_not_join_is_logged(tmp_path, monkeypatch, caplog):
 def test_an_engine_that_joins_and_falls_silent_fails_the_connection_in_time(cpu_ranks):
     rendezvous, store = open_rendezvous("127.0.0.1", 1, 1)
     assert cpu_ranks.run(2, connect_to_a_silent_engine, rendezvous) == [
-        "member 0 of the transfer group is gone",
+        "a process group is not used, since its members did not answer a challenge (Operation timed out!)",
         "silent",
     ]
     del store
@@ -183,17 +184,17 @@ def connect_to_a_silent_engine(rank: int, rendezvous: Rendezvous) -> str:
     transport.TIMEOUT = timedelta(seconds=3)
     member = 1 - rank
     if member == 0:
-        store = dist.TCPStore(rendezvous.host, rendezvous.port, rendezvous.members, is_master=False)
-        transport._wait_for_members(store, member, rendezvous.members)
-        SILENT.append(transport._process_group(store, member, rendezvous.members, "cpu"))
+        store = connect(rendezvous.store, rendezvous.members)
+        wait_for_members(store, member, rendezvous.members)
+        SILENT.append((store, transport._process_group(store, member, rendezvous.members, "cpu")))
         return "silent"
     with pytest.raises(ConnectionError) as caught:
         TransferGroup(rendezvous, member, "cpu")
     return str(caught.value).split(":")[0]
 
 
-SILENT: list[dist.ProcessGroup] = []
-"""The process group of a silent member, open for as long as its process lives."""
+SILENT: list[tuple[dist.Store, dist.ProcessGroup]] = []
+"""The store and process group of a silent member, open for as long as its process lives."""
 
 
 class BrokenGroup:

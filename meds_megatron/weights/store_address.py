@@ -1,0 +1,15 @@
+"""The address of a store. Imports no torch: the driver passes it on."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class StoreAddress:
+    """What a process has to know to be a member of a store's groups.
+
+    It travels through Ray, whose token keeps strangers out, or through the pipe of a child process.
+    """
+
+    host: str
+    port: int
+    secret: bytes = field(repr=False)
