@@ -40,7 +40,7 @@ def freeze(pool: EnginePool, rank: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "tensor, rank, what, state",
+    ("tensor", "rank", "what", "state"),
     [(1, None, "does not answer", "stopped"), (2, 1, r"is stuck in _?add \(.*\)", "")],
     ids=["the engine", "one of its ranks"],
 )
