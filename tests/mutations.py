@@ -292,6 +292,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=900.0, metavar="SECONDS", help="for the tests of a mutation")
     parser.add_argument("--logs", type=Path, metavar="DIRECTORY", help="keeps pytest's output here")
     options = parser.parse_args(arguments)
+    # Started in the background this process has SIGINT ignored, which pytest, ended by it, would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return run(chosen(options.names, options.tests_of), options)
     except MutationError as error:
