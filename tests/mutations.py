@@ -269,7 +269,7 @@ def failure(tests: list[str], copy: Path, limit: float, log: Path) -> Failure | 
         return None
     if process.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise MutationError(f"pytest finds no test in {' '.join(tests)}: name files with tests")
-    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE) or [""]
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+?(?:\[.*?\])?)(?: - .*)?$", text, re.MULTILINE) or [""]
     reason = re.findall(r"^E +(\S.*)$", text, re.MULTILINE) or [f"pytest's exit code {process.returncode}"]
     return Failure(failed[0], reason[0][:REASON_CHARACTERS])
 
