@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -56,10 +57,10 @@ time.sleep(1000)
 
 @pytest.fixture
 def server() -> Iterator[ForkServer]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEDS_ONLY_SERVER", "1")
-        started = ForkServer(ENV_VARS, IMPORTS).__enter__()
-    with started:
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MEDS_ONLY_SERVER", "1")
+            started = stack.enter_context(ForkServer(ENV_VARS, IMPORTS))
         yield started
 
 
@@ -155,10 +156,10 @@ def test_a_server_whose_imports_have_started_a_thread_does_not_fork(tmp_path):
         "    threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()\n"
     )
     environment = os.environ | {"MEDS_TEST": "of the client"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(tmp_path)
-        server = ForkServer(ENV_VARS, "starts_a_thread:run").__enter__()
-    with server:
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(tmp_path)
+            server = stack.enter_context(ForkServer(ENV_VARS, "starts_a_thread:run"))
         client = start(server, DESCRIBE, tmp_path, env=environment, stdout=subprocess.PIPE)
         found = json.loads(client.communicate(timeout=HANG_SECONDS)[0])
         assert server.process.wait(HANG_SECONDS) == 1
