@@ -23,8 +23,6 @@ ray.init(address=sys.argv[1], log_to_driver=False)
 print("nodes:", len(ray.nodes()))
 """
 
-"""Far longer than what is waited for takes on a machine with other work."""
-
 
 @pytest.fixture(scope="module")
 def address(own_ray):

@@ -17,9 +17,6 @@ from tests.limits import HANG_SECONDS
 pytestmark = pytest.mark.usefixtures("own_ray")
 
 
-"""Far longer than a death takes to be noticed on a machine with other work."""
-
-
 @pytest.mark.parametrize("part", ["GCS", "raylet"])
 def test_a_ray_whose_own_process_died_is_started_again(part):
     deaths = []

@@ -16,18 +16,11 @@ from meds_megatron.trainer.supervision import Supervisor
 from meds_megatron.trainer.timer import PhaseTimer
 from meds_megatron.trainer.watchdog import Watchdog
 from tests.rollout.engine_cases import PROMPTS, engine_config, make_model
-from tests.rollout.test_pool import flat
 
 SAMPLING = Sampling(responses=4, max_tokens=200, stop=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster(cpu_engines):
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("shared_ray", "cpu_engines")
 
 
 def freeze(pool: EnginePool, rank: int | None) -> None:
@@ -64,7 +57,7 @@ def test_a_frozen_engine_is_named_and_replaced_in_place(tensor, rank, what, stat
         freeze(pool, rank)
         completions = pool.generate(PROMPTS, SAMPLING, seed=3)
     pool.close()
-    assert len(flat(completions)) == len(PROMPTS) * SAMPLING.responses
+    assert [len(of_prompt) for of_prompt in completions] == [SAMPLING.responses] * len(PROMPTS)
     assert pool.restarts == 1
     (sentence,) = [message for message in caplog.messages if "is restarted" in message]
     start = rf"engine 0 on node 0 failed and is restarted: {what}, and nothing has progressed for 0.1 minutes "

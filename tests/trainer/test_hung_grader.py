@@ -18,9 +18,6 @@ from tests.limits import HANG_SECONDS
 pytestmark = pytest.mark.usefixtures("processes")
 
 
-"""Far longer than what is waited for takes on a machine with other work, and shorter than the grader's own limit."""
-
-
 @pytest.fixture
 def graders():
     """One grader, which has started, with a limit of its own of 20 minutes."""

@@ -24,16 +24,13 @@ from tests.limits import HANG_SECONDS
 pytestmark = pytest.mark.usefixtures("own_ray")
 
 
-"""Far longer than a death takes to be noticed on a machine with other work."""
-
-
 class StepByStep:
     """Attempts in whose first one a process of Ray is killed; each finishes after three steps more."""
 
     def __init__(self, victim: str):
         self._victim, self.attempts, self.steps, self.saved = victim, 0, 0, []
 
-    def __call__(self, config, model_dir, prompts, run, interruption) -> None:
+    def __call__(self, config, model_dir, prompts, run, interruption, servers) -> None:
         self.attempts += 1
         actor = ray.remote(num_cpus=0)(Counter).remote()
         last = self.steps + 3
