@@ -30,7 +30,7 @@ class StepByStep:
     def __init__(self, victim: str):
         self._victim, self.attempts, self.steps, self.saved = victim, 0, 0, []
 
-    def __call__(self, config, model_dir, prompts, run, interruption) -> None:
+    def __call__(self, config, model_dir, prompts, run, interruption, servers) -> None:
         self.attempts += 1
         actor = ray.remote(num_cpus=0)(Counter).remote()
         last = self.steps + 3
