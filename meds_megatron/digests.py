@@ -1,7 +1,7 @@
 """Digests of a checkpoint's files: taken while they are written, kept in its marker, checked by who reads the files.
 
-The marker, `complete.json`, has the size of every other file and its blake2b, and a digest of itself. Markers of earlier
-releases have sizes only.
+The marker, `complete.json`, has the size of every other file and its blake2b, and a digest of itself. Markers of
+earlier releases have sizes only.
 """
 
 import hashlib
