@@ -181,7 +181,7 @@ RUN = [
              "the learning rate is that of the next step",
              "tests/trainer/test_loop.py tests/trainer/test_replay.py"),
     Mutation("engine-random-states", "trainer/checkpointer.py",
-             ", **self._pool.random_states())", ")",
+             "self._pool.random_states()", "{}",
              "engines draw other responses after a resume",
              "tests/trainer/test_resume.py"),
 ]
