@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import hdbscan
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
@@ -123,6 +122,8 @@ class Straightforward:
 
     def _fit(self, key: str) -> None:
         vectors = self.vectors[key].astype(np.float64)
+        import hdbscan
+
         model = hdbscan.HDBSCAN(min_cluster_size=self.config.min_cluster_size, min_samples=self.config.min_samples)
         self.labels[key] = model.fit(vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).labels_
 

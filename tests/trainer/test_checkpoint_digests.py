@@ -19,7 +19,6 @@ from meds_megatron.errors import UserError
 from meds_megatron.memory import MemoryShard
 from meds_megatron.trainer import checkpoint_files as files
 from meds_megatron.weights.model_files import copy_model_files
-from tests.actor import checkpoint_ranks as on_rank
 from tests.model import qwen_cases as cases
 
 RANKS = 2
@@ -44,6 +43,8 @@ FLIPS = 4
 @pytest.fixture(scope="module")
 def saved(cpu_ranks, tmp_path_factory) -> Path:
     """A directory with the checkpoints of steps 5, only to go back to, and 10, with everything that a run saves."""
+    from tests.actor import checkpoint_ranks as on_rank
+
     directory, path = tmp_path_factory.mktemp("digests"), None
     model = cases.cached_model(tmp_path_factory, "qwen2 tied")
     for step in (5, 10):

@@ -32,7 +32,7 @@ class StepByStep:
 
     def __call__(self, config, model_dir, prompts, run, interruption, servers) -> None:
         self.attempts += 1
-        actor = ray.remote(num_cpus=0)(Counter).remote()
+        actor = new_actor()
         last = self.steps + 3
         deadline = time.monotonic() + HANG_SECONDS
         while self.steps < last or (self.attempts == 1 and time.monotonic() < deadline):
@@ -51,9 +51,13 @@ class StepByStep:
         return self.steps
 
 
-class Counter:
-    def step(self) -> None:
-        pass
+def new_actor() -> ray.actor.ActorHandle:
+    # A class within a function is pickled by value: the actor cannot import this module.
+    class Counter:
+        def step(self) -> None:
+            pass
+
+    return ray.remote(num_cpus=0)(Counter).remote()
 
 
 def process_of(name: str) -> psutil.Process:
