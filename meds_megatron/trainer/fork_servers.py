@@ -1,7 +1,7 @@
 """The fork servers of a run without GPUs: one for its ranks, one for its engines, whose environments differ."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from meds_megatron.actor import worker
@@ -23,7 +23,12 @@ def fork_servers(config: Config) -> Iterator[Sequence[ForkServer]]:
         engines = ForkServer(
             engine_env_vars(config, use_gpu=False), f"{engine.__name__}:{engine.import_without_gpu.__name__}"
         )
-        yield [stack.enter_context(server) for server in (engines, ranks)]
+        servers = []
+        for server in (engines, ranks):
+            # Without room in shared memory or for a process, workers start in the ordinary way, or say so.
+            with suppress(OSError):
+                servers.append(stack.enter_context(server))
+        yield servers
 
 
 def runs_here_without_gpu(config: Config) -> bool:
