@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -110,7 +111,7 @@ def check(config, links: bool) -> None:
     default="auto",
     help="Slurm jobs, or processes of this machine; auto is Slurm where there is an sbatch.",
 )
-def sweep(file: str, executor: str) -> None:
+def sweep(file: str, executor: Literal["auto", "slurm", "local"]) -> None:
     """Train the runs of a sweep: grids and lists over any settings, with several seeds.
 
     The table of results is shown as it grows and is in results.csv in the sweep's directory. Runs that fail are tried

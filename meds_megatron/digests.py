@@ -1,7 +1,7 @@
 """Digests of a checkpoint's files: taken while they are written, kept in its marker, checked by who reads the files.
 
-The marker, `complete.json`, has the size of every other file and its blake2b. Markers of earlier releases have sizes
-only.
+The marker, `complete.json`, has the size of every other file and its blake2b, and a digest of itself. Markers of
+earlier releases have sizes only.
 """
 
 import hashlib
@@ -58,8 +58,8 @@ class Manifest:
             content = json.loads((directory / MARKER).read_text(encoding="utf-8"))
         except RecursionError as error:
             raise ValueError("it is nested too deep") from error
-        if not isinstance(content, dict) or set(content) not in ({"files"}, {"files", "digests"}):
-            raise ValueError("it has other keys than files and digests")
+        if not isinstance(content, dict) or set(content) not in ({"files"}, {"files", "digests", "digest"}):
+            raise ValueError("it has other keys than files, digests and digest")
         sizes, digests = content["files"], content.get("digests", {})
         if not isinstance(sizes, dict) or not sizes or not all(type(size) is int for size in sizes.values()):
             raise ValueError("files is not the sizes of files by name")
@@ -68,11 +68,20 @@ class Manifest:
         for name in sizes:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError(f"{name} is not in the checkpoint")
-        return cls(sizes, digests)
+        manifest = cls(sizes, digests)
+        if "digest" in content and content["digest"] != manifest._digest:
+            raise ValueError("it is altered")
+        return manifest
 
     def write_text(self) -> str:
         """What `read` reads."""
-        return json.dumps({"files": self.sizes, "digests": self.digests}, indent=1)
+        return json.dumps({"files": self.sizes, "digests": self.digests, "digest": self._digest}, indent=1)
+
+    @property
+    def _digest(self) -> str:
+        """Of the marker's own content."""
+        content = json.dumps([self.sizes, self.digests], sort_keys=True)
+        return hashlib.blake2b(content.encode(), digest_size=DIGEST_BYTES).hexdigest()
 
     def damage(self, directory: Path, names: Iterable[str], content: bool = True) -> str | None:
         """Half a sentence about the first of these files that is not as it was written; None if all are. Without
@@ -107,5 +116,5 @@ def is_large(name: str) -> bool:
     return name.endswith(".distcp")
 
 
-def _new_hash() -> "hashlib._Hash":
+def _new_hash() -> hashlib.blake2b:
     return hashlib.blake2b(digest_size=DIGEST_BYTES)

@@ -50,8 +50,16 @@ def lean_megatron() -> Iterator[None]:
 
 
 @contextmanager
+def lean_transformers() -> Iterator[None]:
+    """While open, transformers is imported without scikit-learn and SciPy, which it uses for assisted decoding and for
+    losses of vision models."""
+    with hidden("sklearn", "scipy"):
+        yield
+
+
+@contextmanager
 def lean_vllm() -> Iterator[None]:
-    """While open, vLLM and transformers are imported without scikit-learn and SciPy, which they use for audio, assisted
-    decoding and losses of vision models, and, before Ray is, without Ray, which no engine of ours uses."""
-    with hidden("sklearn", "scipy", "ray"):
+    """While open, vLLM is imported without SciPy, which it uses for audio, and, if it comes before Ray, without Ray.
+    For processes that compute on the CPU, where no engine of vLLM's uses Ray."""
+    with lean_transformers(), hidden("ray"):
         yield

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +31,18 @@ def configure_process_logging(run_dir: str | Path, process: str, terminal: loggi
         terminal.setFormatter(formatter)
     terminal.setLevel(logging.WARNING)
     handlers = [terminal]
+    stacks: TextIO = sys.stderr
     if Path(run_dir).is_dir():
         path = log_file(run_dir, process)
         path.parent.mkdir(exist_ok=True)
         file = _LogFile(path)
         file.setFormatter(formatter)
-        faulthandler.enable(file.stream)
+        assert file.stream is not None
+        stacks = file.stream
+        faulthandler.enable(stacks)
         handlers.append(file)
     # Also without a log: the default action of the signal ends the process.
-    faulthandler.register(STACKS_SIGNAL, file.stream if len(handlers) > 1 else sys.stderr, chain=False)
+    faulthandler.register(STACKS_SIGNAL, stacks, chain=False)
     root = logging.getLogger()
     root.handlers = handlers
     root.setLevel(logging.INFO)

@@ -9,6 +9,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from meds_megatron.logs import STACKS_SIGNAL
 
@@ -51,7 +52,8 @@ class SupervisedActor:
     def activity(self) -> Activity:
         """The method that is being called, found on the stacks of the process's other threads."""
         for thread, innermost in sys._current_frames().items():
-            methods, frame = [], innermost
+            methods: list[str] = []
+            frame: FrameType | None = innermost
             while frame is not None:
                 if frame.f_locals.get("self") is self and frame.f_code.co_name != RAYS_WRAPPER:
                     methods.append(frame.f_code.co_name)  # The outermost one last.
@@ -101,10 +103,11 @@ def request_stacks(processes: list[int]) -> dict[int, str]:
 def process_state(process: int) -> str:
     """The kernel's word for the state of a process of this machine. Raises FileNotFoundError when it has ended."""
     status = Path(f"/proc/{process}/status").read_text()
-    return re.search(r"State:\s+\S+ \(([^)]*)\)", status)[1]
+    state = re.search(r"State:\s+\S+ \(([^)]*)\)", status)
+    return state[1] if state else "state unknown"
 
 
-def failed_process(error: Exception) -> str:
+def failed_process(error: BaseException | None) -> str:
     """Process id and address of the actor that a Ray error is about, as far as the error has them."""
     text = str(error)
     process = re.search(r"\bpid[:=] ?(\d+)", text)
@@ -112,7 +115,7 @@ def failed_process(error: Exception) -> str:
     return f"process {process[1] if process else 'unknown'} on {address[1] if address else 'an unknown node'}"
 
 
-def failure_reason(error: Exception) -> str:
+def failure_reason(error: BaseException | None) -> str:
     """Last line of what an actor raised, or of what Ray says about its death, without Ray's list of common causes."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = lines[-1]

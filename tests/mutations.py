@@ -181,7 +181,7 @@ RUN = [
              "the learning rate is that of the next step",
              "tests/trainer/test_loop.py tests/trainer/test_replay.py"),
     Mutation("engine-random-states", "trainer/checkpointer.py",
-             ", **self._pool.random_states())", ")",
+             "self._pool.random_states()", "{}",
              "engines draw other responses after a resume",
              "tests/trainer/test_resume.py"),
 ]
@@ -269,7 +269,7 @@ def failure(tests: list[str], copy: Path, limit: float, log: Path) -> Failure | 
         return None
     if process.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise MutationError(f"pytest finds no test in {' '.join(tests)}: name files with tests")
-    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE) or [""]
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+?(?:\[.*?\])?)(?: - .*)?$", text, re.MULTILINE) or [""]
     reason = re.findall(r"^E +(\S.*)$", text, re.MULTILINE) or [f"pytest's exit code {process.returncode}"]
     return Failure(failed[0], reason[0][:REASON_CHARACTERS])
 
@@ -292,6 +292,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=900.0, metavar="SECONDS", help="for the tests of a mutation")
     parser.add_argument("--logs", type=Path, metavar="DIRECTORY", help="keeps pytest's output here")
     options = parser.parse_args(arguments)
+    # Started in the background this process has SIGINT ignored, which pytest, ended by it, would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return run(chosen(options.names, options.tests_of), options)
     except MutationError as error:

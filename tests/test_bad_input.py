@@ -135,6 +135,11 @@ CONFIGS = {
     "not YAML": yaml("mine.yaml line 3: not readable as YAML", "train:\n  steps: [1, 2\n"),
     "a list": yaml("expected `key: value` lines at the top level, found a list", "- train\n- steps\n"),
     "an empty value": yaml("mine.yaml: train.steps is None, expected a whole number", "train:\n  steps:\n"),
+    "nested too deep": yaml("mine.yaml line 1: not readable as YAML", "a: " + "[" * 10**5),
+    "nested too deep for OmegaConf": yaml("mine.yaml: not readable as YAML", "a: " + "[" * 500 + "]" * 500),
+    "an override that is nested too deep": setting(
+        "the value is not readable as YAML", data__train="[" * 500 + "]" * 500
+    ),
     "bytes": yaml("mine.yaml: not readable as YAML", b"\xff\xfe\x00\x01"),
     "a key twice": yaml(
         "mine.yaml line 3: not readable as YAML: found duplicate key", "train:\n  steps: 1\ntrain: 2\n"
@@ -181,6 +186,7 @@ DATA = {
         "problems.jsonl, row 2: not valid JSON",
     ),
     "a list as a row": rows("problems.jsonl, row 1: expected a JSON object", [1, 2]),
+    "a row that is nested too deep": rows("row 2: not valid JSON (nested too deep)", ROW, "[" * 10**5),
     "an empty answer": rows("the answer in `answer` is empty", {"question": "?", "answer": ""}),
     "no question": rows("problems.jsonl, row 1: no question", {"answer": "3"}),
     "no answer": rows("problems.jsonl, row 1: no answer", {"question": "?"}),
@@ -250,6 +256,43 @@ MODELS = {
         lambda at: at.shape(architectures=["LlamaForCausalLM"]),
     ),
     "architectures that are no list": model("config.json", lambda at: at.shape(architectures=5)),
+    "a config.json that is nested too deep": model(
+        "config.json is not JSON (nested too deep)", lambda at: at.file("model/config.json", "[" * 10**5)
+    ),
+    "an index that is nested too deep": model(
+        "is not a safetensors index (nested too deep)",
+        lambda at: at.file("model/model.safetensors.index.json", '{"weight_map":' * 10**5),
+    ),
+    "a tokenizer that is nested too deep": model(
+        "the tokenizer in", lambda at: at.file("model/tokenizer_config.json", '{"a":' * 10**5)
+    ),
+    "a template that reaches for classes": model(
+        "fails (access to attribute '__class__' of 'str' object is unsafe.): correct it, or set data.chat_template",
+        lambda at: at.file("model/chat_template.jinja", "{{ ''.__class__.__mro__ }}"),
+    ),
+    "a template that computes for ever": model(
+        "The chat template of the tokenizer in",
+        lambda at: at.file("model/chat_template.jinja", "{% for i in range(10 ** 9) %}{% endfor %}"),
+    ),
+    "a template that divides by zero": model(
+        "fails (division by zero)", lambda at: at.file("model/chat_template.jinja", "{{ 1 / 0 }}")
+    ),
+    **{
+        f"{key} of 10^9": model(
+            f"{key} is 1000000000, expected a whole number above 0 and at most",
+            lambda at, key=key: at.shape(**{key: 10**9}),
+        )
+        for key in (
+            "num_hidden_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "intermediate_size",
+            "vocab_size",
+            "max_position_embeddings",
+        )
+    },
     "a size that is missing": model(
         "config.json has no key 'hidden_size'",
         lambda at: at.file("model/config.json", json.dumps({k: v for k, v in SHAPE.items() if k != "hidden_size"})),
@@ -325,6 +368,10 @@ RUNS = {
     "a run with other settings": model("run: there is a run with other settings", lambda at: at.earlier_run()),
     "a run without checkpoints": model(
         "run: there already is a run, without checkpoints", lambda at: at.earlier_run(), checkpoint__every=0
+    ),
+    "a line of metrics that is a list": model(
+        "run/metrics.jsonl line 1: expected a JSON object with a `step` and numbers; remove the line",
+        lambda at: (at.earlier_run(), at.file("run/metrics.jsonl", '[1]\n{"step": 2}\n')),
     ),
     "a file in its place": (lambda at: at.train(run_dir=at.file("taken", "x")), "the run directory cannot be written"),
     "a file above it": (

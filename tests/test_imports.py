@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "meds_megatron"
 PACKAGES = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
 
-SHARED = {"digests", "errors", "latex", "lean_imports", "logs", "supervised"}
+SHARED = {"digests", "errors", "json_text", "latex", "lean_imports", "logs", "metrics_file", "supervised"}
 """Top-level modules that every package may import."""
 ALLOWED = {
     "config": set(),

@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.usefixtures("processes")
+
 MEGATRON = """
 import sys, warnings
 warnings.simplefilter("ignore")

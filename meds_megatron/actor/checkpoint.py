@@ -177,7 +177,9 @@ def _read_values(path: Path) -> dict:
 
 def random_states() -> dict:
     """State of every random generator of this process that a computation could use."""
-    kind, keys, *rest = np.random.get_state()
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)
+    kind, keys, *rest = state
     states = {
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),

@@ -38,8 +38,8 @@ class FingerprintCollector:
         """Sent by this rank to other pipeline stages."""
         self._head_NH = self._head_rows(_target_tokens(batch, self._rows_B))
         self._final_norm_H = self._final_norm_weight() if norm == "all" else None
-        self._micro_batch: MicroBatch | None = None
-        self._places_N: Tensor | None = None
+        self._micro_batch: MicroBatch
+        self._places_N: Tensor
 
     def begin(self, micro_batch: MicroBatch) -> None:
         """Sets the micro-batch of the next forward pass of a chunk."""
@@ -69,6 +69,7 @@ class FingerprintCollector:
             place_N, mine_N = self._owned(len(hidden_T1H))
             hidden_NH = hidden_T1H[place_N, 0].float()
             if normed:
+                assert self._final_norm_H is not None
                 hidden_NH = rms_norm(hidden_NH, self._final_norm_H, self._chunks[0].config.layernorm_epsilon)
             values_N = (hidden_NH * self._head_NH[self._places_N]).sum(-1)
             self._values_NL[self._places_N, layer] = values_N * mine_N

@@ -5,7 +5,7 @@ megatron-core's own mappings either read back under the same tensor- and pipelin
 the ranges that it owns, in the coordinates of the Hugging Face tensors: nothing is sent, nothing is stored twice.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from megatron.core import parallel_state
@@ -63,7 +63,7 @@ def set_step(optimizer: MegatronOptimizer, step: int) -> None:
                 state["step"].fill_(step)
 
 
-def sharded_state(optimizer: MegatronOptimizer, chunks: list[nn.Module], shape: ModelShape) -> list[ShardedTensor]:
+def sharded_state(optimizer: MegatronOptimizer, chunks: Iterable[nn.Module], shape: ModelShape) -> list[ShardedTensor]:
     """The weights and moments that this rank owns, as parts of `optimizer.STATE.HUGGING_FACE_NAME`.
 
     Their data is the optimizer's own memory, so that a load fills it in place. Rows of vocabulary padding are left out.

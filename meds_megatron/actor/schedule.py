@@ -45,7 +45,8 @@ def schedule(
     packs: list[list[list[np.ndarray]]] = [[] for _ in range(ranks)]
     for number in range(minibatches):
         members = np.flatnonzero(minibatches_B == number)
-        shares = _balance(members[np.argsort(-costs_B[members], kind="stable")], costs_B, ranks)
+        shares = _balance(members[np.argsort(-costs_B[members], kind="stable")], costs_B, ranks, lengths_B)
+        assert shares is not None  # Without a capacity every row fits.
         for rank, of_rank in enumerate(_pack(shares, lengths_B, costs_B, micro_batch_tokens, multiple)):
             rows[rank].append(shares[rank])
             packs[rank].append(of_rank)
@@ -76,13 +77,14 @@ def _pack(
     count = max(1, -(-fewest // multiple)) * multiple
     while True:
         packs = [_balance(share, costs_B, count, lengths_B, tokens) for share in shares]
-        if None not in packs:
-            return packs
+        full = [pack for pack in packs if pack is not None]
+        if len(full) == len(packs):
+            return full
         count += multiple
 
 
 def _balance(
-    rows: np.ndarray, costs_B: np.ndarray, bins: int, lengths_B: np.ndarray | None = None, capacity: int | None = None
+    rows: np.ndarray, costs_B: np.ndarray, bins: int, lengths_B: np.ndarray, capacity: float = np.inf
 ) -> list[np.ndarray] | None:
     """Rows of each bin: each of `rows`, the costliest first, goes to the bin that has cost least so far and has room
     for it, or is empty. None when a row fits into no bin."""
@@ -91,15 +93,14 @@ def _balance(
     room = [capacity] * bins
     for row, cost in zip(rows.tolist(), costs_B[rows].tolist(), strict=True):
         full = []
-        while loads and capacity is not None and chosen[loads[0][1]] and lengths_B[row] > room[loads[0][1]]:
+        while loads and chosen[loads[0][1]] and lengths_B[row] > room[loads[0][1]]:
             full.append(heapq.heappop(loads))
         if not loads:
             return None
         load, number = loads[0]
         chosen[number].append(row)
         heapq.heapreplace(loads, (load + cost, number))
-        if capacity is not None:
-            room[number] -= lengths_B[row]
+        room[number] -= lengths_B[row]
         for bin_load in full:
             heapq.heappush(loads, bin_load)
     return [np.array(share, dtype=np.int64) for share in chosen]

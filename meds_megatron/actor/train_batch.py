@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 
 @dataclass
@@ -61,9 +62,9 @@ class TrainBatch:
     @classmethod
     def of_responses(
         cls,
-        prompts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        logprobs: Sequence[Sequence[float]],
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        responses: Sequence[Sequence[int] | np.ndarray],
+        logprobs: Sequence[Sequence[float] | np.ndarray],
         answer_positions: Sequence[int],
         groups: Sequence[int],
     ) -> "TrainBatch":
@@ -162,5 +163,5 @@ def scatter_ragged(parts: Sequence[np.ndarray], rows: Sequence[np.ndarray], leng
     return take_ragged(np.concatenate(parts), offsets(lengths_B[order]), np.argsort(order))
 
 
-def _concatenate(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+def _concatenate(arrays: list[np.ndarray], dtype: DTypeLike) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros(0, dtype=dtype)

@@ -7,6 +7,7 @@ with its own environment variables.
 import logging
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,10 @@ from meds_megatron.logs import configure_process_logging
 from meds_megatron.supervised import SupervisedActor, ignore_stop_signals
 from meds_megatron.weights.resharding.types import SyncSpec
 from meds_megatron.weights.store_address import StoreAddress
+
+if TYPE_CHECKING:
+    from meds_megatron.actor.policy import Policy
+    from meds_megatron.weights.sealed_store import SealedStore
 
 logger = logging.getLogger(__name__)
 
@@ -63,17 +68,19 @@ def import_without_gpu() -> None:
 class PolicyWorker(SupervisedActor):
     """One rank. The driver calls every method on all ranks at once; results come from the output ranks."""
 
+    _policy: "Policy"
+    """Since `start`."""
+
     def __init__(self, config: Config, rank: int):
         ignore_stop_signals()
         configure_process_logging(config.run_dir, rank_log(rank))
         self._config, self._rank = config, rank
-        self._store = None
-        self._policy = None
+        self._store: SealedStore | None = None
 
     @property
-    def work(self) -> int:
+    def work(self) -> int:  # type: ignore[override]
         """Micro-batches begun."""
-        return self._policy.micro_batches_begun if self._policy else 0
+        return self._policy.micro_batches_begun if hasattr(self, "_policy") else 0
 
     def _host(self) -> str:
         """Address at which the other processes of the run reach this one."""

@@ -21,6 +21,7 @@ from meds_megatron.actor.worker import rank_env_vars
 from meds_megatron.bench.processes import placed_on
 from meds_megatron.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from meds_megatron.config.model_shape import QWEN, ModelShape
+from meds_megatron.digests import file_digest
 from meds_megatron.model.gpt import build_chunks, transformer_config
 from meds_megatron.weights.store import open_store
 from meds_megatron.weights.store_address import StoreAddress
@@ -36,8 +37,9 @@ def run(
 
     Keys: `bytes` of a checkpoint; `synchronous_s`, until all is on disk; `critical_s`, which an asynchronous save takes
     from training: planning and copies before it goes on, and the completion after the files are written; `begin_s`,
-    the first of the two; `written_s`, until the files are written (all medians of `rounds`); `ratio`, median of the
-    rounds' `critical_s` / `synchronous_s`.
+    the first of the two; `written_s`, until the files are written; `digest_s`, the part of it that the digests of the
+    files take (all medians of `rounds`); `ratio`, median of the rounds' `critical_s` / `synchronous_s`; `digest_ratio`,
+    that of `digest_s` / `written_s`.
     """
     store = open_store("127.0.0.1", pipeline)
     context = multiprocessing.get_context("spawn")
@@ -60,9 +62,8 @@ def run(
     return {
         "bytes": size,
         **{f"{name}_s": statistics.median(values) for name, values in seconds.items()},
-        "ratio": statistics.median(
-            fast / slow for fast, slow in zip(seconds["critical"], seconds["synchronous"], strict=True)
-        ),
+        "ratio": _median_ratio(seconds["critical"], seconds["synchronous"]),
+        "digest_ratio": _median_ratio(seconds["digest"], seconds["written"]),
         "pipeline": pipeline,
         "rounds": rounds,
     }
@@ -83,7 +84,8 @@ def _rank(
     adam = optimizer.build(optimizer.wrap(chunks), model_config, OptimizerConfig())
     optimizer_state.make_state(adam)
     copies = HostCopies()
-    report: dict[str, list[float]] = {name: [] for name in ("synchronous", "critical", "begin", "written", "bytes")}
+    names = ("synchronous", "critical", "begin", "written", "digest", "bytes")
+    report: dict[str, list[float]] = {name: [] for name in names}
 
     def begin(name: str, number: int) -> tuple[PolicySave, Path]:
         path = Path(target) / f"{name}{number}"
@@ -105,10 +107,19 @@ def _rank(
         report["written"].append(time.perf_counter() - began)
         dist.barrier()
         began = time.perf_counter()
-        save.finish()
+        written = save.finish()
         report["critical"].append(report["begin"][-1] + time.perf_counter() - began)
+        began = time.perf_counter()
+        for name in written:
+            file_digest(path / name)
+        report["digest"].append(time.perf_counter() - began)
+        dist.barrier()
         _clear(path, rank)
     pipe.send(report)
+
+
+def _median_ratio(parts: list[float], wholes: list[float]) -> float:
+    return statistics.median(part / whole for part, whole in zip(parts, wholes, strict=True))
 
 
 def _clear(path: Path, rank: int) -> int:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from meds_megatron.bench.processes import result_of
 from meds_megatron.bench.synthetic import synthetic_batch, write_random_model
 from meds_megatron.config import QWEN, Config, ModelShape
 
-PARITY = {"float32": 1e-3, "bfloat16": 2e-2}
+PARITY: dict[Literal["float32", "bfloat16"], float] = {"float32": 1e-3, "bfloat16": 2e-2}
 """Largest difference between GPU and CPU by data type."""
 LEAST_MFU, LEAST_OVER_PLAIN, MOST_FINGERPRINT = 0.45, 1.3, 0.01
 UPDATES, MOST_GROWTH = 20, 64 * 2**20
@@ -67,7 +68,7 @@ def policy_results(directory: str, responses: int) -> dict[str, dict[str, np.nda
     config = Config()
     config.optimizer.lr = 1e-4
     form_groups(config.parallel, seed=0)
-    results = {}
+    results: dict[str, dict[str, np.ndarray]] = {}
     for dtype in PARITY:
         config.model.dtype = dtype
         policy = Policy(config, directory, device)
@@ -114,7 +115,7 @@ def fingerprints(gpus: int) -> list[Row]:
 
 def weight_updates(gpus: int) -> list[Row]:
     """Updates of two engines through one node's memory, on the trainer's GPU and, where there is one, on another."""
-    places = [0, min(1, gpus - 1)] if gpus else [None, None]
+    places: list[int | None] = [0, min(1, gpus - 1)] if gpus else [None, None]
     report = staged_updates(QWEN["Qwen2.5-1.5B"] if gpus else SMALL, places[0], places, UPDATES)
     where = "CUDA IPC" if gpus else "shared memory"
     growth = f"{report.growth_bytes / 2**20:.0f} MiB"

@@ -1,7 +1,5 @@
 """Weight updates between processes, as a run makes them: staged in a node's memory, or sent over the network."""
 
-import os
-import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -162,7 +160,7 @@ def transfer_group(gpus: tuple[int | None, int | None]) -> GroupReport:
         reader.receive()
         reader.pipe.send(rendezvous)
         connect_s, gbyte_per_s = sender.call()
-        os.kill(reader.process.pid, signal.SIGKILL)
+        reader.process.kill()
         return GroupReport(connect_s, gbyte_per_s, sender.call())
 
 

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import hdbscan
@@ -147,10 +148,11 @@ def _compare(repeats: float, history: int, keys: int, new: int, straightforward_
 
     names, fingerprints = problems.draw(new)
     lookup = _seconds(lambda: shard.lookup(names, fingerprints))
-    remembering = _seconds(lambda: (shard.remember(names, fingerprints), shard.recluster()))
+    remembering = _seconds(partial(shard.remember, names, fingerprints)) + _seconds(shard.recluster)
     few_rows = straightforward_keys * new
     names, fingerprints = names[:few_rows], fingerprints[:few_rows]
-    straightforward = _seconds(lambda: (plain.lookup(names, fingerprints), plain.remember(names, fingerprints)))
+    straightforward = _seconds(partial(plain.lookup, names, fingerprints))
+    straightforward += _seconds(partial(plain.remember, names, fingerprints))
     straightforward *= keys / straightforward_keys
     same = sum(_same_partition(shard.labels(name), plain.labels[name]) for name in few)
     return {
@@ -180,7 +182,7 @@ def _spread(shards: int, keys: int, new: int, seed: int) -> dict:
         shard.remember(*problems.draw(16))
         shard.recluster()
         drawn = problems.draw(new)
-        seconds.append(_seconds(lambda shard=shard, drawn=drawn: _step(shard, drawn)))
+        seconds.append(_seconds(partial(_step, shard, drawn)))
     counts = np.bincount(owners, minlength=shards)
     return {
         "shards": shards,

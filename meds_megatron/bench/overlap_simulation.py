@@ -148,7 +148,7 @@ def _plan(config: Config, workload: Workload, kept_share: float) -> Plan:
 
 def _all_gpus(config: Config) -> dict[str, int]:
     """Settings with which trainer and engines share the nodes of both."""
-    nodes = config.cluster.nodes + config.rollout.nodes
+    nodes = config.cluster.nodes + (config.rollout.nodes or 0)
     return {
         "cluster.nodes": nodes,
         "rollout.engines": nodes * (config.cluster.ranks_per_node // config.rollout.tensor),

@@ -1,6 +1,7 @@
 """The policy's part of a step as a plain loop writes it: a transformers model, right-padded batches, torch's AdamW."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +19,10 @@ class PlainLoop:
         from transformers import AutoModelForCausalLM
 
         dtype = getattr(torch, config.model.dtype)
-        self._model = AutoModelForCausalLM.from_pretrained(
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
         )
-        self._model.to(device)
+        self._model.to(device)  # type: ignore[arg-type]
         self._config, self._device, self._rows = config, device, rows
         optimizer = config.optimizer
         self._optimizer = torch.optim.AdamW(

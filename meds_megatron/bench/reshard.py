@@ -81,10 +81,11 @@ class Ranks:
 
     def measure(self, rounds: int) -> dict:
         try:
-            bytes_of, seconds, peaks = {}, {kind: [] for kind in KINDS}, {}
+            bytes_of, peaks = {}, {}
+            seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
             for kind in KINDS:
                 self._all(kind)
-                with PeakMemory([process.pid for process in self._processes]) as memory:
+                with PeakMemory([process.pid for process in self._processes if process.pid]) as memory:
                     self._all(kind)
                 peaks[kind] = memory.extra
             for _ in range(rounds):

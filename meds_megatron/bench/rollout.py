@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -38,7 +39,7 @@ def run(config: Config, model_dir: str, prompts: Sequence[list[int]], use_gpu: b
     config = copy.deepcopy(config)
     config.rollout.engines, config.rollout.nodes = 1, None
     # Two engines share the memory that a run gives to one.
-    if use_gpu:
+    if use_gpu and config.rollout.kv_cache_gib:
         config.rollout.kv_cache_gib /= 2
     sampling = Sampling.training(config.rollout)
     placement = reserve_nodes(config, use_gpu)
@@ -57,7 +58,7 @@ def run(config: Config, model_dir: str, prompts: Sequence[list[int]], use_gpu: b
         rates["ours"].append(count_tokens(completions) / our_s)
         seeds = [replace(sampling, seed=number * len(prompts) + index) for index in range(len(few))]
         for kind, samplings in (("unseeded", [sampling] * len(few)), ("seeded", seeds)):
-            made, seconds = timed(lambda samplings=samplings: pool.generate(few, samplings))
+            made, seconds = timed(partial(pool.generate, few, samplings))
             rates[kind].append(count_tokens(made) / seconds)
         tokens += count_tokens(completions) if number > 0 else 0
     pool.close()
@@ -103,10 +104,11 @@ def two_engines(
     many = [prompts[index % len(prompts)] for index in range(count)]
     samplings = [replace(training, max_tokens=int(length), stop=False) for length in lengths]
     pool, _ = started_pool(config, model_dir, use_gpu, placement)
-    static, least_loaded = [], []
+    static: list[float] = []
+    least_loaded: list[float] = []
     for number in range(rounds + 1):
         for seed, seconds in ((number, static), (None, least_loaded)):
-            completions, elapsed = timed(lambda seed=seed: pool.generate(many, samplings, seed))
+            completions, elapsed = timed(partial(pool.generate, many, samplings, seed))
             seconds.append(elapsed)
     pool.close()
     static, least_loaded = static[1:], least_loaded[1:]

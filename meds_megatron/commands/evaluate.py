@@ -108,7 +108,8 @@ def evaluate(
 
         if model or data:
             raise UserError("--regrade takes neither a model nor --data: leave them out")
-        summaries, files = regrade_file(Path(regrade), graders, k or (), workers, Path(out) if out else None), []
+        summaries = regrade_file(Path(regrade), graders, k or (), workers, Path(out) if out else None)
+        files: list[Path] = []
     else:
         from meds_megatron.evaluation.evaluate import evaluate as run
         from meds_megatron.evaluation.settings import request_of

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -29,8 +30,8 @@ INTEGERS = Integers()
 class Command(click.Command):
     """A command whose help ends with an example."""
 
-    def __init__(self, *args, example: str, **kwargs):
-        super().__init__(*args, epilog=f"\b\nExample:\n  {example}", **kwargs)
+    def __init__(self, *, example: str, **kwargs: Any):
+        super().__init__(**kwargs, epilog=f"\b\nExample:\n  {example}")
 
 
 def with_config(command):

@@ -50,7 +50,8 @@ what is learned."""
 def changes(saved: Config, present: Config) -> tuple[list[str], list[str]]:
     """`key: old -> new` of every setting that differs: those free to change, and those that make it another run."""
     old, new = settings_of(saved), settings_of(present)
-    free, other = [], []
+    free: list[str] = []
+    other: list[str] = []
     for key, value in new.items():
         if old[key] != value:
             kind = free if is_free_to_change(key) else other

@@ -39,7 +39,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             _set(settings, key, value, source)
             sources[key] = source
     try:
-        return OmegaConf.to_object(settings)
+        config = OmegaConf.to_object(settings)
+        assert isinstance(config, Config)
+        return config
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         raise UserError(f"{sources.get(key, path)}: {key} cannot be resolved: {_first_line(error)}.") from error
@@ -85,7 +87,7 @@ def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict:
         raise UserError(f"{path}: there is no such config file{named_by}; give the path of a YAML file.")
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
+    except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or _first_line(error)
@@ -101,8 +103,10 @@ def _override_layer(override: str) -> tuple[str, dict]:
     if not equals or not key.strip():
         raise UserError(f"{source}: expected key=value, such as penalty.alpha=0.02.")
     try:
-        return source, OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-    except (YAMLError, OmegaConfBaseException) as error:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        assert isinstance(values, dict)
+        return source, values
+    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"{source}: the value is not readable as YAML; quote it.") from error
 
 
@@ -163,7 +167,7 @@ def schema_types() -> dict[str, Any]:
 def _walk(section: type, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, annotation in get_type_hints(section).items():
         yield prefix + name, annotation
-        if is_dataclass(annotation):
+        if isinstance(annotation, type) and is_dataclass(annotation):
             yield from _walk(annotation, f"{prefix}{name}.")
 
 

@@ -1,13 +1,23 @@
 """Sizes of a Qwen model, read from its config.json without torch or transformers."""
 
-import json
 import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from meds_megatron.errors import UserError
+from meds_megatron.json_text import parse_json
 
+if TYPE_CHECKING:
+    import numpy as np
+
+Length = TypeVar("Length", float, "np.ndarray")
+
+MOST = 2**26
+"""Of any size; those of published models are below a fifth of it."""
+MOST_LAYERS = 2000
+"""Those of published models are below 130."""
 ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 
 
@@ -40,7 +50,7 @@ class ModelShape:
         """Whether the projections of q, k and v have a bias."""
         return self.architecture == "qwen2"
 
-    def token_operations(self, length: float) -> float:
+    def token_operations(self, length: Length) -> Length:
         """Floating-point operations of a forward pass for one token of sequences of `length` tokens.
 
         Matrix products cost 2 a weight, attention 4 * heads * head_dim * context a layer, halved by the causal mask
@@ -64,7 +74,7 @@ class ModelShape:
         if not path.is_file():
             raise UserError(f"{path} does not exist: a Hugging Face model directory has a config.json")
         try:
-            raw = json.loads(path.read_text())
+            raw = parse_json(path.read_text())
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}): download the model again") from error
         if not isinstance(raw, dict):
@@ -76,7 +86,7 @@ class ModelShape:
             return cls(
                 architecture=architecture,
                 hidden_size=hidden,
-                num_layers=_size(raw, "num_hidden_layers", path),
+                num_layers=_size(raw, "num_hidden_layers", path, most=MOST_LAYERS),
                 num_heads=heads,
                 num_kv_heads=_size(raw, "num_key_value_heads", path, heads),
                 head_dim=_size(raw, "head_dim", path, hidden // heads),
@@ -115,15 +125,18 @@ def _check_supported(raw: dict, path: Path) -> None:
         raise UserError(f"{path} turns on attention_bias, which no published Qwen3 has: use another model")
 
 
-def _size(raw: dict, key: str, path: Path, default: int | None = None) -> int:
-    """A whole number above 0. Raises KeyError when it is missing without a default, UserError when it is another value.
+def _size(raw: dict, key: str, path: Path, default: int | None = None, most: int = MOST) -> int:
+    """A whole number from 1 to `most`. Raises KeyError when it is missing without a default, UserError when it is
+    another value.
 
     A null counts as missing where there is a default.
     """
     value = raw[key] if default is None else raw.get(key)
     value = default if value is None and default is not None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{path}: {key} is {value!r}, expected a whole number above 0: download the model again")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise UserError(
+            f"{path}: {key} is {value!r}, expected a whole number above 0 and at most {most}: download the model again"
+        )
     return value
 
 

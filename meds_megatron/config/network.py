@@ -16,7 +16,7 @@ def network_env_vars(cluster: ClusterConfig) -> dict[str, str]:
 
     On one machine no other can reach the sockets of gloo and vLLM, unless `cluster.interface` says otherwise.
     """
-    variables = {}
+    variables: dict[str, str] = {}
     if on_one_machine(cluster):
         variables |= {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE, "VLLM_HOST_IP": LOOPBACK}
     if cluster.interface is not None:

@@ -47,7 +47,7 @@ def load_problems(
         if left == 0:
             break
         if tasks and source in tasks:
-            found = ((problem, source) for problem in tasks[source](left))
+            found: Iterator[tuple[Problem, str]] = ((problem, source) for problem in tasks[source](left))
         else:
             found = islice(_from_file(Path(source).expanduser()), left)
         for problem, origin in found:

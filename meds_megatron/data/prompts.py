@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meds_megatron.config import DataConfig
 from meds_megatron.data.problems import Problem
@@ -67,5 +67,15 @@ def _text(problem: Problem, tokenizer: "PreTrainedTokenizerBase", config: DataCo
         return problem.question
     system = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
     messages = [*system, {"role": "user", "content": problem.question}]
-    thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **thinking)
+    thinking: dict[str, Any] = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **thinking)
+    except Exception as error:
+        # A template is a program: what it raises depends on its errors, and on what the sandbox refuses it.
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise UserError(
+            f"The chat template of the tokenizer in {tokenizer.name_or_path} fails ({reason[0]}): correct it, or set "
+            "data.chat_template to false"
+        ) from error
+    assert isinstance(text, str)
+    return text

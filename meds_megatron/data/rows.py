@@ -11,12 +11,13 @@ has one of its own. An empty assistant message is not rendered: a chat template 
 would put an empty assistant turn before the generation prompt.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from meds_megatron.errors import UserError
+from meds_megatron.json_text import parse_json
 from meds_megatron.latex import last_boxed
 
 QUESTION_FIELDS = ("question", "problem", "Question", "prompt", "input")
@@ -28,7 +29,7 @@ class RowError(ValueError):
     """A malformed row; the caller adds file and row number to the message."""
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, object]]:
+def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """(number, row) of each row, counted from 1. Blank lines of a jsonl file are counted, but not returned."""
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
@@ -44,7 +45,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 raise UserError(
                     f"{path}, row {number}: not valid JSON ({error}); expected one JSON object: correct or remove it"
@@ -76,8 +77,10 @@ def parse_row(row: object) -> tuple[str | None, str, str]:
         )
     parsed = _id(row), _question(row), _answer(row)
     for field, text in zip(("id", "question", "answer"), parsed, strict=True):
+        if text is None:
+            continue
         try:
-            (text or "").encode()
+            text.encode()
         except UnicodeEncodeError as error:
             raise RowError(
                 f"the {field} holds {text[error.start]!r}, half of a character: write the file again as UTF-8"

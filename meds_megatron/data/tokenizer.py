@@ -4,14 +4,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meds_megatron.errors import UserError
+from meds_megatron.lean_imports import lean_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""A tokenizer may have fewer."""
+
 
 def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in `directory`; no code that lies there is run. Raises UserError where there is none to read."""
-    from transformers import AutoTokenizer
+    with lean_transformers():
+        from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)

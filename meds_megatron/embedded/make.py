@@ -8,11 +8,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 
 from filelock import FileLock
 
 from meds_megatron.config import DataConfig, ModelConfig, ModelShape, RandomModelConfig
+from meds_megatron.data.tokenizer import TOKENIZER_FILES
 from meds_megatron.embedded.arithmetic import Variant
 from meds_megatron.errors import UserError
 
@@ -46,37 +46,37 @@ def ensure_arithmetic_model(
     rules: Variant, cache: Path, report: Callable[[str], None] = logger.info, steps: int | None = None
 ) -> Path:
     """The arithmetic model's directory in `cache`, generated with `steps` of warm-up (None: as many as it takes)."""
-    from meds_megatron.embedded import arithmetic, arithmetic_model, random_model, remainder
 
-    warm_up = arithmetic_model.WarmUp() if steps is None else arithmetic_model.WarmUp(steps=steps)
+    def make(directory: Path) -> None:
+        from meds_megatron.embedded.arithmetic_model import WarmUp, make_arithmetic_model
 
-    def progress(step: int, loss: float) -> None:
-        if step % REPORT_EVERY == 0:
-            report(f"warming up the arithmetic model: step {step} of {warm_up.steps}, loss {loss:.3f}")
+        warm_up = WarmUp() if steps is None else WarmUp(steps=steps)
 
-    sources = _sources(arithmetic, arithmetic_model, random_model, remainder)
-    key = {"rules": rules, "warm_up": asdict(warm_up), "sources": sources}
-    return _cached(
-        cache,
-        f"arithmetic-{rules}",
-        key,
-        lambda directory: arithmetic_model.make_arithmetic_model(directory, rules, warm_up, progress),
-    )
+        def progress(step: int, loss: float) -> None:
+            if step % REPORT_EVERY == 0:
+                report(f"warming up the arithmetic model: step {step} of {warm_up.steps}, loss {loss:.3f}")
+
+        make_arithmetic_model(directory, rules, warm_up, progress)
+
+    sources = _sources("arithmetic", "arithmetic_model", "random_model", "remainder")
+    return _cached(cache, f"arithmetic-{rules}", {"rules": rules, "steps": steps, "sources": sources}, make)
 
 
 def _random_model(config: RandomModelConfig, cache: Path) -> Path:
-    from meds_megatron.embedded import random_model
+    def make(directory: Path) -> None:
+        from meds_megatron.embedded.random_model import make_random_model
 
+        make_random_model(config, directory)
+
+    assert config.tokenizer is not None  # `validate_model` has checked it.
     tokenizer = Path(config.tokenizer).expanduser()
-    files = [tokenizer / name for name in random_model.TOKENIZER_FILES if (tokenizer / name).is_file()]
+    files = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
     key = {
         "config": asdict(config),
         "files": {file.name: _digest(file.read_bytes()) for file in files},
-        "sources": _sources(random_model),
+        "sources": _sources("random_model"),
     }
-    return _cached(
-        cache, f"random-{config.architecture}", key, lambda directory: random_model.make_random_model(config, directory)
-    )
+    return _cached(cache, f"random-{config.architecture}", key, make)
 
 
 def _cached(cache: Path, name: str, key: dict, make: Callable[[Path], None]) -> Path:
@@ -119,9 +119,10 @@ def _make(final: Path, make: Callable[[Path], None]) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _sources(*modules: ModuleType) -> list[str]:
-    """The code that generates a model: a change of it invalidates the cache."""
-    return [Path(module.__file__).read_text() for module in modules]
+def _sources(*modules: str) -> list[str]:
+    """The code that generates a model: a change of it invalidates the cache. Read and not imported, which would take a
+    start seconds for transformers' models although there is nothing to generate."""
+    return [Path(__file__).with_name(f"{module}.py").read_text() for module in modules]
 
 
 def _digest(data: bytes) -> str:

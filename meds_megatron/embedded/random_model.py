@@ -12,21 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from meds_megatron.config import RandomModelConfig
-from meds_megatron.data.tokenizer import load_tokenizer
+from meds_megatron.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from meds_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 INIT_STD = 0.02
 MAX_POSITIONS = 32768
 BOXING_BATCH = 8
@@ -40,6 +31,7 @@ def make_random_model(config: RandomModelConfig, directory: Path) -> None:
     With `boxing_steps` the warm-up follows. Raises UserError when the tokenizer's directory has no tokenizer or more
     tokens than `vocab_size` rows.
     """
+    assert config.tokenizer is not None  # `validate_model` has checked it.
     source = Path(config.tokenizer).expanduser()
     if not (source / "tokenizer.json").is_file():
         raise UserError(f"{source} has no tokenizer.json: give model.random.tokenizer a directory with tokenizer files")

@@ -25,6 +25,7 @@ from meds_megatron.evaluation.regrade import check_ks
 from meds_megatron.evaluation.report import plot_pass_at_k, write_csv
 from meds_megatron.evaluation.settings import (
     LONGEST_RESPONSE,
+    Dtype,
     EvalRequest,
     EvalSettings,
     SamplingSettings,
@@ -74,6 +75,7 @@ def evaluate(request: EvalRequest) -> tuple[list[Summary], list[Path]]:
     ks = request.ks or powers_of_two(request.sampling.n_sampling)
     summaries = []
     for dataset in datasets:
+        assert dataset.rows is not None
         records = [Record.from_output(row, request.graders) for row in dataset.rows]
         summaries += [summarise(dataset.name, records, grader, ks) for grader in request.graders]
     return summaries, [dataset.path for dataset in datasets] + _write_report(summaries, folder, datasets)
@@ -151,7 +153,7 @@ def prompt_settings(request: EvalRequest, model: EvaluatedModel) -> tuple[str, D
     if prompt_type == "auto":
         prompt_type = "run" if trained_on else "qwen-instruct"
     config = DataConfig(enable_thinking=request.enable_thinking)
-    if prompt_type == "run":
+    if prompt_type == "run" and trained_on:
         config.system_prompt, config.chat_template = trained_on.system_prompt, trained_on.chat_template
         if config.enable_thinking is None:
             config.enable_thinking = trained_on.enable_thinking
@@ -174,7 +176,7 @@ def _problems(source: str, request: EvalRequest, model: EvaluatedModel) -> list[
     return [replace(problem, question=problem.question.strip()) for problem in chosen]
 
 
-def model_dtype(directory: Path) -> str:
+def model_dtype(directory: Path) -> Dtype:
     """Data type of the engines for a model's own: float32 stays, anything else is bfloat16."""
     raw = json.loads((directory / "config.json").read_text())
     return "float32" if raw.get("dtype", raw.get("torch_dtype")) == "float32" else "bfloat16"
@@ -193,6 +195,7 @@ def _versions() -> dict[str, str]:
 def _generate_missing(request: EvalRequest, model: Path, longest: int, datasets: list[DataSet]) -> None:
     """Completes the data sets without an output, going on from what an interrupted evaluation has left."""
     sampling = request.sampling
+    assert sampling.dtype != "auto"
     config = engine_config(model, sampling.dtype, longest, sampling.max_tokens, request.engines)
     config.train.seed = sampling.seed
     config.cluster.device = resolve_device(config.cluster)
@@ -240,7 +243,7 @@ def _sampling(settings: SamplingSettings, dataset: str, prompt: Prompt) -> Sampl
 def _row(group: PromptGroup, graders: GraderPool, with_tokens: bool) -> dict[str, Any]:
     """Row of a finished problem, with the verdicts of the first grader."""
     problem, completions = group.prompt.problem, [sample.completion for sample in group.samples]
-    fields = {
+    fields: dict[str, Any] = {
         "id": problem.id,
         "source": problem.source,
         "question": problem.question,

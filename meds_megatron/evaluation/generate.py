@@ -9,7 +9,7 @@ from pathlib import Path
 from meds_megatron.config import Config
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.errors import UserError
-from meds_megatron.evaluation.settings import EngineOptions
+from meds_megatron.evaluation.settings import Dtype, EngineOptions
 from meds_megatron.launch.cluster import reserve_nodes
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.rollout.pool import EnginePool
@@ -20,7 +20,7 @@ from meds_megatron.rollout.settings import Sampling
 REPORT_SECONDS = 10.0
 
 
-def engine_config(model: Path, dtype: str, longest_prompt: int, max_tokens: int, options: EngineOptions) -> Config:
+def engine_config(model: Path, dtype: Dtype, longest_prompt: int, max_tokens: int, options: EngineOptions) -> Config:
     """The config of the engines and graders; `size_to_machine` completes it when Ray runs."""
     config = Config()
     config.model.path, config.model.dtype = str(model), dtype

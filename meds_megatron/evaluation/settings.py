@@ -4,11 +4,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from meds_megatron.config import DataConfig
 from meds_megatron.errors import UserError
 
+Dtype = Literal["float32", "bfloat16"]
 LONGEST_RESPONSE = 8192
 """Default of --max-tokens, or what the model's positions allow."""
 
@@ -26,7 +27,7 @@ class SamplingSettings:
     """-1 is off."""
     max_tokens: int = LONGEST_RESPONSE
     seed: int = 0
-    dtype: str = "auto"
+    dtype: Literal["auto"] | Dtype = "auto"
     """`auto` is the model's own."""
 
     def check(self) -> None:
@@ -97,7 +98,7 @@ class EngineOptions:
 
     address: str | None = None
     """Ray cluster to join; None starts Ray on this machine."""
-    device: str = "auto"
+    device: Literal["auto", "cuda", "cpu"] = "auto"
     engines: int | None = None
     """None takes all GPUs, and one engine without GPUs."""
     tensor: int = 1

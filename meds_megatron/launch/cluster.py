@@ -15,6 +15,8 @@ from meds_megatron.launch.ray_output import redirect_ray_output
 from meds_megatron.launch.slurm import EXIT_REQUEUE
 
 PLACEMENT_SECONDS = 120
+START_TRIES = 3
+"""Ray gives its processes 30 s to start, which may be too few on a machine with much other work."""
 RAY_SETTINGS = {
     # From the death of the GCS until Ray ends the driver: for the run to save.
     "gcs_rpc_server_reconnect_timeout_s": 600,
@@ -24,6 +26,8 @@ RAY_SETTINGS = {
     "prestart_worker_first_driver": False,
 }
 """Of the Ray clusters that runs and Slurm jobs start."""
+
+logger = logging.getLogger(__name__)
 
 
 class RayCluster:
@@ -46,24 +50,30 @@ class RayCluster:
         if not self.is_own:
             ray.init(address=self._address, log_to_driver=True, logging_level="warning")
             return
+        assert self._directory is not None
         # Ray listens on all interfaces, and its own clusters accept only who has their token. It logs that at every
         # start.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        before = descendants()
-        try:
-            ray.init(
-                # Without it, RAY_ADDRESS or a running Ray of this machine would be taken.
-                address="local",
-                include_dashboard=False,
-                logging_level="warning",
-                log_to_driver=True,
-                _temp_dir=str(self._directory / "ray"),
-                _system_config=dict(RAY_SETTINGS),  # Ray adds to it.
-            )
-        except Exception as error:  # Ray has no class for it, and leaves the processes that it has started.
-            for process in descendants() - before:
-                kill_tree(process)
-            raise RayDied(f"Ray did not start on this machine: {error}", EXIT_REQUEUE) from error
+        for left in reversed(range(START_TRIES)):
+            before = descendants()
+            try:
+                ray.init(
+                    # Without it, RAY_ADDRESS or a running Ray of this machine would be taken.
+                    address="local",
+                    include_dashboard=False,
+                    logging_level="warning",
+                    log_to_driver=True,
+                    _temp_dir=str(self._directory / "ray"),
+                    _system_config=dict(RAY_SETTINGS),  # Ray adds to it.
+                )
+                return
+            except Exception as error:  # Ray has no class for it.
+                # It does not end what it has started.
+                for process in descendants() - before:
+                    kill_tree(process)
+                if not left:
+                    raise RayDied(f"Ray did not start on this machine: {error}", EXIT_REQUEUE) from error
+                logger.warning("Ray did not start on this machine and is started again: %s", error)
 
     def close(self) -> None:
         """Disconnects; a Ray of the run's own ends with all that runs on it."""

@@ -2,13 +2,14 @@
 
 import os
 import socket
+from typing import Literal
 
 from meds_megatron.config import ClusterConfig
 from meds_megatron.errors import UserError
 from meds_megatron.launch.cluster import ray_cluster
 
 
-def resolve_device(cluster: ClusterConfig) -> str:
+def resolve_device(cluster: ClusterConfig) -> Literal["cuda", "cpu"]:
     """`cuda` or `cpu`; `auto` is `cuda` where a machine of the Ray cluster has a GPU.
 
     Connects to a cluster that is running, for as long as this takes; Ray that is yet to be started on this machine will

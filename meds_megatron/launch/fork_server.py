@@ -23,11 +23,13 @@ from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 from shlex import quote
-from tempfile import TemporaryDirectory
 
 from meds_megatron.launch import fork_client
 from meds_megatron.launch.processes import dies_with_parent
+from meds_megatron.weights.resharding.shared_directory import PREFIX, SHARED_MEMORY, claim, remove
 
+MOST_CLIENTS = 128
+"""That wait at a time."""
 NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -42,25 +44,31 @@ class ForkServer(AbstractContextManager):
         self.env_vars, self._function = dict(env_vars), function
 
     def __enter__(self) -> "ForkServer":
-        # Private to the user; Ray's workers inherit its environment, hence the path goes by their command.
-        self._directory = TemporaryDirectory(prefix="meds-fork-")
-        self._socket = Path(self._directory.name) / secrets.token_hex(4)
-        program = f"from {__name__} import serve; serve({str(self._socket)!r}, {os.getpid()}, {self._function!r})"
-        paths = f"import sys; sys.path[:] = {sys.path!r}; "
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", paths + program],
-            env=os.environ | self.env_vars | NO_GPUS,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        # Private to the user; the next run removes what a killed driver leaves.
+        self._directory = SHARED_MEMORY / f"{PREFIX}fork-{secrets.token_hex(8)}"
+        self._claim = claim(self._directory)
+        self._socket = self._directory / "socket"
+        with socket.socket(socket.AF_UNIX) as listener:
+            # Clients wait for the imports, also those that come before the server has begun.
+            listener.bind(str(self._socket))
+            listener.listen(MOST_CLIENTS)
+            program = f"from {__name__} import serve; serve({listener.fileno()}, {os.getpid()}, {self._function!r})"
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {program}"],
+                env=os.environ | self.env_vars | NO_GPUS,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                pass_fds=[listener.fileno()],
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._directory.cleanup()
+        self.process.kill()
+        self.process.wait()
+        remove(self._directory)
+        os.close(self._claim)
 
     @property
     def py_executable(self) -> str:
@@ -68,17 +76,14 @@ class ForkServer(AbstractContextManager):
         return f"{quote(sys.executable)} -I -S {quote(fork_client.__file__)} {quote(str(self._socket))}"
 
 
-def serve(path: str, parent: int, function: str) -> None:
-    """The server's process: imports, then forks for every client."""
+def serve(listener_file: int, parent: int, function: str) -> None:
+    """The server's process: imports, then a fork for every client."""
     dies_with_parent(parent)
     for number in fork_client.IGNORED:
         signal.signal(number, signal.SIG_IGN)
     # Forks that have ended are not to be waited for.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
-    # Clients wait for the imports.
-    listener.listen(128)
+    listener = socket.socket(fileno=listener_file)
     before = dict(os.environ)
     module, _, name = function.partition(":")
     getattr(import_module(module), name)()

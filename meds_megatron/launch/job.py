@@ -85,6 +85,7 @@ class Job:
         # The token travels through srun's input: no command line, environment or shared file shows it. srun passes
         # signals on to all processes of the step; in a session of its own it gets none that are meant for this process.
         srun = subprocess.Popen(self._command, stdin=subprocess.PIPE, text=True, start_new_session=True)
+        assert srun.stdin is not None
         # An srun that ends at once is reported as one.
         with suppress(BrokenPipeError), srun.stdin as pipe:
             pipe.write(json.dumps({"token": token, "port": port}) + "\n")

@@ -59,7 +59,7 @@ class NodeTask:
         self._driver: subprocess.Popen | None = None
         self._requested: int | None = None
         """Signal that the driver is to get."""
-        self._ray_address = ""
+        self._ray_address: str | None = None
 
     def run(self) -> None:
         """Returns when the job is over."""
@@ -137,9 +137,9 @@ class NodeTask:
         self._send(("ended", exit_code(code)))
 
     def _run_command(self, *command: str) -> int:
-        command = [sys.executable, "-m", "meds_megatron.cli", *command, *self._train]
-        command.append(f"cluster.address={self._ray_address}")
-        self._driver = subprocess.Popen(command, env=self._environment, preexec_fn=processes.ends_with_parent)
+        line = [sys.executable, "-m", "meds_megatron.cli", *command, *self._train]
+        line.append(f"cluster.address={self._ray_address}")
+        self._driver = subprocess.Popen(line, env=self._environment, preexec_fn=processes.ends_with_parent)
         if self._requested is not None:
             # The signal may have come before there was a process to get it.
             self._driver.send_signal(self._requested)
@@ -183,8 +183,8 @@ def left_directories(base: Path, job: SlurmJob) -> list[Path]:
     # Asked after the directories were listed: none of them is a job's that has started since.
     present = present_jobs()
     # An answer without this job is about other jobs, of a container's user perhaps.
-    known = present is not None and job.id in present
-    return [path for path, id in jobs.items() if id == job.id or (known and id not in present)]
+    ended = set(jobs.values()) - present if present is not None and job.id in present else set()
+    return [path for path, id in jobs.items() if id == job.id or id in ended]
 
 
 def _is_own(path: Path) -> bool:
@@ -252,6 +252,7 @@ def job_settings(config: Config, nodes: int, overrides: Sequence[str]) -> list[s
 
 def main(arguments: Sequence[str]) -> int:
     job = SlurmJob.from_environment()
+    assert job is not None
     number = int(os.environ["SLURM_PROCID"])
     given = json.loads(sys.stdin.readline())
     config_file, *overrides = arguments

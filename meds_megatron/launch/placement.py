@@ -147,6 +147,7 @@ class Placement:
         if not self._use_gpu:
             env_vars |= NO_GPUS
         else:
+            assert node is not None  # GPUs are reserved first.
             # The run owns the reserved GPUs and assigns them itself: several actors share one.
             env_vars |= ALLOCATOR_ENV_VARS
             env_vars["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus(place, node.gpus))

@@ -78,7 +78,7 @@ def kill_descendants(seconds: float) -> None:
 
 def shared_files(processes: set[int]) -> set[Path]:
     """Entries of the shared memory that the processes have open or mapped."""
-    found = set()
+    found: set[str] = set()
     for process in processes:
         directory = Path("/proc") / str(process)
         try:

@@ -104,6 +104,7 @@ def load_sweep(path: str | Path) -> SweepConfig:
         sweep = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepConfig), values))
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(sweep, SweepConfig)
     _check_ranges(sweep, path)
     if not sweep.config:
         raise UserError(f"{path}: config is not set; name the runs' config, relative to this file.")

@@ -29,8 +29,9 @@ from meds_megatron.config import load_config
 from meds_megatron.config.changes import make_another_run
 from meds_megatron.errors import UserError
 from meds_megatron.launch.job import run_job
-from meds_megatron.launch.slurm import SlurmJob
+from meds_megatron.launch.slurm import SlurmJob, present_jobs
 from meds_megatron.launch.sweep_config import SEED, SweepConfig, SweepRun, expand, load_sweep
+from meds_megatron.metrics_file import read_metrics
 
 POLL_SECONDS = {"local": 2.0, "slurm": 15.0}
 LOST_SECONDS = 30.0
@@ -85,7 +86,13 @@ class Tracked:
     missing_since: float | None = None
     gpus: list[str] = field(default_factory=list)
     """Of this machine, that a local run has to itself."""
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def latest_job(self) -> submitit.Job:
+        """Of a run that was submitted."""
+        assert self.job is not None
+        return self.job
 
 
 class Sweep:
@@ -154,7 +161,8 @@ class Sweep:
 
     def _stop_local_runs(self) -> None:
         """Makes the local runs save themselves and end, and waits for that."""
-        jobs = [tracked.job for tracked in self._tracked if tracked.state == "submitted" and not tracked.job.done()]
+        submitted = [tracked.latest_job for tracked in self._tracked if tracked.state == "submitted"]
+        jobs = [job for job in submitted if not job.done()]
         if jobs:
             print(f"meds: the sweep stops when its {len(jobs)} runs have saved themselves", file=sys.stderr)
         for job in jobs:
@@ -165,7 +173,8 @@ class Sweep:
 
     def _state_after(self, tracked: Tracked) -> State:
         try:
-            code = tracked.job.result() if tracked.job.paths.result_pickle.exists() else None
+            job = tracked.latest_job
+            code = job.result() if job.paths.result_pickle.exists() else None
         except submitit.core.utils.FailedJobError:
             code = None
         if code == 0 and _is_complete(tracked):
@@ -174,13 +183,14 @@ class Sweep:
 
     def _has_ended(self, tracked: Tracked, listed: set[str]) -> bool:
         if self._executor_name == "local":
-            return tracked.job.done()
-        if tracked.job.job_id in listed:
+            return tracked.latest_job.done()
+        if tracked.latest_job.job_id in listed:
             tracked.missing_since = None
             return False
         # The job's last files may show up on this machine later than its end.
         tracked.missing_since = tracked.missing_since or time.monotonic()
-        return tracked.job.paths.result_pickle.exists() or time.monotonic() - tracked.missing_since > LOST_SECONDS
+        has_result = tracked.latest_job.paths.result_pickle.exists()
+        return has_result or time.monotonic() - tracked.missing_since > LOST_SECONDS
 
     def _submit(self, tracked: Tracked) -> None:
         run, job = tracked.run, self._config.job
@@ -313,7 +323,9 @@ class Sweep:
 
 def _train_in_slurm(arguments: list[str], srun_options: list[str], python: str) -> int:
     """The batch process of a run's job. The exit code of the run."""
-    code, requeued = run_job(SlurmJob.from_environment(), srun_options, python, arguments)
+    slurm = SlurmJob.from_environment()
+    assert slurm is not None
+    code, requeued = run_job(slurm, srun_options, python, arguments)
     if requeued:
         # Slurm ends this process; a result now would make the job a finished one.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -363,24 +375,22 @@ def _visible_gpus() -> list[str]:
 
 def _slurm_jobs() -> set[str] | None:
     """Ids of all jobs of this user that are queued or running; None when Slurm does not answer."""
-    listed = subprocess.run(["squeue", "--me", "--noheader", "--format=%i"], capture_output=True, text=True)
-    if listed.returncode != 0:
-        print(f"meds: squeue: {listed.stderr.strip()}; asking again", file=sys.stderr)
-        return None
-    return set(listed.stdout.split())
+    jobs = present_jobs()
+    if jobs is None:
+        print("meds: squeue does not answer; asking again", file=sys.stderr)
+    return jobs
 
 
 def _is_complete(tracked: Tracked) -> bool:
     return tracked.metrics.get("step", -1) >= tracked.run.steps
 
 
-def _last_metrics(directory: Path) -> dict[str, float]:
+def _last_metrics(directory: Path) -> dict[str, Any]:
     """The last value of every metric of a run."""
-    values: dict[str, float] = {}
-    with suppress(FileNotFoundError), open(directory / "metrics.jsonl", encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):  # The last one may be being written.
-                values |= json.loads(line)
+    values: dict[str, Any] = {}
+    with suppress(FileNotFoundError):
+        for line in read_metrics(directory / "metrics.jsonl"):
+            values |= line.values
     return values
 
 

@@ -215,7 +215,7 @@ class MemoryShard:
         known_N = added_N[:0] if before is None else before.records_N
         after, fresh_fit = extend(known_N, added_N, keep, self.config)
         evicted = len(known_N) + len(added_N) - len(after)
-        if after.features:
+        if self._moments and after.features:
             self._moments = self._moments.plus(added_N["vector"])
             if evicted:
                 vectors_NF = np.concatenate([known_N["vector"], added_N["vector"]])
@@ -242,7 +242,7 @@ class MemoryShard:
         by_age = sorted(self._histories, key=lambda key: self._histories[key].records_N["step"][-1])
         for key in by_age[: -max(keys_that_fit(budget, record_bytes), 1)]:
             history = self._histories[key]
-            if history.features:
+            if self._moments and history.features:
                 self._moments = self._moments.plus(history.records_N["vector"], sign=-1)
             self._counts.evicted_vectors += len(history)
             self._replace(key, history, None)

@@ -125,7 +125,7 @@ def _contents(snapshot: Snapshot) -> Iterator[bytes]:
     def shapes(records: Records) -> list[tuple[str, int, int]]:
         return [(key, *records_N["vector"].shape) for key, records_N in records.items()]
 
-    moments = snapshot.moments and [snapshot.moments.count, *(sums.tolist() for sums in snapshot.moments[1:])]
+    moments = snapshot.moments and [snapshot.moments.vectors, *(sums.tolist() for sums in snapshot.moments[1:])]
     header = {"rank": snapshot.rank, "shards": snapshot.shards, "step": snapshot.step, "config": snapshot.config}
     header |= {"moments": moments, "clustered": shapes(snapshot.clustered), "pending": shapes(snapshot.pending)}
     encoded = json.dumps(header).encode()

@@ -13,7 +13,7 @@ SATURATED_SIZE = 7
 class Moments(NamedTuple):
     """Count, sum and outer-product sum of the stored vectors: enough for their covariance, and shards add up."""
 
-    count: int
+    vectors: int
     sum_F: np.ndarray
     outer_FF: np.ndarray
 
@@ -25,7 +25,7 @@ class Moments(NamedTuple):
         """The moments with these vectors added, or removed where `sign` is -1."""
         vectors_NF = vectors_NF.astype(np.float64)
         return Moments(
-            self.count + sign * len(vectors_NF),
+            self.vectors + sign * len(vectors_NF),
             self.sum_F + sign * vectors_NF.sum(axis=0),
             self.outer_FF + sign * (vectors_NF.T @ vectors_NF),
         )

@@ -74,9 +74,10 @@ class PackedAttention(nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
+        assert packed_seq_params is not None
         sequences, gqa = packed_seq_params, query_TND.shape[1] != key_TGD.shape[1]
         if query_TND.is_cuda and query_TND.dtype is torch.bfloat16 and self.context_group.size() == 1:
-            return varlen_attn(
+            attended = varlen_attn(
                 query_TND,
                 key_TGD,
                 value_TGD,
@@ -88,6 +89,8 @@ class PackedAttention(nn.Module):
                 window_size=(-1, 0),
                 enable_gqa=gqa,
             )
+            assert isinstance(attended, Tensor)
+            return attended
         on_host = sequences.cu_seqlens_q_padded
         bounds = sequences.cu_seqlens_q if on_host is None else on_host
         lengths = [end - begin for begin, end in pairwise(bounds.tolist())]

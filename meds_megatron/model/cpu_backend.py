@@ -4,6 +4,8 @@ megatron-core hard-codes the device "cuda" in some places and calls `torch.cuda`
 `install()` redirects those calls to the CPU, once per process and only if CUDA is not available.
 """
 
+from typing import Any
+
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -47,12 +49,13 @@ def install() -> None:
         return
     _mode = _CudaNamesMeanCpu()
     _mode.__enter__()
-    torch.cuda.current_device = lambda: "cpu"
-    torch.cuda.synchronize = lambda device=None: None
-    torch.cuda.empty_cache = lambda: None
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: "cpu"
+    cuda.synchronize = lambda device=None: None
+    cuda.empty_cache = lambda: None
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
 
     from megatron.core.tensor_parallel import random as megatron_random
 

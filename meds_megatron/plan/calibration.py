@@ -1,11 +1,11 @@
 """Measured times of a run in place of assumed ones."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from meds_megatron.config import Config, load_config
 from meds_megatron.errors import UserError
+from meds_megatron.metrics_file import read_metrics
 from meds_megatron.plan.duration import TIMED, StepTokens
 
 
@@ -64,10 +64,4 @@ def read_run(directory: str | Path, prompt_share: float) -> Measured:
 def _lines(path: Path) -> list[dict]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; give --calibrate the directory of a run, which has a metrics.jsonl.")
-    found = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            found.append(json.loads(text))
-        except ValueError as error:
-            raise UserError(f"{path} line {number} is not JSON ({error}); remove the line.") from error
-    return found
+    return [line.values for line in read_metrics(path)]

@@ -20,6 +20,7 @@ def planned_shape(config: Config) -> ModelShape:
         return ARITHMETIC
     if model.make == "random":
         return _random_shape(config)
+    assert model.path is not None  # `validate_model` has checked it.
     path = Path(model.path).expanduser()
     if (path / "config.json").is_file():
         return ModelShape.from_hf(path)

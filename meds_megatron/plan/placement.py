@@ -29,7 +29,7 @@ class PlacementRow:
 
 def placement_rows(config: Config, shape: ModelShape, layout: ParallelLayout) -> list[PlacementRow]:
     """A row for each tensor-parallel group and node, then one for each engine on nodes of its own."""
-    engines = {}
+    engines: dict[tuple[int, int], int] = {}
     for engine, place in enumerate(engine_places(config.cluster, config.rollout)):
         engines |= {(place.node, gpu): engine for gpu in place.gpus}
     groups: dict[tuple[int, int, int, int], list[tuple[int, int, int]]] = {}

@@ -140,7 +140,7 @@ def make_plan(
 def scaled_tokens(measured: Measured, config: Config) -> StepTokens:
     """A step of `config` whose responses are as long, relative to the limit, and kept as often as in the run."""
     run, theirs = measured.tokens, measured.config
-    steps = config.train.prompts_per_step * config.rollout.responses_per_prompt
+    steps: float = config.train.prompts_per_step * config.rollout.responses_per_prompt
     steps /= theirs.train.prompts_per_step * theirs.rollout.responses_per_prompt
     return StepTokens(
         generated=run.generated * steps,

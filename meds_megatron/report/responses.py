@@ -82,7 +82,7 @@ def read_responses(rollouts: list[Path]) -> RunResponses:
 def texts(rollouts: list[Path], wrong: WrongResponses, chosen: Iterable[int]) -> dict[int, str]:
     """Text of the chosen wrong responses, by their index."""
     chosen_C = np.fromiter(chosen, dtype=np.int64)
-    found = {}
+    found: dict[int, str] = {}
     for number in np.unique(wrong.file_W[chosen_C]):
         of_file = chosen_C[wrong.file_W[chosen_C] == number]
         column = read_columns(rollouts[number], ["response"])["response"]

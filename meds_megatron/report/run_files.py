@@ -1,9 +1,9 @@
 """What the report reads of a run directory: settings, metrics and rollout files."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,7 @@ import yaml
 
 from meds_megatron.config import MemoryConfig
 from meds_megatron.errors import UserError
+from meds_megatron.metrics_file import read_metrics
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class RunFiles:
     """A run directory, finished or not."""
 
     path: Path
-    settings: dict[str, object]
+    settings: dict[str, Any]
     """By dotted key, as the run saved them: those of another version of this program may have other keys."""
     metrics: list[dict]
     """A dict a step, oldest first, with the names of `metrics.jsonl`."""
@@ -47,7 +48,7 @@ def read_run(path: str | Path) -> RunFiles:
     return RunFiles(
         path,
         _read_settings(path / "config.yaml"),
-        _read_metrics(path / "metrics.jsonl"),
+        [line.values for line in read_metrics(path / "metrics.jsonl")],
         sorted((path / "rollouts").glob("step_*.parquet")),
     )
 
@@ -55,7 +56,7 @@ def read_run(path: str | Path) -> RunFiles:
 def _read_settings(path: Path) -> dict[str, object]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not readable as YAML; restore the file that the run wrote.") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines, found none; restore the file that the run wrote.")
@@ -68,21 +69,6 @@ def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _read_metrics(path: Path) -> list[dict]:
-    # What follows the last newline is a line that the run is still writing.
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    steps = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            steps.append(json.loads(line))
-            steps[-1]["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} line {number}: expected a JSON object with a `step`; remove the line and try again."
-            ) from error
-    return steps
 
 
 def read_columns(path: Path, names: list[str]) -> pa.Table:

@@ -27,9 +27,8 @@ def compare_plainly(answer: str, truth: str) -> bool | None:
         if answer_number == truth_number:
             return True
         return False if answer_number.denominator == truth_number.denominator == 1 else None
-    numerals = _NUMERAL.fullmatch(plain_answer), _NUMERAL.fullmatch(plain_truth)
-    if all(numerals):
-        return numerals[0].groups() == numerals[1].groups()
+    if (numeral := _NUMERAL.fullmatch(plain_answer)) and (truth_numeral := _NUMERAL.fullmatch(plain_truth)):
+        return numeral.groups() == truth_numeral.groups()
     return _compare_quantities(answer, truth)
 
 

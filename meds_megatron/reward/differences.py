@@ -13,7 +13,7 @@ import math
 import random
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from meds_megatron.reward.notation import MINUS_SIGNS
 
@@ -156,6 +156,14 @@ def _numbers_differ(answers: tuple[complex, ...], truths: tuple[complex, ...], t
     return abs(answers[0] - truths[0]) > tolerance + RELATIVE_TOLERANCE * size + 1000 * spread
 
 
+def _plus(sign: int, a: complex, b: complex) -> complex:
+    return a + sign * b
+
+
+def _times(sign: int, a: complex, b: complex) -> complex:
+    return a * (sign * b)
+
+
 class _Evaluation:
     """Value of an expression at one point, with a random error in each operation; `symbols` holds those it contains.
 
@@ -165,7 +173,8 @@ class _Evaluation:
 
     def __init__(self, text: str, point: int, repeat: int) -> None:
         self.text, self.position, self.depth = text, 0, 0
-        self.point, self.symbols = point, set()
+        self.point = point
+        self.symbols: set[str] = set()
         self.errors = random.Random(repeat)
         self.value = self._sum()
         if self._next():
@@ -204,7 +213,7 @@ class _Evaluation:
         value = self._combine(lambda a, b: a * b, sign, self._product()) if sign < 0 else self._product()
         while self._next() in ("+", "-"):
             sign = self._sign()
-            value = self._combine(lambda a, b, sign=sign: a + sign * b, value, self._product())
+            value = self._combine(partial(_plus, sign), value, self._product())
         return value
 
     def _sign(self) -> int:
@@ -223,7 +232,7 @@ class _Evaluation:
                 self._take()
                 sign = self._sign()
                 previous = self._next()
-                value = self._combine(lambda a, b, sign=sign: a * (sign * b), value, self._power())
+                value = self._combine(partial(_times, sign), value, self._power())
             elif token in ("/", r"\div"):
                 self._take()
                 previous = ""
@@ -282,7 +291,7 @@ class _Evaluation:
             raise _Undecided
         token = self._take()
         if token[:1].isdigit() or token[:1] == ".":
-            value = self._literal(token)
+            value: Value = self._literal(token)
         elif token == "{":
             value = self._sum()
             self._expect("}")
@@ -320,7 +329,7 @@ class _Evaluation:
         return self._rounded(_positive(_number(self._argument())) ** (1 / degree))
 
     def _function(self, name: str) -> complex:
-        power = 1
+        power = 1.0
         if self._next() == "^":
             self._take()
             power = _real(_number(self._argument()))

@@ -56,6 +56,9 @@ class Grade:
         return self.outcome in ("timeout", "error")
 
 
+NO_ANSWER = Grade(False, "no_answer", "no closed \\boxed{} with something in it")
+
+
 class GraderPool(AbstractContextManager):
     """Grades responses in up to `workers` processes, which start when first needed and are replaced when they end.
 
@@ -107,12 +110,12 @@ class GraderPool(AbstractContextManager):
         Equal pairs of boxed answer and ground truth are judged once and share their future, unless that failed. The
         future raises RuntimeError when grader processes do not start, CancelledError when the pool is closed first.
         """
-        pair = (self.rules.extract(response_text), answer)
-        plain = _plain_verdict(*pair, self.rules)
-        if plain is not None:
-            future: Future[Grade] = Future()
-            future.set_result(plain)
-            return future
+        boxed = self.rules.extract(response_text)
+        if not boxed:
+            return _resolved(NO_ANSWER)
+        if plain := _plain_verdict(boxed, answer, self.rules):
+            return _resolved(plain)
+        pair = boxed, answer
         with self._lock:
             future = self._futures.get(pair)
             if future is None or _failed(future):
@@ -240,10 +243,14 @@ def _failed(future: "Future[Grade]") -> bool:
     return future.done() and (future.cancelled() or future.exception() is not None or future.result().failed)
 
 
-def _plain_verdict(answer: str | None, truth: str, rules: Rules) -> Grade | None:
+def _resolved(grade: Grade) -> Future[Grade]:
+    future: Future[Grade] = Future()
+    future.set_result(grade)
+    return future
+
+
+def _plain_verdict(answer: str, truth: str, rules: Rules) -> Grade | None:
     """Verdict where it takes no mathematics, else None."""
-    if not answer:
-        return Grade(False, "no_answer", "no closed \\boxed{} with something in it")
     if not normalised(truth):
         return Grade(False, "error", f"the ground truth {truth!r} holds nothing to compare with")
     if len(answer) > MAX_ANSWER_CHARACTERS:

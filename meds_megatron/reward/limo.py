@@ -170,12 +170,12 @@ def accepts(answer: str, truth: str, depth: int = 0) -> bool:
     if (choice := _CHOICE.match(answer)) and same(answer[choice.end() :].strip(), truth):
         return True
     if "," in answer and "," in truth:
-        parts = [sorted(part.strip() for part in text.split(",")) for text in (answer, truth)]
-        if _all_same(*parts, same):
+        parts, truth_parts = (sorted(part.strip() for part in text.split(",")) for text in (answer, truth))
+        if _all_same(parts, truth_parts, same):
             return True
-    numbers = _number(answer), _number(truth)
-    if None not in numbers:
-        return any(isclose(numbers[1] * factor, numbers[0], abs_tol=TOLERANCE) for factor in (0.01, 1, 100))
+    number, truth_number = _number(answer), _number(truth)
+    if number is not None and truth_number is not None:
+        return any(isclose(truth_number * factor, number, abs_tol=TOLERANCE) for factor in (0.01, 1, 100))
     if not answer:
         return False
     return _same_structure(answer.strip(), truth.strip(), same)
@@ -218,8 +218,8 @@ def _same_structure(answer: str, truth: str, same: Callable[[str, str], bool]) -
     bracketed = _BRACKETED.match(answer) and _BRACKETED.match(truth)
     if bracketed and _all_same(answer[1:-1].split(","), truth[1:-1].split(","), same):
         return True
-    matrices = _MATRIX.fullmatch(answer), _MATRIX.fullmatch(truth)
-    if all(matrices) and _same_matrix(*(matrix[1] for matrix in matrices), same):
+    matrix, truth_matrix = _MATRIX.fullmatch(answer), _MATRIX.fullmatch(truth)
+    if matrix and truth_matrix and _same_matrix(matrix[1], truth_matrix[1], same):
         return True
     equations = answer.count("="), truth.count("=")
     if equations == (1, 1):

@@ -46,6 +46,7 @@ def judge_of(grader: str) -> Callable[[str, str], tuple[bool, str]]:
     if grader != "limo":
         return judge
     spec = importlib.util.spec_from_file_location("limo", os.path.join(os.path.dirname(__file__), "limo.py"))
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.judge
@@ -85,4 +86,4 @@ def main(descriptor: int, parent: int, memory_bytes: int, grader: str = "math_ve
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]), *sys.argv[4:])
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

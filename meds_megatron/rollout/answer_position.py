@@ -23,12 +23,12 @@ _OPENING = re.compile(BOX_OPENING.encode())
 class AnswerPosition(NamedTuple):
     """Position of a response's answer.
 
-    `index` is that of the token that holds the `{` of the last `\\boxed{`, -1 where `reason` says why there is no
+    `token` is the index of the token that holds the `{` of the last `\\boxed{`, -1 where `reason` says why there is no
     answer. The token after it is the answer's first; where the brace is merged with the beginning of the answer, it is
-    still the next one, since that is what the model predicts at `index`.
+    still the next one, since that is what the model predicts there.
     """
 
-    index: int
+    token: int
     reason: Literal["", "no_box", "box_at_end"]
     """`no_box`: the response has no box. `box_at_end`: only the end of the response or a special token follows the
     brace's token. An earlier box does not stand in for the last one."""
@@ -67,7 +67,7 @@ class AnswerLocator:
         command = text.rfind(b"\\boxed")
         while command >= 0 and not (opening := _OPENING.match(text, command)):
             command = text.rfind(b"\\boxed", 0, command)
-        if command < 0:
+        if command < 0 or opening is None:
             return None
         end = len(text)
         index = len(pieces)
@@ -92,7 +92,9 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> list[bytes]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if type(getattr(backend, "decoder", None)).__name__ != "ByteLevel":
         for token_id in vocabulary.values():
-            pieces_V[token_id] = tokenizer.decode([token_id]).encode()
+            text = tokenizer.decode([token_id])
+            assert isinstance(text, str)
+            pieces_V[token_id] = text.encode()
         return pieces_V
     to_latin1 = str.maketrans({character: chr(byte) for byte, character in enumerate(_byte_alphabet())})
     added = tokenizer.added_tokens_decoder

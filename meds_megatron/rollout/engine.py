@@ -37,7 +37,7 @@ from meds_megatron.weights.resharding.shared_directory import (
 )
 
 if TYPE_CHECKING:
-    from vllm import CompletionOutput, SamplingParams
+    from vllm import SamplingParams
 
     from meds_megatron.weights.resharding.types import Checksums, Rendezvous, StagedBucket, SyncSpec
 
@@ -62,7 +62,8 @@ class Request:
 @dataclass(frozen=True)
 class _Finished:
     number: int
-    outputs: "list[CompletionOutput]"
+    outputs: Any
+    """vLLM's `CompletionOutput`s."""
 
 
 def engine_log(index: int) -> str:
@@ -164,10 +165,12 @@ class RolloutEngine(SupervisedActor):
         taken = [self._finished.get()]
         while not self._finished.empty():
             taken.append(self._finished.get())
-        for error in taken:
-            if isinstance(error, Exception):
-                raise error
-        return {finished.number: self._completions(finished) for finished in taken}
+        finished: list[_Finished] = []
+        for request in taken:
+            if isinstance(request, Exception):
+                raise request
+            finished.append(request)
+        return {request.number: self._completions(request) for request in finished}
 
     def connect(self, spec: "SyncSpec", rendezvous: "Rendezvous | None", senders: dict[tuple[int, int], int]) -> None:
         """Gives the engine's ranks the sources of their weights; returns when the transfer group has formed."""
@@ -274,7 +277,7 @@ class RolloutEngine(SupervisedActor):
             # A prefix cached by earlier requests would change what is computed, and so the order of samples.
             self._reset_prefix_cache()
         names = self.llm.enqueue(
-            [TokensPrompt(prompt_token_ids=request.prompt) for request in requests],
+            [TokensPrompt(prompt_token_ids=list(request.prompt)) for request in requests],
             [self._sampling_params(request.sampling) for request in requests],
             use_tqdm=False,
         )

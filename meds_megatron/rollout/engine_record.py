@@ -24,7 +24,7 @@ class Engine:
     options: dict[str, Any]
     """Of its Ray actor."""
     health: EngineHealth
-    actor: ray.actor.ActorHandle | None = None
+    actor: ray.actor.ActorHandle = field(init=False)
     """Another after every restart."""
     identity: Future | None = None
     """Node and process id of the actor."""

@@ -3,14 +3,14 @@
 Importing this module does not import vLLM.
 """
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from meds_megatron.config import Config, RolloutConfig
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.config.schema import CPU_KV_CACHE_GIB
 from meds_megatron.errors import UserError
+from meds_megatron.json_text import parse_json
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -74,7 +74,7 @@ def kv_cache_arguments(rollout: RolloutConfig, use_gpu: bool) -> dict[str, Any]:
     return {} if size is None else {"kv_cache_memory_bytes": int(size * 2**30), "gpu_memory_utilization": FREE_SHARE}
 
 
-def engine_dtype(config: Config) -> str:
+def engine_dtype(config: Config) -> Literal["float32", "bfloat16"]:
     """Data type of the engines' weights, without `torch.`."""
     return config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
 
@@ -101,7 +101,7 @@ def stop_token_ids(model_dir: str | Path, tokenizer_eos: int | None) -> list[int
     for name in ("generation_config.json", "config.json"):
         path = Path(model_dir) / name
         try:
-            eos = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+            eos = parse_json(path.read_text()).get("eos_token_id") if path.is_file() else None
         except (ValueError, AttributeError) as error:
             raise UserError(f"{path} is not JSON of a model ({error}): download the model again") from error
         if eos is not None:

@@ -241,16 +241,19 @@ class EnginePool:
         others for each `salt`; returns whether there are none."""
         by_engine: dict[int, dict[str, np.ndarray]] = {engine.number: {} for engine in self.engines}
         for name, state in states.items():
-            engine, _, rest = name.partition(".")
-            by_engine.get(int(engine.removeprefix("engine")), {})[rest] = state
-        calls = {}
+            saved_engine, _, rest = name.partition(".")
+            by_engine.get(int(saved_engine.removeprefix("engine")), {})[rest] = state
+        calls: dict[int, ray.ObjectRef] = {}
         for engine in self.ready():
             calls |= self.call([engine], "set_random_states", by_engine[engine], salt)
         return all(self.outcomes(calls).values()) and len(calls) == len(self.engines)
 
     def metrics(self) -> dict[str, float]:
         """Counts since the last call."""
-        counts = {"rollout/engine_restarts": self.restarts, "rollout/regenerated_prompts": self.regenerated_prompts}
+        counts: dict[str, float] = {
+            "rollout/engine_restarts": self.restarts,
+            "rollout/regenerated_prompts": self.regenerated_prompts,
+        }
         self.restarts = self.regenerated_prompts = 0
         return counts
 

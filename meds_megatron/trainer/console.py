@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TextIO
 
 from rich.console import Console as RichConsole
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
@@ -98,7 +98,7 @@ class Console:
     def __rich__(self) -> Group:
         """The live view, as it is now."""
         self._progress.update(self._task, clock=self._clock())
-        parts = [self._progress]
+        parts: list[RenderableType] = [self._progress]
         if self._rows:
             parts += ["", self._table(), "", self._curve(), self._phase_bar(self._rows[-1][1])]
         if self._validation:

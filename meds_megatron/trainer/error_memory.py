@@ -150,8 +150,8 @@ class _ShardActor(SupervisedActor):
     def stats(self) -> dict:
         return self._shard.stats()
 
-    def save(self, directory: str) -> None:
-        self._shard.save(directory)
+    def save(self, directory: str) -> dict[str, str]:
+        return self._shard.save(directory)
 
     def restore(self, directory: str) -> list[str]:
         return self._shard.restore(directory)

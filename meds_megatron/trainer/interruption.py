@@ -10,6 +10,7 @@ import time
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from queue import SimpleQueue
+from typing import Any
 
 from meds_megatron.errors import RayDied, Stopped
 from meds_megatron.launch.slurm import EXIT_REQUEUE
@@ -39,9 +40,9 @@ class Interruption(AbstractContextManager):
         self._signal: signal.Signals | None = None
         self._lock = threading.Lock()
         # `SimpleQueue.put` is reentrant, so a handler may call it wherever it interrupts the main thread.
-        self._received: SimpleQueue[signal.Signals | None] = SimpleQueue()
+        self._received: SimpleQueue[int | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._take, name="signals", daemon=True)
-        self._handlers: dict[signal.Signals, object] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interruption":
         self._thread.start()
@@ -68,7 +69,8 @@ class Interruption(AbstractContextManager):
     @property
     def exit_code(self) -> int:
         """Exit code of the requested stop."""
-        return EXIT_REQUEUE if self.is_ray_dead else EXIT_CODES[self.requested.result()]
+        cause = self.requested.result()
+        return EXIT_REQUEUE if isinstance(cause, str) else EXIT_CODES[cause]
 
     def stopped(self, sentence: str) -> Stopped:
         """What ends the run after the requested stop."""

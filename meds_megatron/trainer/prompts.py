@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from meds_megatron.config import Config
 from meds_megatron.data.problems import load_problems
 from meds_megatron.data.prompts import Prompt, build_prompts
+from meds_megatron.embedded.arithmetic import Split
 from meds_megatron.embedded.problems import embedded_problems
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def read_prompts(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prompt
     """The prompts of both splits. Raises UserError for what cannot be used."""
     data, longest = config.data, config.rollout.max_prompt_tokens
 
-    def prompts(sources: list[str], limit: int | None, split: str) -> tuple[list[Prompt], int]:
+    def prompts(sources: list[str], limit: int | None, split: Split) -> tuple[list[Prompt], int]:
         if not sources:
             return [], 0
         arithmetic = partial(embedded_problems, split, data.arithmetic_rules, seed=config.train.seed)

@@ -98,7 +98,7 @@ def update_metrics(updates: list[UpdateOutput]) -> dict[str, float]:
 
     Those that were skipped, whose values may be NaN, are counted and left out; without others there are no means.
     """
-    metrics = {"policy/updates": sum(not update.skipped for update in updates)}
+    metrics: dict[str, float] = {"policy/updates": sum(not update.skipped for update in updates)}
     metrics["policy/skipped_updates"] = len(updates) - metrics["policy/updates"]
     steps = [_update_means(update) for update in updates if not update.skipped]
     if steps:

@@ -1,12 +1,14 @@
 """The responses of a step as columns of its rollout file."""
 
+from typing import Any
+
 import numpy as np
 
 from meds_megatron.trainer.error_memory import memory_key
 from meds_megatron.trainer.rollout_batch import RolloutBatch
 
 
-def rollout_columns(rollouts: RolloutBatch, advantages_K: np.ndarray) -> dict[str, list]:
+def rollout_columns(rollouts: RolloutBatch, advantages_K: np.ndarray) -> dict[str, Any]:
     """A row for every response of the step; `advantages_K` are those of the ones that are trained on.
 
     None stands for what a response does not have: scores where its grading failed (`outcome` is timeout or error, and

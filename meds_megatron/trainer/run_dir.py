@@ -1,6 +1,5 @@
 """The directory of a run: its config, metrics, rollouts, checkpoints, exports and logs, and its one writer."""
 
-import json
 import os
 import shutil
 import sys
@@ -15,6 +14,7 @@ from filelock import SoftFileLease
 from meds_megatron.config import Config, load_config, save_config
 from meds_megatron.config.changes import changes
 from meds_megatron.errors import UserError
+from meds_megatron.metrics_file import MetricsLine, read_metrics
 from meds_megatron.trainer.checkpoint_files import Checkpoint, any_completed, newest, remove_incomplete
 from meds_megatron.trainer.run_lock import check_lock, lock_loss, run_lock
 
@@ -104,19 +104,29 @@ class RunDirectory:
         checkpoints and exports. Raises UserError for a line of metrics before that which cannot be read."""
         self.check_lock()
         last = -1 if step is None else step
-        remove_incomplete(self.checkpoints)
-        for path in [*self.rollouts.glob("*"), *self.exports.glob(".*"), *self.exports.glob("step_*")]:
-            number = path.name.removeprefix("step_").removesuffix(".parquet")
-            if not number.isdigit() or int(number) > last:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if self.metrics.exists():
-            kept = [line for step, line in self._metrics_lines() if step <= last]
-            partial = self.metrics.with_name(f"{self.metrics.name}.partial")
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write("".join(line + "\n" for line in kept))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.metrics)
+        try:
+            remove_incomplete(self.checkpoints)
+            for path in [*self.rollouts.glob("*"), *self.exports.glob(".*"), *self.exports.glob("step_*")]:
+                number = path.name.removeprefix("step_").removesuffix(".parquet")
+                if not number.isdigit() or int(number) > last:
+                    _remove(path)
+            if self.metrics.exists():
+                self._keep_metrics(last)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or self.path} cannot be removed or written ({error.strerror}), which a run that goes "
+                "on from an earlier step needs: make space or access there"
+            ) from error
+
+    def _keep_metrics(self, last: int) -> None:
+        """Drops the lines of metrics after step `last`."""
+        kept = [line.text for line in self._metrics_lines() if line.step <= last]
+        partial = self.metrics.with_name(f"{self.metrics.name}.partial")
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write("".join(line + "\n" for line in kept))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.metrics)
 
     @property
     def started(self) -> bool:
@@ -126,24 +136,10 @@ class RunDirectory:
     def last_logged_step(self) -> int:
         """Step of the last whole line of metrics, 0 if there is none."""
         lines = self._metrics_lines()
-        return lines[-1][0] if lines else 0
+        return lines[-1].step if lines else 0
 
-    def _metrics_lines(self) -> list[tuple[int, str]]:
-        """Step and text of every whole line of metrics. A crash of the machine may leave others at the end."""
-        lines = self.metrics.read_bytes().split(b"\n")[:-1] if self.metrics.exists() else []
-        found, torn = [], None
-        for number, line in enumerate(lines, 1):
-            try:
-                step = json.loads(line)["step"]
-            except ValueError:
-                torn = torn or number
-                continue
-            if torn:
-                raise UserError(
-                    f"{self.metrics}: line {torn} cannot be read, expected the metrics of a step as JSON; remove it"
-                )
-            found.append((step, line.decode()))
-        return found
+    def _metrics_lines(self) -> list[MetricsLine]:
+        return read_metrics(self.metrics) if self.metrics.exists() else []
 
     def _check_resumable(self, config: Config) -> None:
         if not self.config.exists() or not (self.started or any_completed(self.checkpoints)):
@@ -233,3 +229,11 @@ class RunDirectory:
             reason = error.strerror or str(error).splitlines()[0]
             raise UserError(f"{path} cannot be written ({reason}): make space there and start the run again") from error
         return path
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a directory; of a symbolic link the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

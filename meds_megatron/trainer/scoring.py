@@ -88,7 +88,8 @@ def training_batch(rollouts: RolloutBatch, config: Config) -> tuple[TrainBatch, 
 
 def _answer_numbers(rollouts: RolloutBatch, rows: np.ndarray) -> torch.Tensor:
     """A number for the final answer of each response of `rows`, int64: equal for equal answers."""
-    samples, numbers = rollouts.samples, {}
+    samples = rollouts.samples
+    numbers: dict[str | None, int] = {}
     return torch.tensor([numbers.setdefault(samples[row].final_answer, len(numbers)) for row in rows])
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meds_megatron.data.sampler import PromptSampler
+from meds_megatron.errors import UserError
 
 
 @dataclass
@@ -31,13 +32,19 @@ class TrainerState:
         return {**self._counters(), "sampler": self.sampler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken. Raises UserError when it was taken over other data, KeyError when a key is
-        missing."""
-        self.sampler.load_state_dict(state["sampler"])
+        """Continues where `state` was taken. Raises UserError when it was taken over other data, when a key is missing
+        and when a value cannot be one."""
         # A state without the key is of a run without staleness.
         state = {"unfinished": []} | state
-        for name in self._counters():
-            setattr(self, name, state[name])
+        try:
+            self.sampler.load_state_dict(state["sampler"])
+            for name in self._counters():
+                setattr(self, name, state[name])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the state of the checkpoint of step {state.get('step')} is not that of a run "
+                f"({type(error).__name__}: {error}): put its state.json back, or remove the checkpoint"
+            ) from error
 
     def _counters(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "sampler"}

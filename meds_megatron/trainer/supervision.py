@@ -197,8 +197,9 @@ class Supervisor(AbstractContextManager):
         for process in self.processes:
             if process.died_at is None and process.ended.done():
                 process.died_at = now
-        dead = sorted((p for p in self.processes if p.died_at is not None), key=lambda process: process.died_at)
-        return dead if dead and now - dead[0].died_at >= SETTLE_SECONDS else []
+        deaths = [(process.died_at, process) for process in self.processes if process.died_at is not None]
+        deaths.sort(key=lambda death: death[0])
+        return [process for _, process in deaths] if deaths and now - deaths[0][0] >= SETTLE_SECONDS else []
 
     def _account(self, dead: list[Process]) -> str:
         """One sentence about the dead processes: all by name, the first one with its last words."""

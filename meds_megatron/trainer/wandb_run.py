@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 import numpy as np
@@ -13,6 +14,9 @@ import numpy as np
 from meds_megatron.config import Config
 from meds_megatron.trainer.code_version import code_version
 from meds_megatron.trainer.run_dir import RunDirectory
+
+if TYPE_CHECKING:
+    import wandb
 
 TIMEOUT_SECONDS = 30
 RESPONSE_COLUMNS = [
@@ -62,7 +66,7 @@ class WandbRun:
         for name in ("memory/lookup_seconds_shard_*", "memory/recluster_seconds_shard_*"):
             self._run.define_metric(name, step_metric="step", hidden=True)
 
-    def _start(self, run: RunDirectory, config: Config, mode: str):
+    def _start(self, run: RunDirectory, config: Config, mode: Any) -> "wandb.Run":
         import wandb
 
         return wandb.init(
@@ -105,7 +109,7 @@ def _has_api_key() -> bool:
     """Whether wandb finds a key without a prompt: in its environment variable or in the user's netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):

@@ -2,6 +2,7 @@
 every process is and ends the attempt."""
 
 import logging
+import math
 import os
 import threading
 import time
@@ -50,24 +51,25 @@ class Watchdog(AbstractContextManager):
     ):
         """After `minutes` without progress, hanging engines and graders are killed, or if there are none the
         supervisor's alarm fails with Hung; None never does."""
-        self._limit = None if minutes is None else 60 * minutes
+        self._limit = math.inf if minutes is None else 60 * minutes
         self._supervisor, self._timer, self._pool, self._graders = supervisor, timer, pool, graders
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        if self._limit is not None:
+        if self._limit < math.inf:
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
-        if self._limit is not None:
+        if self._limit < math.inf:
             self._thread.join()
 
     def _watch(self) -> None:
         period = self._limit / 10
-        seen, since, work = None, time.monotonic(), {}
+        seen, since = None, time.monotonic()
+        work: dict[str, int] = {}
         while not self._closing.wait(period):
             progress = (
                 self._timer.entered,
@@ -105,12 +107,16 @@ class Watchdog(AbstractContextManager):
             logger.warning("a grader is replaced: it does not answer (%s): %s", grader, self._no_progress)
         return bool(hung or killed)
 
+    @property
+    def _actors(self) -> list[Process | Engine]:
+        return [*self._supervisor.processes, *self._pool.engines]
+
     def _activities(self, seconds: float = ANSWER_SECONDS) -> dict[str, Activity | None]:
         """What each supervised process and each engine does, by its name; None for one that does not answer."""
-        actors = {one.name: one.actor for one in (*self._supervisor.processes, *self._pool.engines)}
+        actors = {one.name: one.actor for one in self._actors}
         calls = {name: actor.activity.options(concurrency_group=SUPERVISION).remote() for name, actor in actors.items()}
         answered, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=seconds) if calls else ([], [])
-        found = {}
+        found: dict[str, Activity | None] = {}
         for name, call in calls.items():
             try:
                 found[name] = ray.get(call) if call in answered else None
@@ -131,11 +137,11 @@ class Watchdog(AbstractContextManager):
         activities = self._activities()
         states = self._write_stacks(activities)
         names: dict[str, list[str]] = defaultdict(list)
-        for process in (*self._supervisor.processes, *self._pool.engines):
+        for process in self._actors:
             activity = activities[process.name]
             if activity is None:
-                place = process.place
-                found = f"does not answer ({process.place_name}, {states.get(place, 'state unknown')})"
+                state = states.get(process.place, "state unknown") if process.place else "state unknown"
+                found = f"does not answer ({process.place_name}, {state})"
             else:
                 found = f"in {activity.method} ({activity.place})" if activity.method else "idle"
             names[found].append(process.name)
@@ -147,15 +153,16 @@ class Watchdog(AbstractContextManager):
 
         Signals are sent by a process of the same node that answers.
         """
-        on_host: dict[str, list[Process | Engine]] = defaultdict(list)
-        for process in (*self._supervisor.processes, *self._pool.engines):
-            if place := process.place:
-                on_host[place[0]].append(process)
+        on_host: dict[str, dict[int, Process | Engine]] = defaultdict(dict)
+        for process in self._actors:
+            if process.place:
+                host, number = process.place
+                on_host[host][number] = process
         states: dict[tuple[str, int], str] = {}
         request_stacks([os.getpid()])
         for host, processes in on_host.items():
-            numbers = [process.place[1] for process in processes]
-            answering = [process for process in processes if activities[process.name]]
+            numbers = list(processes)
+            answering = [process for process in processes.values() if activities[process.name]]
             if host == node_name():
                 found = request_stacks(numbers)
             elif answering:

@@ -103,7 +103,7 @@ class WeightSync:
         staged = {rank: self._on_sender(rank, "stage", bucket, check) for rank in sorted(local_ranks)}
         # Staged before anything is sent: an engine reads staged transfers first, and a sender waits for its engine.
         sent = [self._on_sender(route.rank, "send", bucket, route.engine, check) for route in routes if not route.local]
-        loads = {}
+        loads: dict[int, ray.ObjectRef] = {}
         for engine in engines:
             near = sorted({route.rank for route in routes if route.engine == engine and route.local})
             loads |= self._pool.call([engine], "load_bucket", bucket, check, *(staged[rank] for rank in near))

@@ -1,18 +1,23 @@
 """Parameters that a rank holds, matched with their rows of the table."""
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.weights.table import MegatronParameter, Table, build_table, padded_vocab
 
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
-def unwrapped(chunk: nn.Module) -> nn.Module:
+
+def unwrapped(chunk: nn.Module) -> "GPTModel":
     """The GPTModel inside megatron's wrappers (DistributedDataParallel, Float16Module)."""
-    while not hasattr(chunk, "decoder"):
-        chunk = chunk.module
-    return chunk
+    inner: Any = chunk
+    while not hasattr(inner, "decoder"):
+        inner = inner.module
+    return inner
 
 
 def local_table(shape: ModelShape, tp_size: int) -> Table:

@@ -1,5 +1,6 @@
 """A Hugging Face directory from the model chunks of all ranks."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from meds_megatron.weights.hf_directory import MAX_FILE_BYTES, finish_hf, write_
 
 
 def export_hf(
-    model_chunks: list[nn.Module],
+    model_chunks: Sequence[nn.Module],
     shape: ModelShape,
     directory: str | Path,
     source: str | Path,
@@ -64,7 +65,7 @@ def export_hf(
 
 
 def _write_stage(
-    model_chunks: list[nn.Module], shape: ModelShape, writing: Path, dtype: torch.dtype, max_file_bytes: int
+    model_chunks: Sequence[nn.Module], shape: ModelShape, writing: Path, dtype: torch.dtype, max_file_bytes: int
 ) -> None:
     """Writes the tensors of this pipeline stage; called by all tensor-parallel ranks of one of its replicas.
 

@@ -20,13 +20,13 @@ def range_slices(
     columns = _local_columns(parameter, tp_size)
     for part in parameter.slices(tp_rank, tp_size):
         for rows, row_columns in _rectangles(first, stop, columns):
-            if (inside := part.rows(*rows)) is None:
-                continue
-            if parameter.columns is not None:
+            inside = part.rows(*rows)
+            if inside is not None and parameter.columns is not None:
                 hf_rows, hf_columns = inside.hf_slices()
                 begin = hf_columns.start
                 inside = inside.intersect((hf_rows, slice(begin + row_columns[0], begin + row_columns[1])))
-            yield inside
+            if inside is not None:
+                yield inside
 
 
 def flat_start(parameter: MegatronParameter, tp_size: int, part: TensorSlice) -> int:

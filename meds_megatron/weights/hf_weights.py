@@ -1,6 +1,5 @@
 """The safetensors of a Hugging Face directory, read slice by slice and without megatron-core."""
 
-import json
 from math import prod
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from meds_megatron.errors import UserError
+from meds_megatron.json_text import parse_json
 from meds_megatron.weights.table import LM_HEAD, HfShape, MegatronParameter
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -74,8 +74,9 @@ class HfWeights:
                 step = max(1, MAPPED_BYTES // width)
                 for row in range(begin, end, step):
                     part = held.rows(row, min(row + step, end))
+                    assert part is not None
                     mapped_bytes += part.size[0] * width
-                    if path != file_path or mapped_bytes > MAPPED_BYTES:
+                    if file is None or path != file_path or mapped_bytes > MAPPED_BYTES:
                         file = None
                         file, file_path, mapped_bytes = open_safetensors(path), path, part.size[0] * width
                     target = local.narrow(0, row - first_row, part.size[0])
@@ -90,7 +91,7 @@ class HfWeights:
 
     def _indexed(self, index: Path) -> dict[str, Path]:
         try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            weight_map: dict[str, str] = parse_json(index.read_text())["weight_map"]
             files = {name: self.directory / file for name, file in weight_map.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is not a safetensors index ({error}): download the model again") from error

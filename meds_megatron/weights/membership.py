@@ -8,9 +8,9 @@ SealedStore keeps it from strangers.
 import hmac
 import secrets
 from datetime import timedelta
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from meds_megatron.errors import UserError
@@ -20,9 +20,7 @@ from meds_megatron.weights.store import JOIN_LIMIT
 _BYTES = 32
 
 
-def check_members(
-    group: dist.ProcessGroup | dist.ProcessGroupGloo, store: SealedStore, limit: timedelta = JOIN_LIMIT
-) -> None:
+def check_members(group: Any, store: SealedStore, limit: timedelta = JOIN_LIMIT) -> None:
     """Challenges every member of a gloo group, by tensors alone; all members call it, and nothing else uses the group
     before. Raises UserError when one has no proof within `limit` that it knows the secret of `store`."""
     challenges = _gathered(group, secrets.token_bytes(_BYTES), limit)
@@ -33,7 +31,7 @@ def check_members(
             raise _refusal(f"member {member} does not have the run's secret")
 
 
-def _gathered(group: dist.ProcessGroup | dist.ProcessGroupGloo, value: bytes, limit: timedelta) -> list[bytes]:
+def _gathered(group: Any, value: bytes, limit: timedelta) -> list[bytes]:
     parts: list[Tensor] = [torch.zeros(_BYTES, dtype=torch.uint8) for _ in range(group.size())]
     try:
         group.allgather([parts], [torch.frombuffer(bytearray(value), dtype=torch.uint8)]).wait(limit)

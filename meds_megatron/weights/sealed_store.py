@@ -5,6 +5,7 @@ import hmac
 import secrets
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from cryptography.exceptions import InvalidTag
@@ -30,7 +31,8 @@ class SealedStore(dist.Store):
     def __init__(self, inner: dist.Store, address: StoreAddress) -> None:
         super().__init__()
         self.address = address
-        self._inner, self._cipher = inner, AESGCM(address.secret)
+        self._inner: Any = inner
+        self._cipher = AESGCM(address.secret)
         self._clones: list[SealedStore] = []
 
     def set(self, key: str, value: str | bytes) -> None:

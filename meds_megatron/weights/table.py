@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import ModelShape
@@ -220,7 +221,7 @@ def build_table(shape: ModelShape, vocab_rows: int | None = None) -> Table:
         raise ValueError(f"{vocab_rows} rows cannot hold a vocabulary of {shape.vocab_size}")
     last = shape.num_layers + 1
     head = EMBED_TOKENS if shape.tie_embeddings else LM_HEAD
-    vocabulary = dict(columns=shape.hidden_size, split=0, padding=padding)
+    vocabulary: dict[str, Any] = dict(columns=shape.hidden_size, split=0, padding=padding)
     rows = [
         _single("embedding.word_embeddings.weight", EMBED_TOKENS, 0, shape.vocab_size, **vocabulary),
         *(parameter for layer in range(shape.num_layers) for parameter in _layer(shape, layer)),
@@ -266,8 +267,10 @@ def _layer(shape: ModelShape, layer: int) -> list[MegatronParameter]:
     mcore, hf, bucket = f"decoder.layers.{layer}.", f"model.layers.{layer}.", layer + 1
     hidden, ffn = shape.hidden_size, shape.ffn_size
 
-    def plain(name: str, hf_name: str, *sizes: int, split: int | None = None) -> MegatronParameter:
-        return _single(mcore + name, hf + hf_name, bucket, *sizes, split=split)
+    def plain(
+        name: str, hf_name: str, rows: int, columns: int | None = None, split: int | None = None
+    ) -> MegatronParameter:
+        return _single(mcore + name, hf + hf_name, bucket, rows, columns, split)
 
     def qkv(kind: str, columns: int | None) -> MegatronParameter:
         block = _qkv_block(shape, hf, kind)

@@ -16,3 +16,4 @@ def test_figures_of_a_small_model(tmp_path):
     assert result["begin_s"] <= result["critical_s"]
     assert result["begin_s"] <= result["written_s"]
     assert result["ratio"] == result["critical_s"] / result["synchronous_s"]
+    assert result["digest_ratio"] == result["digest_s"] / result["written_s"] > 0

@@ -15,12 +15,15 @@ from meds_megatron.launch import slurm
 from meds_megatron.launch.job import EXIT_FAILURE, Job
 from meds_megatron.launch.node import make_directory
 from meds_megatron.launch.slurm import EXIT_REQUEUE, SlurmJob
+from tests.limits import HANG_SECONDS
 
 pytestmark = pytest.mark.usefixtures("processes")
 
 TASKS = """
 import json, os, signal, socket, sys
 from multiprocessing.connection import Client
+# What waits in vain ends, so that the test fails.
+signal.alarm(int(sys.argv[1]))
 given = json.loads(sys.stdin.readline())
 
 def task(number, start_minutes=30.0):
@@ -37,7 +40,8 @@ def stranger(sent=b""):
 
 def run_tasks(monkeypatch, program: str, nodes: int = 2) -> int:
     """Exit code of a job of `nodes` nodes, all of whose tasks `program` plays, as srun's process."""
-    monkeypatch.setattr(SlurmJob, "srun", lambda *_: [sys.executable, "-c", TASKS + textwrap.dedent(program)])
+    command = [sys.executable, "-c", TASKS + textwrap.dedent(program), str(HANG_SECONDS)]
+    monkeypatch.setattr(SlurmJob, "srun", lambda *_: command)
     monkeypatch.setattr(SlurmJob, "node_names", lambda self: [f"red{number}" for number in range(nodes)])
     return Job(SlurmJob("17", "meds", nodes, 0, None), [], sys.executable, []).run()
 
@@ -230,8 +234,7 @@ def slurm_commands(tmp_path, monkeypatch) -> Callable[[str, str], None]:
 def test_the_directories_of_jobs_that_have_ended_are_removed(tmp_path, monkeypatch, slurm_commands):
     base = tmp_path / "t"
     base.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(base))
-    monkeypatch.setattr("meds_megatron.launch.node.LONGEST_DIRECTORY", 1000)
+    monkeypatch.setattr("meds_megatron.launch.node.base_directory", lambda _: base)
     kept = ("meds-16.0", "meds-weights-3", "meds-x.0", "other")
     for name in (*kept, "meds-14.0", "meds-14.1", "meds-17.0"):
         (base / name / "ray").mkdir(parents=True)
@@ -246,8 +249,7 @@ def test_without_an_answer_of_slurm_no_directory_of_another_job_is_removed(
     tmp_path, monkeypatch, slurm_commands, answer
 ):
     base = tmp_path / "t"
-    monkeypatch.setattr("tempfile.tempdir", str(base))
-    monkeypatch.setattr("meds_megatron.launch.node.LONGEST_DIRECTORY", 1000)
+    monkeypatch.setattr("meds_megatron.launch.node.base_directory", lambda _: base)
     for name in ("meds-14.0", "meds-17.0"):
         (base / name).mkdir(parents=True)
     slurm_commands("squeue", answer)

@@ -2,6 +2,8 @@
 
 import os
 import re
+import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -30,10 +32,35 @@ def test_a_ray_whose_own_process_died_is_started_again(part):
         assert re.fullmatch(rf"Ray's {part} \([\d.]+:\d+\) has ended", deaths[0])
         cluster.restart()
         with RayProbe(deaths.append) as probe:
-            assert probe.death() is None and ray.get(ray.remote(lambda: 7).remote()) == 7
+            assert probe.death() is None and process_of_a_task() != os.getpid()
     assert len(deaths) == 1
     assert not processes_of("gcs_server") and not processes_of("raylet")
     assert not (directory / "token").exists()
+
+
+def test_a_ray_that_does_not_start_in_time_is_started_again_and_leaves_nothing(monkeypatch):
+    start, left = ray.init, []
+
+    def late(**settings):
+        if not left:
+            left.append(subprocess.Popen(["sleep", "1000"]))
+            raise Exception("The current node timed out during startup")
+        return start(**settings)
+
+    monkeypatch.setattr(ray, "init", late)
+    with ray_cluster(ClusterConfig()):
+        assert left[0].wait(HANG_SECONDS) == -signal.SIGKILL
+        assert process_of_a_task() != os.getpid()
+
+
+def process_of_a_task() -> int:
+    """Process id of a worker of Ray."""
+
+    # A function within a function is pickled by value: the worker cannot import this module.
+    def process() -> int:
+        return os.getpid()
+
+    return ray.get(ray.remote(process).remote())
 
 
 def processes_of(name: str) -> list[psutil.Process]:

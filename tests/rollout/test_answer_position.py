@@ -84,9 +84,9 @@ def test_hand_checked_answers(locator, qwen_tokenizer, text, brace, target):
     token_ids = qwen_tokenizer(text)["input_ids"]
     position = locator.locate(token_ids)
     assert position.reason == ""
-    assert qwen_tokenizer.decode(token_ids[position.index]) == brace
-    assert qwen_tokenizer.decode(token_ids[position.index + 1]) == target
-    assert position.index == brute_force(qwen_tokenizer, token_ids)
+    assert qwen_tokenizer.decode(token_ids[position.token]) == brace
+    assert qwen_tokenizer.decode(token_ids[position.token + 1]) == target
+    assert position.token == brute_force(qwen_tokenizer, token_ids)
 
 
 @pytest.mark.parametrize(
@@ -169,8 +169,8 @@ def test_the_embedded_tokenizer_holds_the_whole_box_in_one_token():
     tokenizer = build_tokenizer()
     token_ids = tokenizer.encode("6*4=24 \\boxed{26}", add_special_tokens=False)
     position = AnswerLocator(tokenizer).locate([*token_ids, tokenizer.eos_token_id])
-    assert tokenizer.decode(token_ids[position.index]) == " \\boxed{"
-    assert tokenizer.decode(token_ids[position.index + 1]) == "2"
+    assert tokenizer.decode(token_ids[position.token]) == " \\boxed{"
+    assert tokenizer.decode(token_ids[position.token + 1]) == "2"
 
 
 def test_a_tokenizer_of_whole_words():

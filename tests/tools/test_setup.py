@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def checkout(tmp_path):
     """A checkout on a machine without a GPU and without any Python that is new enough."""
     (tmp_path / "tools").mkdir()
-    for name in ("pyproject.toml", "tools/setup.sh", "tools/quickstart.sh", "tools/test.sh"):
+    for name in ("pyproject.toml", "constraints-cpu.txt", "tools/setup.sh", "tools/quickstart.sh", "tools/test.sh"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
@@ -33,7 +33,7 @@ def bash(checkout: Path, script: str) -> subprocess.CompletedProcess:
 
 
 def stamp(checkout: Path, extra: str) -> None:
-    installed_from = bash(checkout, 'cat "$ROOT/pyproject.toml" "$ROOT/tools/setup.sh" | cksum').stdout
+    installed_from = bash(checkout, 'cat "$ROOT/pyproject.toml" "$CPU_VERSIONS" "$ROOT/tools/setup.sh" | cksum').stdout
     (checkout / ".venv").mkdir(exist_ok=True)
     (checkout / ".venv" / f".installed-{extra}").write_text(installed_from)
 

@@ -37,8 +37,9 @@ class Ranks:
         (self._directory / "rng").mkdir(parents=True, exist_ok=True)
         (self._directory / "first").write_text(self._name)
 
-    def finish_save(self) -> None:
+    def finish_save(self) -> dict[str, str]:
         (self._directory / "second").write_text(self._name)
+        return {}
 
     def save_written(self) -> bool:
         return True

@@ -22,7 +22,7 @@ from meds_megatron.trainer.rollout_manager import RolloutManager
 from meds_megatron.trainer.state import TrainerState
 from meds_megatron.trainer.supervision import Supervisor
 from meds_megatron.trainer.timer import PhaseTimer
-from tests.doubles import ScriptedEnginePool, ScriptedPolicy, ScriptedProducer, ScriptedWeightSync
+from tests.doubles import Call, ScriptedEnginePool, ScriptedPolicy, ScriptedProducer, ScriptedWeightSync
 
 LAYERS = 14
 
@@ -92,7 +92,8 @@ def train(memories, request):
         problems = settings.get("filter__generation_prompts", prompts)
         names = [f"{request.node.name} {i}" for i in range(problems)]
         train_prompts = [Prompt(Problem(name, "?", "7", "test"), [i]) for i, name in enumerate(names)]
-        state, calls = TrainerState(PromptSampler(problems, seed=0, shuffle=False)), []
+        state = TrainerState(PromptSampler(problems, seed=0, shuffle=False))
+        calls: list[Call] = []
         policy, pool = ScriptedPolicy(calls, fingerprints_of), ScriptedEnginePool(config, calls)
         pool.start()
         calls.clear()
@@ -132,7 +133,7 @@ WAKE_WEIGHTS, WAKE_KV_CACHE = "wake weights 0", "wake kv_cache 0"
 """Calls of the one engine."""
 
 
-def in_words(calls: list[tuple]) -> list[str]:
+def in_words(calls: list[Call]) -> list[str]:
     return [" ".join(map(str, call)) for call in calls]
 
 

@@ -157,6 +157,19 @@ def test_a_checkpoint_becomes_a_model_that_transformers_loads(run_meds, whole, t
         np.testing.assert_array_equal(parameter.detach().numpy(), saved[f"optimizer.param.{name}"], err_msg=name)
 
 
+def test_a_run_passes_over_a_checkpoint_with_an_altered_bit_of_the_optimizer(run_meds, whole, small_model, tmp_path):
+    directory = shutil.copytree(whole, tmp_path / "altered")
+    damaged = sorted((directory / "checkpoints" / "step_000004").glob("__1_optimizer_*.distcp"))[0]
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    damaged.write_bytes(content)
+    run_meds.finished_run(directory, small_model, SETTINGS | {"train.steps": STEPS + 1})
+    log = (directory / "logs" / "driver.log").read_text()
+    assert f"{damaged} is altered" in log and "the checkpoint is passed over" in log
+    assert f"resumed from {directory}/checkpoints/step_000002" in log
+    assert [line["step"] for line in metrics_of(directory)] == list(range(STEPS + 2))
+
+
 def test_a_run_with_other_settings_is_refused_by_name_and_changes_nothing(run_meds, whole, small_model):
     before = sorted(whole.rglob("*"))
     done = run_meds.train(whole, small_model, SETTINGS | {"train.steps": 6, "penalty.alpha": 0.3})

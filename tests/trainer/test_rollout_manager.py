@@ -186,7 +186,8 @@ def test_an_error_of_one_rank_is_raised_while_others_hang_and_requests_are_under
     config = overlapping(wanted=2, metric="none")
     manager, _, producer, _ = manager_of(config, [1] * 20)
     manager.collect()
-    failed, hangs = Future(), Future()
+    failed: Future[None] = Future()
+    hangs: Future[None] = Future()
     failed.set_exception(UserError("rank 0 failed"))
     with pytest.raises(UserError, match="rank 0 failed"):
         manager.wait_for(ScriptedCall(None, (failed, hangs)))

@@ -157,7 +157,7 @@ def test_lines_of_metrics_that_a_crash_left_are_dropped_and_others_named(tmp_pat
         run.rewind(2)
         assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
         run.metrics.write_text('{"step": 1}\nxx\n{"step": 3}\n')
-        with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 cannot be read"):
+        with pytest.raises(UserError, match=r"metrics\.jsonl line 2: expected a JSON object with a `step`"):
             run.rewind(3)
 
 

@@ -34,7 +34,7 @@ RANDOMNESS = {
     "actor/checkpoint.py": CHECKPOINT,  # saves and restores the generators of a rank
     "actor/process_group.py": START,  # seeds them
     "data/sampler.py": "a function of the seed and the epoch, which are in the checkpoint",
-    "launch/fork_server.py": NO_EFFECT,  # name of a socket
+    "launch/fork_server.py": NO_EFFECT,  # name of a directory
     "launch/job.py": NO_EFFECT,  # the token of a job's Ray cluster
     "launch/ray_directory.py": NO_EFFECT,  # name of a directory and a token
     **dict.fromkeys(("weights/membership.py", "weights/sealed_store.py", "weights/store.py"), NO_EFFECT),  # secrets

@@ -190,6 +190,7 @@ class SimulatedEngine:
     def _stop_after_step(self) -> None:
         """Shortens the stretch to the decode step under way, the first one at least."""
         stretch = self._stretch
+        assert stretch is not None
         elapsed = self._clock.now - stretch.begun - stretch.prefill
         low, high = 1, stretch.steps
         while low < high:
@@ -204,6 +205,7 @@ class SimulatedEngine:
 
     def _end_stretch(self) -> None:
         stretch = self._stretch
+        assert stretch is not None
         self.busy_seconds += self._clock.now - stretch.begun
         self._step += stretch.steps
         self._cached += stretch.steps * len(self._running)
@@ -218,6 +220,7 @@ class SimulatedEngine:
         return len(self._running) < self._rates.max_num_seqs and fits
 
     def _start_response(self, response: _Response) -> None:
+        assert self._version is not None
         if not response.versions:
             response.versions.append((self._version, 0))
         response.since = self._step
@@ -245,6 +248,7 @@ class SimulatedEngine:
         self._to_compute += self._rates.prefill_seconds(tokens, prompt + generated)
 
     def _begin_version(self, response: _Response) -> None:
+        assert self._version is not None
         if (generated := response.tokens(self._step)) == 0:
             response.versions.clear()
         response.versions.append((self._version, generated))
@@ -254,8 +258,10 @@ class SimulatedEngine:
         self._cached -= len(request.prompt) + response.length
         completions = self._unfinished[request.number]
         completions[response.index] = self._workload.completion(request, response.index, response.versions)
-        if None not in completions:
-            self._finished[request.number] = self._unfinished.pop(request.number)
+        finished = [completion for completion in completions if completion is not None]
+        if len(finished) == len(completions):
+            self._finished[request.number] = finished
+            del self._unfinished[request.number]
             self._computed_prompts.discard(request.number)
 
     def _give_finished(self) -> None:

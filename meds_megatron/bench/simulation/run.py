@@ -3,6 +3,7 @@ simulated engines, ranks and graders."""
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,7 +91,7 @@ def simulate(
     begun = clock.now
     busy = {part: part.busy_seconds for part in (policy, weight_sync, pool)}
     for seconds, engine in deaths:
-        clock.after(seconds, lambda engine=engine: pool.kill(engine))
+        clock.after(seconds, partial(pool.kill, engine))
     nothing_saved = SimpleNamespace(step_finished=lambda state: None)
     loop.train(config, state, manager, policy, memory, nothing_saved, SimpleNamespace(started=True), log, timer)
     policy_busy, sync_busy, engines_busy = (part.busy_seconds - busy[part] for part in (policy, weight_sync, pool))

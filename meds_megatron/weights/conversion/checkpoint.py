@@ -9,7 +9,6 @@ megatron-core gives it: the layers stacked along a first axis (`decoder.layers.m
 each under its own number where the layers were saved as different from each other.
 """
 
-import json
 import pickle
 import re
 from collections.abc import Iterable
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.digests import MARKER, Manifest, is_large
 from meds_megatron.errors import UserError
+from meds_megatron.json_text import parse_json
 from meds_megatron.weights.gather import merge
 from meds_megatron.weights.table import TRANSFORMER_ENGINE_NAMES, MegatronParameter, build_table, canonical_name
 
@@ -210,7 +210,7 @@ def _check_complete(directory: Path) -> None:
                 f"{path} does not exist: the checkpoint was not written or not copied completely, use another one"
             )
     try:
-        backend = json.loads(marker.read_text())["sharded_backend"]
+        backend = parse_json(marker.read_text())["sharded_backend"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{marker} is not that of a checkpoint ({error}): use another checkpoint") from error
     if backend != BACKEND:
@@ -277,6 +277,7 @@ def _check_files(directory: Path, metadata: Metadata, keys: set[str]) -> list[st
     placed = {(index.fqn, index.offset) for index in metadata.storage_data}
     for key in sorted(keys):
         tensor = metadata.state_dict_metadata[key]
+        assert isinstance(tensor, TensorStorageMetadata)
         stored = [chunk for chunk in tensor.chunks if (key, chunk.offsets) in placed]
         if sum(prod(chunk.sizes) for chunk in stored) != prod(tensor.size):
             raise UserError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, SavePlan
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -113,7 +113,9 @@ class _LazyPlanner(DefaultSavePlanner):
             torch.save([None], data)
             return data
         parameter, first_row = self._rows[write_item.index]
-        chunk = torch.empty(write_item.tensor_data.chunk.sizes, dtype=write_item.tensor_data.properties.dtype)
+        tensor = write_item.tensor_data
+        assert tensor is not None
+        chunk = torch.empty(tensor.chunk.sizes, dtype=tensor.properties.dtype)
         rows = chunk.view(-1, *parameter.local_shape(1)[1:])
         self._weights.fill(rows, parameter, 0, 1, first_row)
         return chunk
@@ -125,9 +127,10 @@ class _LazyPlanner(DefaultSavePlanner):
         most = max(1, self._chunk_bytes // (dtype.itemsize * (parameter.columns or 1)))
         for first in range(0, shape[0], most):
             count = min(most, shape[0] - first)
-            index = MetadataIndex(key, (*at, first, *[0] * len(shape[1:])))
+            offsets = torch.Size((*at, first, *[0] * len(shape[1:])))
+            index = MetadataIndex(key, offsets)
             self._rows[index] = parameter, first
-            chunk = ChunkStorageMetadata(offsets=index.offset, sizes=torch.Size((*one, count, *shape[1:])))
+            chunk = ChunkStorageMetadata(offsets=offsets, sizes=torch.Size((*one, count, *shape[1:])))
             data = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype), size=torch.Size((*stack, *shape)))
             yield WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)
 
@@ -139,7 +142,7 @@ class _FilePerLayer(FileSystemWriter):
         # Reading ahead would hold more than one chunk.
         super().__init__(path, per_thread_copy_ahead=0)
 
-    def write_data(self, plan: SavePlan, planner: DefaultSavePlanner) -> Future[list[WriteResult]]:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         for number, (_, items) in enumerate(groupby(plan.items, key=_file_of)):
             prefix = replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
@@ -162,7 +165,8 @@ def _file_of(item: WriteItem) -> int | None:
 
     if item.type is WriteItemType.BYTE_IO:
         return ShardedObject.empty_from_unique_key(item.index.fqn).global_offset[0]
-    return item.index.offset[0] if item.index.fqn.startswith("decoder.layers.") else None
+    offset = item.index.offset
+    return offset[0] if offset is not None and item.index.fqn.startswith("decoder.layers.") else None
 
 
 def _extra_state(parameter: MegatronParameter, layers: int) -> Iterator[WriteItem]:

@@ -5,6 +5,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def verify(
         "dtypes_a": _dtypes(rows, "a"),
         "dtypes_b": _dtypes(rows, "b"),
     }
-    result = {"a": str(a), "b": str(b), "weights": weights}
+    result: dict[str, Any] = {"a": str(a), "b": str(b), "weights": weights}
     if text is not None:
         result["logprobs"] = _compare_logprobs((a, b), tokens, logprob_limit)
     return result | {

@@ -88,7 +88,8 @@ class WeightSender:
 
         Returns none without `checksums`, and none when the engine is gone, until it has joined a new group.
         """
-        group, sums = self.groups.get(engine), {}
+        group = self.groups.get(engine)
+        sums: Checksums = {}
         if group is None:
             logger.warning("bucket %d is not sent to engine %d: it is not connected", bucket, engine)
             return {}
@@ -180,6 +181,7 @@ class WeightReceiver:
 
     def _receive_into(self, target: Tensor, transfer: Transfer) -> None:
         values = target if target.is_contiguous() else target.new_empty(target.shape)
+        assert self._group is not None
         self._group.receive(values, self._senders[self._plan.stage(transfer.bucket), transfer.trainer_rank])
         if values is not target:
             target.copy_(values)

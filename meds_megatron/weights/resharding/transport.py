@@ -137,7 +137,7 @@ class CudaIpc:
 
     def put(self, name: str, parts: list[Tensor], dtype: torch.dtype) -> GpuMemory:
         """Raises RuntimeError when the block is too small."""
-        if self._exported is None:
+        if self._block is None or self._exported is None:
             self._block = torch.empty(self._elements, dtype=dtype, device=parts[0].device)
             _, arguments = reduce_tensor(self._block)
             self._exported = ExportedBlock(secrets.token_hex(8), _uuid(self._block.device.index), arguments)
@@ -236,7 +236,8 @@ def open_rendezvous(host: str, senders: int, receivers: int) -> tuple[Rendezvous
     return Rendezvous(store.address, senders, receivers), store
 
 
-def _process_group(store: SealedStore, member: int, members: int, device: str) -> dist.ProcessGroup:
+def _process_group(store: SealedStore, member: int, members: int, device: str) -> Any:
+    """A group of torch's classes for gloo or NCCL, whose types lack their methods."""
     if device == "cpu":
         return dist.ProcessGroupGloo(store, member, members, TIMEOUT)
     options = dist.ProcessGroupNCCL.Options()

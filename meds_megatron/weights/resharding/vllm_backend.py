@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -70,10 +70,12 @@ class ReshardTransfer(WeightTransferEngine[Connection, BucketUpdate]):
     init_info_cls = Connection
     update_info_cls = BucketUpdate
     supports_draft_weight_update = False
+    model: Any
+    """vLLM's model, with more than torch knows of it."""
 
     def init_transfer_engine(self, init_info: Connection) -> None:
         rank, rendezvous = get_tensor_model_parallel_rank(), init_info.rendezvous
-        group = rendezvous and TransferGroup(rendezvous, rendezvous.senders + rank, self.device.type)
+        group = TransferGroup(rendezvous, rendezvous.senders + rank, self.device.type) if rendezvous else None
         self._receiver = WeightReceiver(init_info.spec, rank, self.device, group, init_info.senders)
 
     def start_weight_update(self) -> None:
@@ -111,7 +113,7 @@ class ReshardTransfer(WeightTransferEngine[Connection, BucketUpdate]):
             yield name, tensor
 
 
-def expected_names(model: nn.Module) -> set[str]:
+def expected_names(model: Any) -> set[str]:
     """Hugging Face names of all parameters that the model needs, its weights being in the format of a checkpoint.
 
     vLLM fuses projections that Hugging Face keeps apart; `packed_modules_mapping` lists them. A tied head is no
