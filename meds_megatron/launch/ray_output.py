@@ -23,6 +23,6 @@ def _print_or_log(print_lines: Any, data: dict[str, Any], *arguments: Any, **key
     """`data` is Ray's record of some lines: `pid` is a number for an actor or task, else the name of a part of Ray."""
     if str(data.get("pid")).isdigit():
         print_lines(data, *arguments, **keywords)
-    else:
+    elif data.get("pid") != "autoscaler":  # It reports every few seconds that there is nothing to do.
         for line in data.get("lines", []):
             logger.info("(%s) %s", data.get("pid"), line)

@@ -56,15 +56,15 @@ class Engine:
         return sum(request.sampling.responses for request in self.running.values())
 
 
-def kill_hung(engine: Engine, reason: str) -> None:
-    """Kills an engine that makes no progress, for `reason`; the pool replaces it as any other that died. Any thread may
-    call it."""
+def kill_hung(engine: Engine, what: str, why: str) -> None:
+    """Kills an engine that makes no progress; the pool replaces it as any other that died, and gives as the reason
+    `what` it does, and `why` it is killed. Any thread may call it."""
     options = {"num_cpus": 0, "scheduling_strategy": engine.options["scheduling_strategy"]}
-    engine.hung = f"{reason} ({engine.place_name})"
+    engine.hung = f"{what} ({engine.place_name}): {why}"
     if engine.place:
         process = engine.place[1]
         states = _result(ray.remote(request_stacks).options(**options).remote([process])) or {}
-        engine.hung = f"{reason} ({engine.place_name}, {states.get(process, 'state unknown')})"
+        engine.hung = f"{what} ({engine.place_name}, {states.get(process, 'state unknown')}): {why}"
         # Also its ranks, which do not end by themselves when they are stopped.
         _result(ray.remote(kill_tree).options(**options).remote(process))
     ray.kill(engine.actor)

@@ -100,11 +100,11 @@ class Watchdog(AbstractContextManager):
         for engine in hung:
             activity = activities[engine.name]
             what = f"is stuck in {activity.method} ({activity.place})" if activity else "does not answer"
-            kill_hung(engine, f"{what}, and {self._no_progress}")
+            kill_hung(engine, what, self._no_progress)
         # Those that began when the progress ended; others are not late.
         killed = self._graders.kill_hung(self._limit - 2 * period)
         for grader in killed:
-            logger.warning("a grader does not answer (%s), and %s: it is replaced", grader, self._no_progress)
+            logger.warning("a grader is replaced: it does not answer (%s): %s", grader, self._no_progress)
         return bool(hung or killed)
 
     @property

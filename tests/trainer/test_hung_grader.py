@@ -45,8 +45,8 @@ def test_a_frozen_grader_is_named_killed_and_replaced(graders, tmp_path, caplog)
         grade = future.result(HANG_SECONDS)
     assert (grade.outcome, grade.correct) == ("error", False)
     (sentence,) = [message for message in caplog.messages if "grader" in message]
-    assert sentence.startswith(f"a grader does not answer (process {process} on ")
-    assert ", stopped), and nothing has progressed for 0.05 minutes (faults.hang_minutes) in phase reward" in sentence
+    assert sentence.startswith(f"a grader is replaced: it does not answer (process {process} on ")
+    assert ", stopped): nothing has progressed for 0.05 minutes (faults.hang_minutes) in phase reward" in sentence
     assert graders.grade([r"\boxed{2 + x}"], ["x + 2"])[0].correct and graders.pids != [process]
 
 
