@@ -32,11 +32,7 @@ class StepByStep:
 
     def __call__(self, config, model_dir, prompts, run, interruption, servers) -> None:
         self.attempts += 1
-<<<<<<< HEAD
         actor = new_actor()
-=======
-        actor = counter()
->>>>>>> faultsC
         last = self.steps + 3
         deadline = time.monotonic() + HANG_SECONDS
         while self.steps < last or (self.attempts == 1 and time.monotonic() < deadline):
@@ -55,14 +51,9 @@ class StepByStep:
         return self.steps
 
 
-<<<<<<< HEAD
 def new_actor() -> ray.actor.ActorHandle:
     # A class within a function is pickled by value: the actor cannot import this module.
     class Counter:
-=======
-def counter() -> ray.actor.ActorHandle:
-    class Counter:  # Here it needs no import in the actor's process.
->>>>>>> faultsC
         def step(self) -> None:
             pass
 
