@@ -201,7 +201,7 @@ def test_after_ctrl_c_local_runs_have_saved_themselves_and_go_on_at_the_next_sta
     os.killpg(process.pid, signal.SIGINT)
     errors = process.communicate(timeout=HANG_SECONDS)[1]
     assert process.returncode == 130 and "the sweep stops when its 1 runs have saved themselves" in errors
-    assert not psutil.wait_procs(below, timeout=10)[1]
+    assert not psutil.wait_procs(below, timeout=HANG_SECONDS)[1]
     step = last_step(run)
     assert 0 < step < 200 and (run / "checkpoints" / f"step_{step:06d}" / "complete.json").is_file()
     settings["train.steps"] = step + 1
