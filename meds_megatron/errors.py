@@ -14,5 +14,9 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
+class RayletDied(RunFailed):
+    """The raylet of the driver's machine has ended: Ray ends the driver when it next stores or fetches an object."""
+
+
 class RayDied(Stopped):
     """Processes of Ray itself have ended; one sentence says which, and what was saved before the run stopped."""

@@ -268,6 +268,8 @@ class EnginePool:
         fresh = [engine for engine in self.engines if engine.health.state is EngineState.FRESH]
         if self.asleep or self._holds or not fresh or not self._queue:
             return
+        if self._alarm.done():
+            self._alarm.result()
         shares: dict[int, list[Request]] = {engine.number: [] for engine in fresh}
         running = [request for engine in self.engines for request in engine.running.values()]
         batch, seed = self._queue[0].batch, self._queue[0].seed

@@ -114,6 +114,7 @@ class ErrorMemory:
         self, keys: Sequence[str], fingerprints_NL: np.ndarray
     ) -> Iterator[tuple[ray.actor.ActorHandle, list[int], list[str], np.ndarray]]:
         """Shard, rows, keys and fingerprints of each shard's part, keys without an answer ([N, 0]) apart and first."""
+        self._supervisor.check()
         owners = [shard_of(key, len(self._shards)) for key in keys]
         for number, shard in enumerate(self._shards):
             mine = [row for row, owner in enumerate(owners) if owner == number]

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from typing import Any
 
-from meds_megatron.errors import RayDied, Stopped
+from meds_megatron.errors import RayDied, RayletDied, Stopped
 from meds_megatron.launch.slurm import EXIT_REQUEUE
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,9 @@ class Interruption(AbstractContextManager):
 
     def __init__(self) -> None:
         self.requested: Future[signal.Signals | str] = Future()
-        """The signal, or a sentence about the death of Ray."""
+        """The signal, or a sentence about the death of Ray's GCS."""
+        self.failed: Future[None] = Future()
+        """Fails with what ends the attempt at the run at once."""
         self._signal: signal.Signals | None = None
         self._lock = threading.Lock()
         # `SimpleQueue.put` is reentrant, so a handler may call it wherever it interrupts the main thread.
@@ -81,15 +83,19 @@ class Interruption(AbstractContextManager):
         if self.requested.done():
             raise self.stopped(self.reason)
 
+    def raylet_died(self, sentence: str) -> None:
+        """Ends the attempt because the raylet has ended."""
+        self.failed.set_exception(RayletDied(sentence))
+
     def ray_died(self, sentence: str) -> None:
-        """Requests a stop because processes of Ray have ended."""
+        """Requests a stop because Ray's GCS has ended."""
         logger.warning("%s: the run stops before its next update and saves its last finished step", sentence)
         self._request(sentence)
 
     def forget_ray(self) -> None:
-        """Takes the request of `ray_died` back: Ray has been started again. A signal's stays."""
+        """Takes back what `ray_died` and `raylet_died` did: Ray is started again. A signal's request stays."""
         with self._lock:
-            self.requested = Future()
+            self.requested, self.failed = Future(), Future()
         if self._signal is not None:
             self._request(self._signal)
 

@@ -8,7 +8,7 @@ from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.config.validate import validate, validate_model
 from meds_megatron.embedded.make import ensure_model
-from meds_megatron.errors import RayDied, RunFailed, Stopped, UserError
+from meds_megatron.errors import RayDied, RayletDied, RunFailed, Stopped, UserError
 from meds_megatron.launch.cluster import NoNodes, RayCluster, ray_cluster
 from meds_megatron.launch.device import resolve_device
 from meds_megatron.launch.fork_server import ForkServer
@@ -88,7 +88,7 @@ def repeat_attempts(
         try:
             if failure is Failure.RAY_DIED:
                 cluster.restart()
-            with RayProbe(interruption.ray_died) as probe:
+            with RayProbe(interruption.ray_died, interruption.raylet_died) as probe:
                 attempt(config, model_dir, prompts, run, interruption, servers)
             return
         except (RunFailed, NoNodes, RayDied) as error:
@@ -125,6 +125,7 @@ def failure_of(error: RunFailed | NoNodes | RayDied) -> Failure:
         HardwareFailed: Failure.DIED,
         Hung: Failure.HUNG,
         RayDied: Failure.RAY_DIED,
+        RayletDied: Failure.RAY_DIED,
     }
     return kinds[type(error)]
 

@@ -149,6 +149,7 @@ class PolicyGroup:
         self, method: str, batch: TrainBatch, work: Schedule, micro_batches: list, *args
     ) -> list[ray.ObjectRef]:
         """Calls `method` on every rank with its data-parallel rank's rows and micro-batches."""
+        self._supervisor.check()
         shards = [ray.put(batch.select(rows)) for rows in work.rows]
         calls = []
         for rank, worker in enumerate(self._workers):

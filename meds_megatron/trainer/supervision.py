@@ -109,6 +109,7 @@ class Supervisor(AbstractContextManager):
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def __enter__(self) -> "Supervisor":
+        self._interruption.failed.add_done_callback(lambda failed: self.fail(failed.exception()))
         self._thread.start()
         return self
 
@@ -129,6 +130,11 @@ class Supervisor(AbstractContextManager):
         """From now on a stop is for the training loop to honour. Raises Stopped if one was requested before."""
         with self._lock:
             self._started = True
+        self.check()
+
+    def check(self) -> None:
+        """Raises what ends this attempt, if that is known. Called before objects are stored or fetched in Ray, which
+        ends the driver where there is no raylet."""
         if self.alarm.done():
             self.alarm.result()
 
@@ -149,6 +155,7 @@ class Supervisor(AbstractContextManager):
         pending = list(references)
         while pending:
             ready, pending = ray.wait(pending, num_returns=len(pending), timeout=TICK_SECONDS)
+            self.check()
             try:
                 found |= zip(ready, ray.get(ready), strict=True)
             except UserError:
@@ -161,8 +168,6 @@ class Supervisor(AbstractContextManager):
                     raise HardwareFailed(f"{self._name_of(error)} failed: {reason}") from error
                 raise
             self.results_taken += len(ready)
-            if pending and self.alarm.done():
-                self.alarm.result()
         return [found[reference] for reference in references]
 
     def _raise_cause(self, error: Exception) -> None:

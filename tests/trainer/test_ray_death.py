@@ -4,6 +4,7 @@ Everything but the attempt is real, which stands for any: an actor that is calle
 """
 
 import os
+import re
 import signal
 import time
 from concurrent.futures import Future
@@ -14,7 +15,7 @@ import pytest
 import ray
 
 from meds_megatron.config import ClusterConfig, Config
-from meds_megatron.errors import RayDied, Stopped
+from meds_megatron.errors import RayDied, RayletDied, Stopped
 from meds_megatron.launch.cluster import RayCluster, ray_cluster
 from meds_megatron.trainer import main
 from meds_megatron.trainer.interruption import Interruption
@@ -35,17 +36,20 @@ class StepByStep:
         actor = new_actor()
         last = self.steps + 3
         deadline = time.monotonic() + HANG_SECONDS
-        while self.steps < last or (self.attempts == 1 and time.monotonic() < deadline):
-            try:
-                interruption.check()
-            except Stopped as stop:
-                self.saved.append(self.steps)
-                raise interruption.stopped(f"{stop} after step {self.steps}: saved") from stop
-            ray.get(actor.step.remote())
-            self.steps += 1
-            if self.attempts == 1 and self.steps == 2:
-                process_of(self._victim).kill()
-            time.sleep(0.05)
+        with Supervisor("", interruption) as supervisor:
+            while self.steps < last or (self.attempts == 1 and time.monotonic() < deadline):
+                try:
+                    interruption.check()
+                except Stopped as stop:
+                    self.saved.append(self.steps)
+                    raise interruption.stopped(f"{stop} after step {self.steps}: saved") from stop
+                # A call, without an object that Ray would have to store.
+                supervisor.check()
+                ray.get(actor.step.remote())
+                self.steps += 1
+                if self.attempts == 1 and self.steps == 2:
+                    process_of(self._victim).kill()
+                time.sleep(0.05)
 
     def last_logged_step(self) -> int:
         return self.steps
@@ -71,15 +75,39 @@ def repeat(attempts: StepByStep, cluster: RayCluster, monkeypatch) -> None:
         main.repeat_attempts(Config(), None, None, attempts, interruption, cluster)
 
 
-@pytest.mark.parametrize(("name", "part"), [("gcs_server", "GCS"), ("raylet", "raylet")])
-def test_a_run_saves_and_goes_on_with_a_new_ray_of_its_own(name, part, monkeypatch, capsys):
-    attempts = StepByStep(name)
+def test_a_run_saves_after_the_death_of_the_gcs_and_goes_on_with_a_new_ray_of_its_own(monkeypatch, capsys):
+    attempts = StepByStep("gcs_server")
     with ray_cluster(ClusterConfig()) as cluster:
         repeat(attempts, cluster, monkeypatch)
     assert attempts.attempts == 2 and attempts.saved == [attempts.steps - 3]
     said = capsys.readouterr().err
-    assert f"meds: Ray's {part} (" in said and f") has ended after step {attempts.saved[0]}: saved\n" in said
+    assert "meds: Ray's GCS (" in said and f") has ended after step {attempts.saved[0]}: saved\n" in said
     assert "meds: restart 1 of at most 3 without a new step" in said
+
+
+def test_the_death_of_the_raylet_ends_the_attempt_and_another_has_a_new_ray(monkeypatch, capsys):
+    attempts = StepByStep("raylet")
+    with ray_cluster(ClusterConfig()) as cluster:
+        repeat(attempts, cluster, monkeypatch)
+    assert attempts.attempts == 2 and not attempts.saved
+    said = capsys.readouterr().err
+    assert re.search(r"meds: Ray's raylet \([\d.]+:\d+\) has ended\n", said)
+    assert "meds: restart 1 of at most 3 without a new step" in said
+
+
+@pytest.mark.parametrize("wait", ["check", "results"])
+def test_nothing_is_fetched_from_ray_after_the_death_of_the_raylet(wait, monkeypatch):
+    """Ray would end the process."""
+    interruption, reference = Interruption(), object()
+    monkeypatch.setattr(ray, "wait", lambda references, **_: (references, []))
+    monkeypatch.setattr(ray, "get", lambda _: pytest.fail("fetched"))
+    with Supervisor("", interruption) as supervisor:
+        interruption.raylet_died("Ray's raylet has ended")
+        with pytest.raises(RayletDied, match="^Ray's raylet has ended$"):
+            supervisor.check() if wait == "check" else supervisor.results([reference])
+    interruption.forget_ray()
+    with Supervisor("", interruption) as supervisor:
+        supervisor.check()
 
 
 def test_a_run_on_a_ray_that_is_not_its_own_saves_and_ends_to_be_started_again(monkeypatch):
@@ -134,7 +162,7 @@ def test_a_death_that_the_runs_processes_die_of_is_named_first(monkeypatch, caps
             raise error
 
     class Probe:
-        def __init__(self, _):
+        def __init__(self, *_):
             pass
 
         def __enter__(self):
