@@ -103,7 +103,7 @@ def test_nothing_is_fetched_from_ray_after_the_death_of_the_raylet(wait, monkeyp
     monkeypatch.setattr(ray, "get", lambda _: pytest.fail("fetched"))
     with Supervisor("", interruption) as supervisor:
         interruption.raylet_died("Ray's raylet has ended")
-        with pytest.raises(RayletDied, match="^Ray's raylet has ended$"):
+        with pytest.raises(RayletDied, match=r"^Ray's raylet has ended$"):
             supervisor.check() if wait == "check" else supervisor.results([reference])
     interruption.forget_ray()
     with Supervisor("", interruption) as supervisor:
