@@ -109,7 +109,7 @@ class Supervisor(AbstractContextManager):
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def __enter__(self) -> "Supervisor":
-        self._interruption.failed.add_done_callback(lambda failed: self.fail(failed.exception()))
+        self._interruption.failed.add_done_callback(self._fail_as)
         self._thread.start()
         return self
 
@@ -119,6 +119,11 @@ class Supervisor(AbstractContextManager):
         deadline = time.monotonic() + END_SECONDS
         while not all(process.is_gone() for process in self.processes) and time.monotonic() < deadline:
             time.sleep(TICK_SECONDS / 5)
+
+    def _fail_as(self, failed: Future[None]) -> None:
+        error = failed.exception()
+        assert isinstance(error, Exception)
+        self.fail(error)
 
     def supervise(self, kind: str, number: int, log: str, actor: ray.actor.ActorHandle) -> None:
         """Supervises a new actor of a `SupervisedActor` class whose concurrency groups are CONCURRENCY_GROUPS."""

@@ -106,7 +106,7 @@ CHANGING = {
     },
     "CompletenessCheck": {"_received": STEP},
     "Console": dict.fromkeys(("_rows", "_accuracy", "_validation", "_progress"), NO_EFFECT),
-    "Interruption": {"_received": START, "_signal": START, "requested": START},
+    "Interruption": dict.fromkeys(("_received", "_signal", "failed", "requested"), START),
     "RayProbe": {"_reached": NO_EFFECT},
     "HostCopies": {"_tensors": NO_EFFECT},
     "GroupProducer": {"_generating": IN_FLIGHT, "_grading": IN_FLIGHT},
