@@ -33,7 +33,7 @@ class RunProcess(subprocess.Popen):
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_restore_signals,
+                preexec_fn=restore_signals,
             )
 
     def descendants(self) -> list[psutil.Process]:
@@ -47,7 +47,8 @@ class RunProcess(subprocess.Popen):
         return sorted(found, key=lambda process: process.pid)
 
 
-def _restore_signals() -> None:
+def restore_signals() -> None:
+    """`preexec_fn` of a process that takes signals as one that a terminal starts, also where this one ignores them."""
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

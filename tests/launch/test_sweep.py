@@ -18,6 +18,7 @@ from meds_megatron.errors import UserError
 from meds_megatron.launch import sweep, sweep_runs
 from meds_megatron.launch.sweep_config import SweepRun, expand, load_sweep
 from meds_megatron.launch.sweep_runs import Sweep
+from tests.faults.processes import restore_signals
 from tests.limits import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,7 +192,8 @@ def test_after_ctrl_c_local_runs_have_saved_themselves_and_go_on_at_the_next_sta
     }
     file = write(tmp_path, f"settings: {json.dumps(settings)}\n")
     command = [sys.executable, "-m", "meds_megatron.cli", "sweep", str(file), "--executor", "local"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    options = {"start_new_session": True, "preexec_fn": restore_signals}
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
     run = tmp_path / "runs" / "seed=0"
     started = time.monotonic()
     while not last_step(run):
