@@ -71,8 +71,8 @@ def engine_log(index: int) -> str:
     return f"engine{index:03d}"
 
 
-MAY_WAIT = {"start", "_start", "connect", "load_bucket"}
-"""Methods in which an engine waits for the trainer's ranks or loads the model: it need not be the cause of a hang."""
+MAY_WAIT = {"connect", "load_bucket"}
+"""Methods in which an engine waits for the trainer's ranks: it need not be the cause of a hang."""
 
 
 def import_without_gpu() -> None:

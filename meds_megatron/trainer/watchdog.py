@@ -15,6 +15,7 @@ from meds_megatron.errors import RunFailed
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.rollout.engine import MAY_WAIT
 from meds_megatron.rollout.engine_record import Engine, kill_hung
+from meds_megatron.rollout.health import EngineState
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.supervised import SUPERVISION, Activity, node_name, request_stacks
 from meds_megatron.trainer.supervision import Process, Supervisor
@@ -96,7 +97,7 @@ class Watchdog(AbstractContextManager):
         activities = self._activities(max(ANSWER_SECONDS, min(period, LONGEST_ANSWER_SECONDS)))
         if any(activities[process.name] is None for process in self._supervisor.processes):
             return False  # Whatever else hangs may wait for that rank or shard.
-        hung = [engine for engine in self._pool.engines if _hangs(activities[engine.name])]
+        hung = [engine for engine in self._pool.engines if _hangs(engine, activities[engine.name])]
         for engine in hung:
             activity = activities[engine.name]
             what = f"is stuck in {activity.method} ({activity.place})" if activity else "does not answer"
@@ -176,6 +177,8 @@ class Watchdog(AbstractContextManager):
         return states
 
 
-def _hangs(activity: Activity | None) -> bool:
-    """Whether an engine of a run without progress is its cause."""
+def _hangs(engine: Engine, activity: Activity | None) -> bool:
+    """Whether an engine of a run without progress is its cause. One that is starting may not answer yet."""
+    if engine.health.state is EngineState.STARTING:
+        return False
     return activity is None or (activity.method is not None and activity.method not in MAY_WAIT)
