@@ -68,7 +68,8 @@ class RayCluster:
                 )
                 return
             except Exception as error:  # Ray has no class for it.
-                # It does not end what it has started.
+                # It does not end what it has started, nor does it forget a node that it started in part.
+                ray.shutdown()
                 for process in descendants() - before:
                     kill_tree(process)
                 if not left:
@@ -89,6 +90,10 @@ class RayCluster:
 @contextmanager
 def ray_cluster(config: ClusterConfig) -> Iterator[RayCluster]:
     """Connects to the cluster at `config.address`, or starts Ray on this machine, for as long as the block lasts."""
+    import ray
+
+    if ray.is_initialized():
+        raise RuntimeError("This process is connected to a Ray already: disconnect it first, with ray.shutdown()")
     with ray_directory() if config.address is None else nullcontext() as directory:
         cluster = RayCluster(config.address, directory)
         try:

@@ -9,7 +9,7 @@ from meds_megatron.trainer.check import Finding, check
 QUICKSTART = "configs/quickstart.yaml"
 
 
-@pytest.mark.usefixtures("processes")
+@pytest.mark.usefixtures("own_ray")
 def test_a_machine_that_is_ready(tmp_path):
     """With the link between two pipeline stages, and without making the run directory."""
     config = load_config(QUICKSTART, ["cluster.device=cpu", f"run_dir={tmp_path}/runs/new"])
@@ -23,7 +23,7 @@ def test_a_machine_that_is_ready(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.usefixtures("processes")
+@pytest.mark.usefixtures("own_ray")
 def test_what_is_not_ready_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     config = load_config(QUICKSTART, ["cluster.device=cpu", "run_dir=/proc/new"])
