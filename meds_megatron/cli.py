@@ -12,11 +12,8 @@ from meds_megatron.commands.bench import bench
 from meds_megatron.commands.convert import convert
 from meds_megatron.commands.data import data
 from meds_megatron.commands.evaluate import evaluate
-from meds_megatron.commands.options import EXIT_FAILURE, Command, with_config
-from meds_megatron.errors import RunFailed, Stopped, UserError
-
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+from meds_megatron.commands.options import Command, with_config
+from meds_megatron.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunFailed, Stopped, UserError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True})
@@ -92,7 +89,7 @@ def check(config, links: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from meds_megatron.trainer.check import check
+    from meds_megatron.preflight.check import check
 
     findings = check(config, links)
     table = Table("node", "what", "found", "")
@@ -116,9 +113,9 @@ def sweep(file: str, executor: Literal["auto", "slurm", "local"]) -> None:
 
     The table of results is shown as it grows and is in results.csv in the sweep's directory. Runs that fail are tried
     again, and a sweep that was interrupted goes on where it stopped when it is started again. The exit status is 1 if a
-    run failed for good. meds_megatron/launch/sweep_config.py explains every key of the file.
+    run failed for good. meds_megatron/sweeps/config.py explains every key of the file.
     """
-    from meds_megatron.launch.sweep_runs import sweep_with_live_table
+    from meds_megatron.sweeps.runs import sweep_with_live_table
 
     rows = sweep_with_live_table(file, executor)
     if any(row["state"] == "failed" for row in rows):

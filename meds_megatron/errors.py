@@ -1,3 +1,12 @@
+"""Errors that end a command, and the exit codes of its process. Standard library only."""
+
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 75
+"""Of a run that has saved its state and is to be started again (EX_TEMPFAIL)."""
+EXIT_INTERRUPTED = 130
+
+
 class UserError(Exception):
     """A mistake of the user, described in one sentence: the command line prints it without a traceback."""
 

@@ -46,6 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = []
     for item, tier in tiers.items():
         item.add_marker(tier)
+        item.user_properties.append(("tier", tier))
         is_full = item.get_closest_marker(FULL.name) and not config.option.full
         if is_full or (config.option.fast and tier != "unit"):
             left_out.append(item)
@@ -64,10 +65,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    for tier in TIERS:
-        if tier in report.keywords:
-            _seconds[tier] += report.duration
-            _counts[tier] += report.when == "call"
+    tier = dict(report.user_properties)["tier"]
+    _seconds[tier] += report.duration
+    _counts[tier] += report.when == "call"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -179,7 +179,7 @@ def _has_cpu_build() -> bool:
 def small_model() -> Path:
     """The arithmetic model after a short warm-up: it answers in boxes, mostly wrongly. Kept in the cache directory."""
     from meds_megatron.config import Config
-    from meds_megatron.embedded.make import ensure_arithmetic_model
+    from meds_megatron.toy_tasks.make import ensure_arithmetic_model
 
     return ensure_arithmetic_model("shared", Path(Config().cache_dir).expanduser(), steps=250)
 

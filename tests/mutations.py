@@ -99,10 +99,10 @@ FAST = [
              "self.version += 1\n        self._load(self._pool.ready())", "self._load(self._pool.ready())",
              "new weights have the version of the old ones",
              "tests/trainer/test_weight_sync.py"),
-    Mutation("checkpoint-fsync", "trainer/checkpoint_files.py",
+    Mutation("checkpoint-fsync", "run/checkpoint_files.py",
              "_sync(file)", "pass",
              "a checkpoint is marked complete before its files are on disk",
-             "tests/trainer/test_checkpoint_files.py tests/trainer/test_checkpoint_sync.py"),
+             "tests/run/test_checkpoint_files.py tests/run/test_checkpoint_sync.py"),
     Mutation("layout-product", "config/layout.py",
              "model_ranks = parallel.tensor * parallel.context * parallel.pipeline",
              "model_ranks = parallel.tensor * parallel.pipeline",
@@ -124,10 +124,10 @@ FAST = [
 """Caught by tests that start no process."""
 
 PROCESS = [
-    Mutation("job-exit-code", "launch/job.py",
+    Mutation("job-exit-code", "cluster/slurm/job.py",
              " or EXIT_FAILURE", "",
              "a Slurm job whose tasks end before the run has an exit code counts as a success",
-             "tests/launch/test_job.py tests/launch/test_job_exit_codes.py"),
+             "tests/cluster/slurm/test_job.py tests/cluster/slurm/test_job_exit_codes.py"),
 ]
 """Caught by tests that start processes of their own."""
 

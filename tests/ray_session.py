@@ -5,9 +5,9 @@ from pathlib import Path
 
 import ray
 
+from meds_megatron.cluster.placement import Placement
+from meds_megatron.cluster.ray_cluster import ray_cluster
 from meds_megatron.config import ClusterConfig
-from meds_megatron.launch.cluster import ray_cluster
-from meds_megatron.launch.placement import Placement
 from meds_megatron.rollout.pool import EnginePool
 from tests.rollout.engine_cases import engine_config, make_model
 

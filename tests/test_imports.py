@@ -19,26 +19,32 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "meds_megatron"
 PACKAGES = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
 
-SHARED = {"digests", "errors", "json_text", "latex", "lean_imports", "logs", "metrics_file", "supervised"}
+SHARED = {"digests", "errors", "json_text", "latex", "lean_imports", "logs", "processes", "shared_memory"}
 """Top-level modules that every package may import."""
 ALLOWED = {
     "config": set(),
     "data": {"config"},
     "reward": {"config"},
     "memory": {"config"},
-    # Clusters the fingerprints of a whole run as the memory does, and answers in any spelling as the grader does.
-    "report": {"config", "memory", "reward"},
     "algorithm": {"config"},
     "weights": {"config"},
-    "launch": {"config", "weights"},
-    # Reads the conversion table's shapes and the resharding plan, both pure Python, and where ranks and engines go.
-    "plan": {"config", "weights", "launch"},
     "model": {"config", "weights"},
-    "rollout": {"config", "weights", "reward", "data", "launch"},
-    "actor": {"config", "launch", "model", "weights", "algorithm"},
-    "embedded": {"config", "data", "model"},
-    "evaluation": {"config", "data", "reward", "rollout", "launch", "embedded", "weights", "actor"},
-    "trainer": PACKAGES - {"bench", "commands"},
+    "run": {"config"},
+    "cluster": {"config"},
+    "faults": {"config"},
+    "sweeps": {"config", "run", "cluster"},
+    "rollout": {"config", "weights", "reward", "data", "cluster", "faults"},
+    "actor": {"config", "weights", "model", "algorithm", "cluster", "faults"},
+    "toy_tasks": {"config", "data", "model"},
+    # Reads the conversion table's shapes and the resharding plan, both pure Python, and where ranks and engines go.
+    "plan": {"config", "weights", "cluster", "run"},
+    # Clusters the fingerprints of a whole run as the memory does, and answers in any spelling as the grader does.
+    "report": {"config", "memory", "reward", "run"},
+    "evaluation": {
+        *("config", "data", "reward", "rollout", "cluster", "faults", "toy_tasks", "weights", "actor", "run"),
+    },
+    "preflight": {"config", "cluster", "weights", "model", "actor"},
+    "trainer": PACKAGES - {"bench", "commands", "preflight", "sweeps"},
     "bench": PACKAGES - {"commands"},
     "commands": PACKAGES,
     **{module: set() for module in SHARED},
@@ -57,7 +63,10 @@ NOT_LOADED = {
     "report": (*CLUSTER, "torch", "hdbscan", "sklearn"),
     # The driver imports it before anything is started.
     "trainer": ("megatron", "vllm", "transformers", "wandb", *CLUSTERING),
-    "launch": ("megatron", "torch", "vllm"),
+    "run": ("megatron", "torch", "vllm", "transformers", "wandb", *CLUSTERING),
+    "faults": ("megatron", "torch", "vllm", "transformers", *CLUSTERING),
+    "cluster": ("megatron", "torch", "vllm"),
+    "sweeps": ("megatron", "torch", "vllm"),
     "plan": (*CLUSTER, "torch"),
     "algorithm": CLUSTER,
     "weights.resharding.plan": CLUSTER,

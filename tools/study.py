@@ -1,4 +1,4 @@
-"""Study of MEDS and its rivals on the two embedded tasks: runs, measures, a table and a picture.
+"""Study of MEDS and its rivals on the two toy tasks: runs, measures, a table and a picture.
 
     python tools/study.py plan DIR            # writes sweep files: per_kind, remainder, confirmation, departures
     python tools/study.py run DIR             # trains what is not recorded, here or as Slurm jobs (--executor slurm)
@@ -30,8 +30,8 @@ from study_records import digest, is_finished, method_of, read_records, record, 
 from study_results import collect_results, draw, table_of
 
 from meds_megatron.errors import UserError
-from meds_megatron.launch.sweep_config import SweepRun, expand, load_sweep
-from meds_megatron.launch.sweep_runs import Executor, sweep
+from meds_megatron.sweeps.config import SweepRun, expand, load_sweep
+from meds_megatron.sweeps.runs import Executor, sweep
 
 
 def write_plan(directory: Path, runs: Path, steps: int, more: list[str], **options: Any) -> None:

@@ -27,12 +27,12 @@ from sklearn.metrics import adjusted_rand_score
 from study_plan import measured_n
 
 from meds_megatron.config import Config, MemoryConfig, load_config
-from meds_megatron.embedded.arithmetic import habit_of
 from meds_megatron.latex import last_boxed
 from meds_megatron.memory import MemoryShard
 from meds_megatron.memory.statistics import Moments, top_eigenvalue_share
 from meds_megatron.report.run_files import RunFiles, read_columns, texts_of, vectors_of
 from meds_megatron.reward.answers import answer_class
+from meds_megatron.toy_tasks.arithmetic import habit_of
 
 
 def measure(files: RunFiles) -> dict[str, float | None]:
@@ -72,7 +72,7 @@ def validations(files: RunFiles) -> dict[str, list[float]]:
 
 
 class Response(NamedTuple):
-    """A row of a rollout file of an embedded task."""
+    """A row of a rollout file of a toy task."""
 
     key: str
     group: int

@@ -3,7 +3,7 @@
     python tools/study_memories.py RUN_DIR                                 # those of MEMORIES
     python tools/study_memories.py RUN_DIR --memory window=64 noise=cluster     # and one more
 
-The run is of an embedded task (`data.arithmetic_rules: per_kind` or `remainder`), whose workings show the mistakes. It
+The run is of a toy task (`data.arithmetic_rules: per_kind` or `remainder`), whose workings show the mistakes. It
 should have fingerprints of all wrong responses (`memory.remember_filtered: true`). Prints a Markdown table of what the
 lookups of the second half of the steps gave:
 

@@ -10,7 +10,7 @@ from study_departures import half_of_combinations
 from meds_megatron.config import load_config
 from meds_megatron.config.changes import settings_of
 from meds_megatron.errors import UserError
-from meds_megatron.launch.sweep_config import SweepRun, expand, load_sweep
+from meds_megatron.sweeps.config import SweepRun, expand, load_sweep
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BASE = CONFIGS / "quickstart.yaml"

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput
+from meds_megatron.cluster.device import require_gpu
 from meds_megatron.config import Config
 from meds_megatron.config.network import LOOPBACK, network_env_vars, on_one_machine
-from meds_megatron.launch.device import require_gpu
+from meds_megatron.faults.supervised import SupervisedActor, ignore_stop_signals
 from meds_megatron.lean_imports import lean_megatron
 from meds_megatron.logs import configure_process_logging
-from meds_megatron.supervised import SupervisedActor, ignore_stop_signals
 from meds_megatron.weights.resharding.types import SyncSpec
 from meds_megatron.weights.store_address import StoreAddress
 

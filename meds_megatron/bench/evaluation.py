@@ -10,22 +10,22 @@ from statistics import median
 import ray
 
 from meds_megatron.bench.rollout import PlainEngine
+from meds_megatron.cluster.device import resolve_device
+from meds_megatron.cluster.placement import engine_places
+from meds_megatron.cluster.ray_cluster import ray_cluster, reserve_nodes
 from meds_megatron.config import Config, DataConfig, ModelConfig, RewardConfig
 from meds_megatron.data.prompts import Prompt, encode
 from meds_megatron.data.tokenizer import load_tokenizer
-from meds_megatron.embedded.arithmetic import arithmetic_problems
-from meds_megatron.embedded.make import ensure_model
 from meds_megatron.evaluation.evaluate import model_dtype
 from meds_megatron.evaluation.generate import engine_config, generate, size_to_machine
 from meds_megatron.evaluation.settings import EngineOptions, request_seed
-from meds_megatron.launch.cluster import ray_cluster, reserve_nodes
-from meds_megatron.launch.device import resolve_device
-from meds_megatron.launch.placement import engine_places
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.reward.rules import RULES
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.samples import PromptGroup
 from meds_megatron.rollout.settings import Sampling, engine_env_vars
+from meds_megatron.toy_tasks.arithmetic import arithmetic_problems
+from meds_megatron.toy_tasks.make import ensure_model
 
 MAX_TOKENS = 40
 """Of a response of the arithmetic model."""

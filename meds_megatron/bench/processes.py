@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-from meds_megatron.launch.placement import Place, visible_gpus
+from meds_megatron.cluster.placement import Place, visible_gpus
 
 
 class Member:

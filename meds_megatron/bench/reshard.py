@@ -20,9 +20,9 @@ from torch import Tensor
 from meds_megatron.bench.peak_memory import PeakMemory
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import QWEN
+from meds_megatron.shared_memory import SHARED_MEMORY
 from meds_megatron.weights.gather import whole_tensors
 from meds_megatron.weights.resharding.plan import engine_slices
-from meds_megatron.weights.resharding.shared_directory import SHARED_MEMORY
 from meds_megatron.weights.resharding.transfer import WeightReceiver, WeightSender
 from meds_megatron.weights.resharding.transport import TransferGroup, open_rendezvous
 from meds_megatron.weights.resharding.types import Rendezvous, SyncSpec

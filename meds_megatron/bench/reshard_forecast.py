@@ -2,10 +2,10 @@
 
 from math import prod
 
+from meds_megatron.cluster.placement import engine_places, rank_places
 from meds_megatron.config import ClusterConfig, RolloutConfig
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import QWEN
-from meds_megatron.launch.placement import engine_places, rank_places
 from meds_megatron.plan.network import predict
 from meds_megatron.weights.resharding.plan import ReshardPlan, find_routes
 

@@ -10,9 +10,9 @@ from statistics import median
 import numpy as np
 import ray
 
+from meds_megatron.cluster.placement import Placement, engine_places
+from meds_megatron.cluster.ray_cluster import reserve_nodes
 from meds_megatron.config import Config
-from meds_megatron.launch.cluster import reserve_nodes
-from meds_megatron.launch.placement import Placement, engine_places
 from meds_megatron.rollout.llm import kv_cache_arguments
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.samples import Completion

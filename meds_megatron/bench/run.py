@@ -5,18 +5,18 @@ import json
 import tempfile
 
 from meds_megatron.bench import rollout as rollout_bench
+from meds_megatron.cluster.device import resolve_device
+from meds_megatron.cluster.ray_cluster import ray_cluster
 from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.config.validate import validate_model
 from meds_megatron.data.tokenizer import load_tokenizer
-from meds_megatron.embedded.make import ensure_model
-from meds_megatron.launch.cluster import ray_cluster
-from meds_megatron.launch.device import resolve_device
 from meds_megatron.plan.choices import with_choices
 from meds_megatron.plan.hardware import CPU, H100
+from meds_megatron.run.directory import RunDirectory
+from meds_megatron.toy_tasks.make import ensure_model
 from meds_megatron.trainer.main import train
 from meds_megatron.trainer.prompts import read_prompts
-from meds_megatron.trainer.run_dir import RunDirectory
 
 
 def rollout(config: Config, rounds: int) -> dict:

@@ -30,7 +30,7 @@ def rollout(config, rounds: int) -> dict:
 
 
 @bench.command("eval", cls=Command, example="meds bench eval --json")
-@click.option("--model", metavar="DIR", help="A Hugging Face directory.  [default: the embedded arithmetic model]")
+@click.option("--model", metavar="DIR", help="A Hugging Face directory.  [default: the toy arithmetic model]")
 @click.option("--responses", type=click.IntRange(min=1), default=8, help="To each of 200 problems.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, help="Measured generations, after one warm-up.")
 @click.option("--answers", type=click.IntRange(min=1), default=2000, help="Answers that are graded.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-EXIT_FAILURE = 1
+from meds_megatron.errors import EXIT_FAILURE
 
 
 class Integers(click.ParamType):

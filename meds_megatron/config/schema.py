@@ -110,7 +110,7 @@ class DataConfig:
     """Problems and prompts."""
 
     train: list[str] = field(default_factory=list)
-    """jsonl or parquet files; `arithmetic` is the embedded task."""
+    """jsonl or parquet files; `arithmetic` is the toy task."""
     validation: list[str] = field(default_factory=list)
     limit_train: int | None = setting(None, gt=0)
     limit_validation: int | None = setting(None, gt=0)

@@ -9,12 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from meds_megatron.cluster.device import resolve_device
+from meds_megatron.cluster.ray_cluster import ray_cluster
 from meds_megatron.config import DataConfig, RewardConfig
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.data.problems import Problem, load_problems
 from meds_megatron.data.prompts import Prompt, encode
 from meds_megatron.data.tokenizer import load_tokenizer
-from meds_megatron.embedded.problems import embedded_problems
 from meds_megatron.errors import UserError
 from meds_megatron.evaluation.fingerprints import TOKENS, add_ratios
 from meds_megatron.evaluation.generate import engine_config, generate, size_to_machine, started_engines
@@ -36,14 +37,13 @@ from meds_megatron.evaluation.settings import (
 )
 from meds_megatron.evaluation.statistics import powers_of_two
 from meds_megatron.evaluation.summary import Summary, summarise
-from meds_megatron.launch.cluster import ray_cluster
-from meds_megatron.launch.device import resolve_device
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.rollout.samples import PromptGroup
 from meds_megatron.rollout.settings import Sampling
+from meds_megatron.toy_tasks.problems import toy_problems
 
 ARITHMETIC = "arithmetic"
-"""Name of the embedded task, in place of a file."""
+"""Name of the toy task, in place of a file."""
 
 
 @dataclass
@@ -164,7 +164,7 @@ def prompt_settings(request: EvalRequest, model: EvaluatedModel) -> tuple[str, D
 
 def _problems(source: str, request: EvalRequest, model: EvaluatedModel) -> list[Problem]:
     rules = model.trained_on.arithmetic_rules if model.trained_on else DataConfig.arithmetic_rules
-    tasks = {ARITHMETIC: partial(embedded_problems, "validation", rules, seed=0)}
+    tasks = {ARITHMETIC: partial(toy_problems, "validation", rules, seed=0)}
     found = load_problems([source], tasks=tasks)
     chosen = found[request.start_idx : None if request.end_idx == -1 else request.end_idx]
     if not chosen:

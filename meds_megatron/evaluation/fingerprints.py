@@ -13,12 +13,12 @@ import numpy as np
 from meds_megatron.actor.schedule import schedule
 from meds_megatron.actor.train_batch import TrainBatch
 from meds_megatron.actor.worker import PolicyWorker, rank_env_vars
+from meds_megatron.cluster.placement import Place
+from meds_megatron.cluster.ray_cluster import reserve_nodes
 from meds_megatron.config import Config
 from meds_megatron.evaluation.statistics import top_eigenvalue_ratio
 from meds_megatron.evaluation.summary import RATIO
-from meds_megatron.launch.cluster import reserve_nodes
-from meds_megatron.launch.placement import Place
-from meds_megatron.supervised import CONCURRENCY_GROUPS
+from meds_megatron.faults.supervised import CONCURRENCY_GROUPS
 
 TOKENS = "tokens"
 """Field of an unfinished row: token ids of `prompt` and `responses`, and `answer_positions`."""

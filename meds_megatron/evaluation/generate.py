@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from meds_megatron.cluster.ray_cluster import reserve_nodes
 from meds_megatron.config import Config
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.errors import UserError
 from meds_megatron.evaluation.settings import Dtype, EngineOptions
-from meds_megatron.launch.cluster import reserve_nodes
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.producer import GroupProducer

@@ -118,7 +118,7 @@ class EvalRequest:
 
     model: str
     data: tuple[str, ...]
-    """jsonl or parquet files, or `arithmetic`, the embedded task."""
+    """jsonl or parquet files, or `arithmetic`, the toy task."""
     sampling: SamplingSettings
     max_tokens: int | None
     """None: LONGEST_RESPONSE, or less where the model has fewer positions."""

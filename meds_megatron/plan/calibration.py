@@ -5,8 +5,8 @@ from pathlib import Path
 
 from meds_megatron.config import Config, load_config
 from meds_megatron.errors import UserError
-from meds_megatron.metrics_file import read_metrics
 from meds_megatron.plan.duration import TIMED, StepTokens
+from meds_megatron.run.metrics_file import read_metrics
 
 
 @dataclass(frozen=True)

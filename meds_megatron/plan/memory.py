@@ -9,8 +9,8 @@ their own do not sleep, and the trainer's state stays where it is.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from meds_megatron.cluster.placement import engine_places, rank_places
 from meds_megatron.config import Config, ModelShape, ParallelLayout
-from meds_megatron.launch.placement import engine_places, rank_places
 from meds_megatron.plan.activations import backward_bytes, head_bytes, layer_bytes, stage_bytes
 from meds_megatron.plan.engine import EngineMemory, engine_item_bytes, engine_memory
 from meds_megatron.plan.hardware import GIB, RESERVE, Hardware

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from meds_megatron.cluster.placement import engine_places, rank_places
 from meds_megatron.config import Config, ModelShape, ParallelLayout
 from meds_megatron.config.layout import RankCoordinates
-from meds_megatron.launch.placement import engine_places, rank_places
 from meds_megatron.plan.engine import engine_item_bytes
 from meds_megatron.plan.sizes import GRADIENT_BYTES, ITEM_BYTES, rank_sizes
 from meds_megatron.weights.resharding.plan import ReshardPlan, Route, find_routes

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from meds_megatron.cluster.placement import engine_places, rank_places
 from meds_megatron.config import Config, ModelShape, ParallelLayout
-from meds_megatron.launch.placement import engine_places, rank_places
 
 
 @dataclass(frozen=True)

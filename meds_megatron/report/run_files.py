@@ -12,7 +12,7 @@ import yaml
 
 from meds_megatron.config import MemoryConfig
 from meds_megatron.errors import UserError
-from meds_megatron.metrics_file import read_metrics
+from meds_megatron.run.metrics_file import read_metrics
 
 
 @dataclass(frozen=True)

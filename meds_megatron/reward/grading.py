@@ -26,10 +26,10 @@ from multiprocessing import Pipe
 from typing import Literal
 
 from meds_megatron.config.schema import RewardConfig
+from meds_megatron.processes import process_state
 from meds_megatron.reward import worker
 from meds_megatron.reward.notation import normalised
 from meds_megatron.reward.rules import RULES, Rules
-from meds_megatron.supervised import process_state
 
 MAX_ANSWER_CHARACTERS = 2000
 """A longer answer or ground truth is not the answer to a problem; parsing it would only use up the time limit."""

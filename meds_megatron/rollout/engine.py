@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from meds_megatron.cluster.device import require_gpu
 from meds_megatron.config import Config
 from meds_megatron.data.tokenizer import load_tokenizer
-from meds_megatron.launch.device import require_gpu
+from meds_megatron.faults.supervised import SupervisedActor, ignore_stop_signals
 from meds_megatron.lean_imports import lean_vllm
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.rollout.answer_position import AnswerLocator
 from meds_megatron.rollout.llm import check_cpu_can_run, make_llm, stop_token_ids
 from meds_megatron.rollout.samples import Completion
 from meds_megatron.rollout.settings import Sampling
-from meds_megatron.supervised import SupervisedActor, ignore_stop_signals
-from meds_megatron.weights.resharding.shared_directory import (
+from meds_megatron.shared_memory import (
     PREFIX,
     SHARED_MEMORY,
     claim,

@@ -6,10 +6,10 @@ from typing import Any
 
 import ray
 
-from meds_megatron.launch.processes import kill_tree
-from meds_megatron.rollout.engine import Request
-from meds_megatron.rollout.health import EngineHealth
-from meds_megatron.supervised import request_stacks
+from meds_megatron.faults.supervised import Activity, request_stacks
+from meds_megatron.processes import kill_tree
+from meds_megatron.rollout.engine import MAY_WAIT, Request
+from meds_megatron.rollout.health import EngineHealth, EngineState
 
 HUNG_SECONDS = 30
 """For a new process on the node of an engine, to look at that and kill it."""
@@ -55,19 +55,25 @@ class Engine:
         """Responses in flight."""
         return sum(request.sampling.responses for request in self.running.values())
 
+    def hangs(self, activity: Activity | None) -> bool:
+        """Whether the engine, which does `activity` (None: does not answer), is the cause where nothing progresses. One
+        that is starting may not answer yet."""
+        if self.health.state is EngineState.STARTING:
+            return False
+        return activity is None or (activity.method is not None and activity.method not in MAY_WAIT)
 
-def kill_hung(engine: Engine, what: str, why: str) -> None:
-    """Kills an engine that makes no progress; the pool replaces it as any other that died, and gives as the reason
-    `what` it does, and `why` it is killed. Any thread may call it."""
-    options = {"num_cpus": 0, "scheduling_strategy": engine.options["scheduling_strategy"]}
-    engine.hung = f"{what} ({engine.place_name}): {why}"
-    if engine.place:
-        process = engine.place[1]
-        states = _result(ray.remote(request_stacks).options(**options).remote([process])) or {}
-        engine.hung = f"{what} ({engine.place_name}, {states.get(process, 'state unknown')}): {why}"
-        # Also its ranks, which do not end by themselves when they are stopped.
-        _result(ray.remote(kill_tree).options(**options).remote(process))
-    ray.kill(engine.actor)
+    def kill_hung(self, what: str, why: str) -> None:
+        """Kills an engine that makes no progress; the pool replaces it as any other that died, and gives as the reason
+        `what` it does, and `why` it is killed. Any thread may call it."""
+        options = {"num_cpus": 0, "scheduling_strategy": self.options["scheduling_strategy"]}
+        self.hung = f"{what} ({self.place_name}): {why}"
+        if self.place:
+            process = self.place[1]
+            states = _result(ray.remote(request_stacks).options(**options).remote([process])) or {}
+            self.hung = f"{what} ({self.place_name}, {states.get(process, 'state unknown')}): {why}"
+            # Also its ranks, which do not end by themselves when they are stopped.
+            _result(ray.remote(kill_tree).options(**options).remote(process))
+        ray.kill(self.actor)
 
 
 def _result(call: ray.ObjectRef) -> Any:

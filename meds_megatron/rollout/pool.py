@@ -12,22 +12,22 @@ from typing import Any, Literal
 import numpy as np
 import ray
 
+from meds_megatron.cluster.placement import Placement, engine_places
 from meds_megatron.config import Config
 from meds_megatron.errors import UserError
-from meds_megatron.launch.placement import Placement, engine_places
+from meds_megatron.faults.supervised import (
+    CONCURRENCY_GROUPS,
+    SUPERVISION,
+    failed_process,
+    failure_reason,
+    process_exists,
+)
 from meds_megatron.logs import last_words
 from meds_megatron.rollout.engine import Request, RolloutEngine, engine_log
 from meds_megatron.rollout.engine_record import Engine
 from meds_megatron.rollout.health import EngineHealth, EngineState
 from meds_megatron.rollout.samples import Completion
 from meds_megatron.rollout.settings import Sampling, engine_env_vars
-from meds_megatron.supervised import (
-    CONCURRENCY_GROUPS,
-    SUPERVISION,
-    failed_process,
-    failure_reason,
-    may_run,
-)
 
 CLOSE_SECONDS = 10
 IN_FLIGHT = 3.0
@@ -261,7 +261,9 @@ class EnginePool:
         """Ends the engines and returns when they are gone; one that has not ended after CLOSE_SECONDS is killed."""
         self._end_actors(self.engines)
         deadline = time.monotonic() + CLOSE_SECONDS
-        while any(engine.place and may_run(engine.place) for engine in self.engines) and time.monotonic() < deadline:
+        while time.monotonic() < deadline and any(
+            engine.place and process_exists(engine.place) for engine in self.engines
+        ):
             time.sleep(0.05)
 
     def _dispatch(self) -> None:

@@ -8,34 +8,34 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from meds_megatron.cluster.fork_server import ForkServer
+from meds_megatron.cluster.ray_cluster import reserve_nodes
 from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.errors import Stopped
-from meds_megatron.launch.cluster import reserve_nodes
-from meds_megatron.launch.fork_server import ForkServer
+from meds_megatron.faults.interruption import Interruption
+from meds_megatron.faults.supervision import Supervisor
+from meds_megatron.faults.watchdog import Watchdog
 from meds_megatron.logs import process_logging
 from meds_megatron.reward.grading import GraderPool
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.producer import GroupProducer
+from meds_megatron.run.checkpoint_files import Checkpoint
+from meds_megatron.run.code_version import code_version
+from meds_megatron.run.console import Console, ConsoleHandler
+from meds_megatron.run.directory import RunDirectory
+from meds_megatron.run.log import RunLog
+from meds_megatron.run.timer import PhaseTimer
+from meds_megatron.shared_memory import PREFIX, SHARED_MEMORY, remove_unclaimed
 from meds_megatron.trainer import loop
-from meds_megatron.trainer.checkpoint_files import Checkpoint
 from meds_megatron.trainer.checkpointer import Checkpointer, restore_engines
-from meds_megatron.trainer.code_version import code_version
-from meds_megatron.trainer.console import Console, ConsoleHandler
 from meds_megatron.trainer.error_memory import ErrorMemory
-from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.policy_group import PolicyGroup
 from meds_megatron.trainer.prompts import Prompts
 from meds_megatron.trainer.rollout_manager import RolloutManager
-from meds_megatron.trainer.run_dir import RunDirectory
-from meds_megatron.trainer.run_log import RunLog
 from meds_megatron.trainer.state import TrainerState
-from meds_megatron.trainer.supervision import Supervisor
-from meds_megatron.trainer.timer import PhaseTimer
-from meds_megatron.trainer.watchdog import Watchdog
 from meds_megatron.trainer.weight_sync import WeightSync
-from meds_megatron.weights.resharding.shared_directory import PREFIX, SHARED_MEMORY, remove_unclaimed
 
 logger = logging.getLogger(__name__)
 

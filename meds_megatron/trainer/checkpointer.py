@@ -15,7 +15,7 @@ from meds_megatron.config import Config, save_config
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.errors import UserError
 from meds_megatron.rollout.pool import EnginePool
-from meds_megatron.trainer.checkpoint_files import (
+from meds_megatron.run.checkpoint_files import (
     MEMORY,
     Checkpoint,
     mark_complete,
@@ -25,9 +25,9 @@ from meds_megatron.trainer.checkpoint_files import (
     remove,
     write_state,
 )
+from meds_megatron.run.directory import RunDirectory
 from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.policy_group import PolicyGroup
-from meds_megatron.trainer.run_dir import RunDirectory
 from meds_megatron.trainer.state import TrainerState
 from meds_megatron.weights.model_files import copy_model_files
 

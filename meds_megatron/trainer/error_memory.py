@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import ray
 
+from meds_megatron.cluster.placement import Place, Placement, rank_places
 from meds_megatron.config import Config, MemoryConfig
 from meds_megatron.config.layout import ParallelLayout
-from meds_megatron.launch.placement import Place, Placement, rank_places
+from meds_megatron.faults.supervised import CONCURRENCY_GROUPS, SupervisedActor, ignore_stop_signals
+from meds_megatron.faults.supervision import Supervisor
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.memory import UNKNOWN, Match, shard_of, step_metrics
 from meds_megatron.rollout.samples import Sample
-from meds_megatron.supervised import CONCURRENCY_GROUPS, SupervisedActor, ignore_stop_signals
-from meds_megatron.trainer.supervision import Supervisor
 
 TARGETS = {"wrong": (False,), "right": (True,), "both": (False, True), "none": ()}
 """Values of `correct` that `penalty.target` names."""

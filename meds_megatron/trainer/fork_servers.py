@@ -5,8 +5,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from meds_megatron.actor import worker
+from meds_megatron.cluster.fork_server import ForkServer
 from meds_megatron.config import Config
-from meds_megatron.launch.fork_server import ForkServer
 from meds_megatron.rollout import engine
 from meds_megatron.rollout.settings import engine_env_vars
 

@@ -4,6 +4,9 @@ import logging
 
 from meds_megatron.config import Config
 from meds_megatron.rollout.producer import failed_gradings, first_failed_grading
+from meds_megatron.run.directory import RunDirectory
+from meds_megatron.run.log import RunLog
+from meds_megatron.run.timer import PhaseTimer
 from meds_megatron.trainer.checkpointer import Checkpointer
 from meds_megatron.trainer.filtering import shortfall
 from meds_megatron.trainer.protocols import Memory, Policy
@@ -18,11 +21,8 @@ from meds_megatron.trainer.report import (
 )
 from meds_megatron.trainer.rollout_manager import RolloutManager
 from meds_megatron.trainer.rollout_table import rollout_columns
-from meds_megatron.trainer.run_dir import RunDirectory
-from meds_megatron.trainer.run_log import RunLog
 from meds_megatron.trainer.scoring import score, training_batch
 from meds_megatron.trainer.state import TrainerState
-from meds_megatron.trainer.timer import PhaseTimer
 from meds_megatron.trainer.validation import validation_due, validation_metrics
 
 logger = logging.getLogger(__name__)

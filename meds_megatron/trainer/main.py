@@ -4,26 +4,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from meds_megatron.cluster.device import resolve_device
+from meds_megatron.cluster.fork_server import ForkServer
+from meds_megatron.cluster.ray_cluster import NoNodes, RayCluster, ray_cluster
+from meds_megatron.cluster.ray_probe import RayProbe
 from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.config.validate import validate, validate_model
-from meds_megatron.embedded.make import ensure_model
-from meds_megatron.errors import RayDied, RayletDied, RunFailed, Stopped, UserError
-from meds_megatron.launch.cluster import NoNodes, RayCluster, ray_cluster
-from meds_megatron.launch.device import resolve_device
-from meds_megatron.launch.fork_server import ForkServer
-from meds_megatron.launch.ray_probe import RayProbe
+from meds_megatron.errors import EXIT_REQUEUE, RayDied, RayletDied, RunFailed, Stopped, UserError
+from meds_megatron.faults.interruption import Interruption
+from meds_megatron.faults.recovery import Decision, Failure, Recovery
+from meds_megatron.faults.supervision import HardwareFailed, ProcessDied
+from meds_megatron.faults.watchdog import Hung
 from meds_megatron.plan.choices import with_choices
 from meds_megatron.plan.fit import check_fit
 from meds_megatron.plan.hardware import CPU, H100
+from meds_megatron.run.directory import RunDirectory
+from meds_megatron.toy_tasks.make import ensure_model
 from meds_megatron.trainer.attempt import attempt
-from meds_megatron.trainer.interruption import EXIT_REQUEUE, Interruption
 from meds_megatron.trainer.model_check import check_model_files
 from meds_megatron.trainer.prompts import Prompts, read_prompts
-from meds_megatron.trainer.recovery import Decision, Failure, Recovery
-from meds_megatron.trainer.run_dir import RunDirectory
-from meds_megatron.trainer.supervision import HardwareFailed, ProcessDied
-from meds_megatron.trainer.watchdog import Hung
 
 
 def train(config: Config, servers: Sequence[ForkServer] = ()) -> None:

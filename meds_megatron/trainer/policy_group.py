@@ -10,11 +10,11 @@ import ray
 from meds_megatron.actor.schedule import Schedule, schedule
 from meds_megatron.actor.train_batch import ForwardOutput, TrainBatch, UpdateOutput, scatter_ragged
 from meds_megatron.actor.worker import PolicyWorker, rank_env_vars, rank_log
+from meds_megatron.cluster.placement import Placement, rank_places
 from meds_megatron.config import Config, ModelShape
 from meds_megatron.config.layout import ParallelLayout
-from meds_megatron.launch.placement import Placement, rank_places
-from meds_megatron.supervised import CONCURRENCY_GROUPS
-from meds_megatron.trainer.supervision import Pending, Supervisor
+from meds_megatron.faults.supervised import CONCURRENCY_GROUPS
+from meds_megatron.faults.supervision import Pending, Supervisor
 from meds_megatron.weights.resharding.types import SyncSpec
 
 T = TypeVar("T")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from meds_megatron.config import Config
 from meds_megatron.data.problems import load_problems
 from meds_megatron.data.prompts import Prompt, build_prompts
-from meds_megatron.embedded.arithmetic import Split
-from meds_megatron.embedded.problems import embedded_problems
+from meds_megatron.toy_tasks.arithmetic import Split
+from meds_megatron.toy_tasks.problems import toy_problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ def read_prompts(config: Config, tokenizer: "PreTrainedTokenizerBase") -> Prompt
     def prompts(sources: list[str], limit: int | None, split: Split) -> tuple[list[Prompt], int]:
         if not sources:
             return [], 0
-        arithmetic = partial(embedded_problems, split, data.arithmetic_rules, seed=config.train.seed)
+        arithmetic = partial(toy_problems, split, data.arithmetic_rules, seed=config.train.seed)
         problems = load_problems(sources, limit, {"arithmetic": arithmetic})
         return build_prompts(problems, tokenizer, data, longest)
 

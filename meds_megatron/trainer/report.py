@@ -9,9 +9,9 @@ from meds_megatron.actor.train_batch import TrainBatch, UpdateOutput
 from meds_megatron.algorithm.corrections import logprob_mismatch
 from meds_megatron.config import Config
 from meds_megatron.errors import UserError
+from meds_megatron.run.directory import RunDirectory
 from meds_megatron.trainer.error_memory import TARGETS
 from meds_megatron.trainer.rollout_batch import RolloutBatch
-from meds_megatron.trainer.run_dir import RunDirectory
 
 
 def sampling_metrics(rollouts: RolloutBatch) -> dict[str, float]:

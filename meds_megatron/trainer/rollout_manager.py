@@ -7,17 +7,17 @@ from typing import Literal, TypeVar
 
 from meds_megatron.config import Config
 from meds_megatron.errors import UserError
+from meds_megatron.faults.interruption import Interruption
 from meds_megatron.rollout.group_schedule import GroupSchedule
 from meds_megatron.rollout.samples import PromptGroup
 from meds_megatron.rollout.settings import Sampling
+from meds_megatron.run.timer import PhaseTimer
 from meds_megatron.trainer.filtering import mark_kept, shortfall
-from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.prompts import Prompts
 from meds_megatron.trainer.protocols import Engines, Memory, PendingCall, Policy, Producer, WeightUpdates
 from meds_megatron.trainer.rollout_batch import RolloutBatch
 from meds_megatron.trainer.scoring import score
 from meds_megatron.trainer.state import TrainerState
-from meds_megatron.trainer.timer import PhaseTimer
 
 T = TypeVar("T")
 

@@ -11,9 +11,9 @@ from meds_megatron.algorithm.advantages import AdvantageInputs, compute_advantag
 from meds_megatron.algorithm.aggregation import aggregation_weights
 from meds_megatron.config import Config
 from meds_megatron.reward.scores import penalties, shape_scores
+from meds_megatron.run.timer import PhaseTimer
 from meds_megatron.trainer.protocols import Memory, PendingCall, Policy
 from meds_megatron.trainer.rollout_batch import RolloutBatch
-from meds_megatron.trainer.timer import PhaseTimer
 
 
 def score(

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import ray
 
+from meds_megatron.cluster.placement import engine_places, rank_places
 from meds_megatron.config import Config
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.errors import UserError
-from meds_megatron.launch.placement import engine_places, rank_places
 from meds_megatron.rollout.llm import engine_dtype
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.trainer.protocols import WeightSource

@@ -7,8 +7,8 @@ import pytest
 from pyarrow import parquet
 
 from meds_megatron.data.problems import Problem, load_problems
-from meds_megatron.embedded.arithmetic import arithmetic_problems
 from meds_megatron.errors import UserError
+from meds_megatron.toy_tasks.arithmetic import arithmetic_problems
 
 
 def write_jsonl(path: Path, *rows: object) -> str:

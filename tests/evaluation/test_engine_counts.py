@@ -2,10 +2,10 @@
 
 import pytest
 
+from meds_megatron.cluster.placement import engine_places
 from meds_megatron.config import Config
 from meds_megatron.errors import UserError
 from meds_megatron.evaluation.generate import size_to_machine
-from meds_megatron.launch.placement import engine_places
 
 
 def sized(monkeypatch, gpus: list[int], engines: int | None, tensor: int = 1, device: str = "cuda") -> Config:

@@ -13,12 +13,12 @@ import pytest
 
 from meds_megatron.cli import main
 from meds_megatron.data.problems import load_problems
-from meds_megatron.embedded.arithmetic import arithmetic_problems
 from meds_megatron.errors import UserError
 from meds_megatron.evaluation import evaluate
 from meds_megatron.evaluation.models import find_model
 from meds_megatron.evaluation.settings import dataset_name, request_seed
-from meds_megatron.trainer.checkpoint_files import mark_complete
+from meds_megatron.run.checkpoint_files import mark_complete
+from meds_megatron.toy_tasks.arithmetic import arithmetic_problems
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBLEMS = 24

@@ -21,8 +21,8 @@ import numpy as np
 import psutil
 
 from meds_megatron.config import Config
-from meds_megatron.embedded.make import ensure_arithmetic_model
 from meds_megatron.memory import MemoryShard
+from meds_megatron.toy_tasks.make import ensure_arithmetic_model
 from tests.faults.processes import KINDS, RunProcess, running, shared_files
 from tests.limits import HANG_SECONDS
 

@@ -217,7 +217,7 @@ def test_a_known_name_stands_for_a_model_that_is_not_here():
 
 
 def test_the_arithmetic_models_shape_is_known_before_it_is_made():
-    from meds_megatron.embedded import arithmetic_model
+    from meds_megatron.toy_tasks import arithmetic_model
 
     config = load_config(CONFIGS / "quickstart.yaml")
     tokenizer = arithmetic_model.build_tokenizer()

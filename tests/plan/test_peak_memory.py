@@ -13,7 +13,7 @@ QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 
 def test_the_quickstarts_ranks_need_what_is_predicted(cpu_ranks, tmp_path):
-    from meds_megatron.embedded import arithmetic_model
+    from meds_megatron.toy_tasks import arithmetic_model
 
     tokenizer = arithmetic_model.build_tokenizer()
     arithmetic_model.build_model(tokenizer, 0).save_pretrained(tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from meds_megatron.config import Config, save_config
-from meds_megatron.trainer.run_dir import RunDirectory
+from meds_megatron.run.directory import RunDirectory
 
 LAYERS = 6
 RESPONSES = 16

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from meds_megatron.config import Config
-from meds_megatron.embedded.arithmetic_model import build_tokenizer
 from meds_megatron.rollout.samples import Completion
+from meds_megatron.toy_tasks.arithmetic_model import build_tokenizer
 
 PROMPTS = [[40 + (7 * i + 11 * j) % 90 for j in range(3 + 2 * i)] for i in range(5)]
 

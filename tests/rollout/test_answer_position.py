@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meds_megatron.embedded.arithmetic_model import build_tokenizer
 from meds_megatron.rollout.answer_position import BOX_AT_END, FIRST_WINDOW, NO_BOX, AnswerLocator, AnswerPosition
+from meds_megatron.toy_tasks.arithmetic_model import build_tokenizer
 from tests.examples import examples
 
 OPENING = re.compile(r"\\boxed\s*\{")
@@ -165,7 +165,7 @@ def test_the_bytes_of_the_tokens_are_the_text(locator, qwen_tokenizer, text):
     assert b"".join(locator._piece(token_id) for token_id in token_ids) == expected.encode()
 
 
-def test_the_embedded_tokenizer_holds_the_whole_box_in_one_token():
+def test_the_toy_tokenizer_holds_the_whole_box_in_one_token():
     tokenizer = build_tokenizer()
     token_ids = tokenizer.encode("6*4=24 \\boxed{26}", add_special_tokens=False)
     position = AnswerLocator(tokenizer).locate([*token_ids, tokenizer.eos_token_id])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meds_megatron.launch.placement import Placement
+from meds_megatron.cluster.placement import Placement
 from meds_megatron.rollout.llm import STEP_TOKENS
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.settings import Sampling

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from meds_megatron.launch.placement import Placement
+from meds_megatron.cluster.placement import Placement
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.settings import Sampling
 from tests.rollout.disk_trainer import DiskTrainer

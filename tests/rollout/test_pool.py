@@ -50,7 +50,7 @@ def test_logprobs_have_the_temperature_applied(pool, model_dir):
 
 
 def test_a_completion_stops_with_the_end_token_or_at_its_limit(completions):
-    from meds_megatron.embedded.arithmetic_model import build_tokenizer
+    from meds_megatron.toy_tasks.arithmetic_model import build_tokenizer
 
     end = build_tokenizer().eos_token_id
     stopped = [
@@ -71,8 +71,8 @@ def test_without_stop_all_completions_have_the_limit(pool):
 
 
 def test_text_and_answer_position_belong_to_the_tokens(completions):
-    from meds_megatron.embedded.arithmetic_model import build_tokenizer
     from meds_megatron.rollout.answer_position import AnswerLocator
+    from meds_megatron.toy_tasks.arithmetic_model import build_tokenizer
 
     tokenizer = build_tokenizer()
     locator = AnswerLocator(tokenizer)

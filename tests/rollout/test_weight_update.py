@@ -3,7 +3,7 @@
 import pytest
 import ray
 
-from meds_megatron.launch.placement import Placement
+from meds_megatron.cluster.placement import Placement
 from meds_megatron.rollout.engine import Request
 from meds_megatron.rollout.pool import WAITING, EnginePool
 from meds_megatron.rollout.settings import Sampling

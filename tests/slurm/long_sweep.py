@@ -8,8 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from meds_megatron.embedded.arithmetic_model import WarmUp, make_arithmetic_model
-from meds_megatron.launch import sweep
+from meds_megatron.sweeps import sweep
+from meds_megatron.toy_tasks.arithmetic_model import WarmUp, make_arithmetic_model
 from tests.slurm.cluster import ROOT, Cluster, obstacle
 
 SWEEP = """

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from meds_megatron.launch import sweep
+from meds_megatron.sweeps import sweep
 from tests.limits import HANG_SECONDS
 from tests.slurm.cluster import ROOT, Cluster
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from meds_megatron.cluster.slurm.node import job_settings
 from meds_megatron.config import Config, load_config
 from meds_megatron.config.validate import validate
 from meds_megatron.errors import UserError
-from meds_megatron.launch.node import job_settings
 from meds_megatron.plan.plan import make_plan
 from tests.slurm.cluster import ROOT, Cluster, obstacle
 
@@ -38,7 +38,7 @@ def resolved(file: Path, directory: Path, nodes: int, *overrides: str) -> Config
     script = ["bash", str(file), *overrides]
     done = subprocess.run(script, cwd=directory, env=environment, capture_output=True, text=True, check=True)
     option, module, config, *settings = done.stdout.splitlines()
-    assert (option, module) == ("-m", "meds_megatron.launch.job")
+    assert (option, module) == ("-m", "meds_megatron.cluster.slurm.job")
     settings += job_settings(load_config(ROOT / config, settings), nodes, settings)
     return load_config(ROOT / config, settings)
 

@@ -99,7 +99,7 @@ def test_what_a_killed_job_left_is_removed_by_a_later_one(slurm, job, tmp_path_f
     killed.submit()
     killed.wait_for("train")
     for node in reversed(slurm.names):
-        killed.kill(node, killed.process(node, r"^\S*python -m meds_megatron.launch.node"))
+        killed.kill(node, killed.process(node, r"^\S*python -m meds_megatron.cluster.slurm.node"))
     assert killed.end() == ("FAILED", "1:0"), killed.log
     assert "meds: the task on node0 of the job is gone\n" in killed.log
     slurm.wait(lambda: slurm.idle() == slurm.names, HANG_SECONDS)

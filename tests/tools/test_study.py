@@ -14,10 +14,10 @@ from scipy import stats
 
 from meds_megatron.config import load_config, save_config
 from meds_megatron.config.changes import changes
-from meds_megatron.embedded.arithmetic import RULES, Expression
-from meds_megatron.embedded.remainder import DIVISOR, SLIP, response
-from meds_megatron.launch.sweep_config import expand, load_sweep
-from meds_megatron.trainer.run_dir import ROLLOUT_SCHEMA
+from meds_megatron.run.directory import ROLLOUT_SCHEMA
+from meds_megatron.sweeps.config import expand, load_sweep
+from meds_megatron.toy_tasks.arithmetic import RULES, Expression
+from meds_megatron.toy_tasks.remainder import DIVISOR, SLIP, response
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meds_megatron.config import MemoryConfig, load_config, save_config
-from meds_megatron.embedded.remainder import DIVISOR
+from meds_megatron.toy_tasks.remainder import DIVISOR
 from tests.tools.test_study import study_plan, write_step
 
 study_memories = importlib.import_module("study_memories")

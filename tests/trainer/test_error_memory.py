@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from meds_megatron.config import Config, MemoryConfig
+from meds_megatron.faults.supervision import Supervisor
 from meds_megatron.memory import MemoryShard
 from meds_megatron.trainer.error_memory import NO_ANSWER, ErrorMemory
-from meds_megatron.trainer.supervision import Supervisor
 
 LAYERS = 16
 RESPONSES = 120

@@ -11,17 +11,17 @@ from meds_megatron.config import Config
 from meds_megatron.data.problems import Problem
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.data.sampler import PromptSampler
+from meds_megatron.faults.interruption import Interruption
+from meds_megatron.faults.supervision import Supervisor
 from meds_megatron.memory import UNKNOWN
 from meds_megatron.reward.grading import Grade, GraderPool
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
+from meds_megatron.run.timer import PhaseTimer
 from meds_megatron.trainer import loop
 from meds_megatron.trainer.error_memory import ErrorMemory
-from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.prompts import Prompts
 from meds_megatron.trainer.rollout_manager import RolloutManager
 from meds_megatron.trainer.state import TrainerState
-from meds_megatron.trainer.supervision import Supervisor
-from meds_megatron.trainer.timer import PhaseTimer
 from tests.doubles import Call, ScriptedEnginePool, ScriptedPolicy, ScriptedProducer, ScriptedWeightSync
 
 LAYERS = 14

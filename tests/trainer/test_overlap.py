@@ -48,7 +48,7 @@ def run(run_meds, cpu_engines, small_model, tmp_path_factory) -> Path:
     the other way of updating engines."""
     directory = tmp_path_factory.mktemp("run") / "run"
     settings = overrides(directory, small_model, SETTINGS | {"train.steps": STEPS})
-    run_meds.check(run_meds.run_module("tests.trainer.killed_engines_run", "configs/quickstart.yaml", *settings))
+    run_meds.check(run_meds.run_module("tests.faults.killed_engines_run", "configs/quickstart.yaml", *settings))
     # As if the process had died while it wrote its last checkpoint.
     (directory / "checkpoints" / f"step_{STEPS:06d}" / "complete.json").unlink()
     resumed = {"train.steps": RESUMED_STEPS, "rollout.on_update": "finish"}

@@ -6,12 +6,12 @@ import inspect
 import pytest
 
 from meds_megatron.bench.simulation import parts
+from meds_megatron.faults.supervision import Pending
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.producer import GroupProducer
 from meds_megatron.trainer import protocols
 from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.policy_group import PolicyGroup
-from meds_megatron.trainer.supervision import Pending
 from meds_megatron.trainer.weight_sync import WeightSync
 from tests import doubles
 

@@ -10,7 +10,8 @@ from meds_megatron.data.prompts import Prompt
 from meds_megatron.errors import UserError
 from meds_megatron.reward.grading import Grade
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
-from meds_megatron.trainer.checkpoint_files import mark_complete, write_state
+from meds_megatron.run.checkpoint_files import mark_complete, write_state
+from meds_megatron.run.directory import RunDirectory
 from meds_megatron.trainer.report import (
     check_mismatch,
     check_updates,
@@ -20,7 +21,6 @@ from meds_megatron.trainer.report import (
     update_metrics,
 )
 from meds_megatron.trainer.rollout_batch import RolloutBatch
-from meds_megatron.trainer.run_dir import RunDirectory
 
 UPDATES = [
     UpdateOutput(1.5, {"tokens": 10.0, "kl": 0.0, "ratio": 10.0, "clip_fraction": 1.0}, 2.0, 1e-6, skipped=False),

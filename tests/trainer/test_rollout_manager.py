@@ -12,14 +12,14 @@ from meds_megatron.data.problems import Problem
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.errors import Stopped, UserError
+from meds_megatron.faults.interruption import Interruption
 from meds_megatron.reward.grading import Grade
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
+from meds_megatron.run.timer import PhaseTimer
 from meds_megatron.trainer.filtering import shortfall
-from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.prompts import Prompts
 from meds_megatron.trainer.rollout_manager import RolloutManager
 from meds_megatron.trainer.state import TrainerState
-from meds_megatron.trainer.timer import PhaseTimer
 from tests.doubles import ScriptedCall, ScriptedEnginePool, ScriptedPolicy, ScriptedProducer, ScriptedWeightSync
 
 RESPONSES = 4

@@ -16,11 +16,11 @@ SOURCE = Path(__file__).resolve().parents[2] / "meds_megatron"
 NOT_IN_A_RUN = (
     "bench",
     "data/duplicates.py",
-    "embedded",
+    "toy_tasks",
     "evaluation",
     "report",
     "weights/conversion",
-    "trainer/check.py",
+    "preflight/check.py",
 )
 """Packages whose code no training step executes."""
 
@@ -34,16 +34,16 @@ RANDOMNESS = {
     "actor/checkpoint.py": CHECKPOINT,  # saves and restores the generators of a rank
     "actor/process_group.py": START,  # seeds them
     "data/sampler.py": "a function of the seed and the epoch, which are in the checkpoint",
-    "launch/fork_server.py": NO_EFFECT,  # name of a directory
-    "launch/job.py": NO_EFFECT,  # the token of a job's Ray cluster
-    "launch/ray_directory.py": NO_EFFECT,  # name of a directory and a token
+    "cluster/fork_server.py": NO_EFFECT,  # name of a directory
+    "cluster/slurm/job.py": NO_EFFECT,  # the token of a job's Ray cluster
+    "cluster/ray_directory.py": NO_EFFECT,  # name of a directory and a token
     **dict.fromkeys(("weights/membership.py", "weights/sealed_store.py", "weights/store.py"), NO_EFFECT),  # secrets
     "weights/resharding/transport.py": NO_EFFECT,  # name of exported memory
     "reward/differences.py": "a function of the answers",
     "rollout/engine.py": CHECKPOINT,
     "trainer/attempt.py": NO_EFFECT,  # name of a directory in shared memory
-    "trainer/checkpoint_files.py": NO_EFFECT,  # name of a directory that is being written
-    "trainer/wandb_run.py": NO_EFFECT,  # id of the wandb run
+    "run/checkpoint_files.py": NO_EFFECT,  # name of a directory that is being written
+    "run/wandb_run.py": NO_EFFECT,  # id of the wandb run
 }
 RANDOM = re.compile(
     r"(?:\w+\.)*(?:(?:random|secrets|uuid)\.\w+|torch\.rand\w*|manual_seed|set_random_seed|default_rng|SeedSequence|"

@@ -21,13 +21,13 @@ from meds_megatron.bench.simulation.rates import EngineRates, TrainerRates
 from meds_megatron.bench.simulation.workload import Workload
 from meds_megatron.config import Config
 from meds_megatron.data.sampler import PromptSampler
+from meds_megatron.faults.interruption import Interruption
 from meds_megatron.rollout.producer import GroupProducer
+from meds_megatron.run.timer import PhaseTimer
 from meds_megatron.trainer import loop
-from meds_megatron.trainer.interruption import Interruption
 from meds_megatron.trainer.prompts import Prompts
 from meds_megatron.trainer.rollout_manager import RolloutManager
 from meds_megatron.trainer.state import TrainerState
-from meds_megatron.trainer.timer import PhaseTimer
 
 
 @dataclass(frozen=True)

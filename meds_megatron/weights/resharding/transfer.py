@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meds_megatron.shared_memory import remove_unclaimed
 from meds_megatron.weights.resharding.plan import Transfer
-from meds_megatron.weights.resharding.shared_directory import remove_unclaimed
 from meds_megatron.weights.resharding.staging import staging_elements
 from meds_megatron.weights.resharding.transport import TransferGroup, local_transport, open_rendezvous
 from meds_megatron.weights.resharding.types import Checksums, Rendezvous, StagedBucket, SyncSpec

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from meds_megatron.errors import UserError
+from meds_megatron.shared_memory import claim, remove_unclaimed
 from meds_megatron.weights.membership import check_members
-from meds_megatron.weights.resharding.shared_directory import claim, remove_unclaimed
 from meds_megatron.weights.resharding.staging import Arena
 from meds_megatron.weights.resharding.types import Rendezvous
 from meds_megatron.weights.sealed_store import SealedStore

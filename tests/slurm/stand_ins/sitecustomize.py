@@ -1,4 +1,4 @@
-"""Stand-ins for Ray and `meds` in a Slurm job, whose `launch.job` and `launch.node` are the real ones.
+"""Stand-ins for Ray and `meds` in a Slurm job, whose `cluster.slurm.job` and `cluster.slurm.node` are the real ones.
 
 This directory is on the job's PYTHONPATH, so that every Python of the job begins here. Files in MEDS_EVENTS say what
 has happened (`waits.HOST`, `ray.HOST`, `train` with its process id) and what is to happen (`HOST.late`: the node's task
@@ -20,7 +20,7 @@ def wait_for(name: str) -> None:
 
 
 def stand_in(module: str, *arguments: str) -> None:
-    if module == "meds_megatron.launch.node" and (EVENTS / f"{HOST}.late").exists():
+    if module == "meds_megatron.cluster.slurm.node" and (EVENTS / f"{HOST}.late").exists():
         (EVENTS / f"waits.{HOST}").touch()
         wait_for("go")
     elif module == "ray.scripts.scripts":

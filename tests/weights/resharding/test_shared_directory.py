@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from meds_megatron.weights.resharding.shared_directory import PREFIX, claim, list_files, remove, remove_unclaimed
+from meds_megatron.shared_memory import PREFIX, claim, list_files, remove, remove_unclaimed
 
 OWNER = """
 import sys, threading
 from pathlib import Path
-from meds_megatron.weights.resharding.shared_directory import claim, list_files
+from meds_megatron.shared_memory import claim, list_files
 directory = Path(sys.argv[1])
 descriptor = claim(directory)
 (directory / "bucket").write_text("weights")

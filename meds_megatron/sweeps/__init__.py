@@ -1,0 +1,12 @@
+"""Where the processes of a run are and how they get there: Ray clusters, placement, Slurm jobs, sweeps.
+
+Importing the package loads nothing else: the batch script of a job runs with no more than Python.
+"""
+
+
+def __getattr__(name: str):
+    if name == "sweep":
+        from meds_megatron.sweeps.runs import sweep
+
+        return sweep
+    raise AttributeError(f"module {__name__} has no attribute {name}")
