@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "meds_megatron"
 PACKAGES = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
 
-SHARED = {"digests", "errors", "json_text", "latex", "lean_imports", "logs", "processes", "shared_memory"}
+SHARED = {"atomic", "digests", "errors", "json_text", "latex", "lean_imports", "logs", "processes", "shared_memory"}
 """Top-level modules that every package may import."""
 ALLOWED = {
     "config": set(),
@@ -166,7 +166,7 @@ def imported(directory: Path) -> set[str]:
     """Installed distributions that the files of a directory import."""
     roots = {name.split(".")[0] for path in directory.rglob("*.py") for name in imports(path)}
     distributions = packages_distributions()
-    own = {"meds_megatron", "tests", *(path.stem for path in (ROOT / "tools").glob("*.py"))}
+    own = {"meds_megatron", "tests", *(path.stem for path in (ROOT / "tools").rglob("*.py"))}
     third_party = roots - set(sys.stdlib_module_names) - own
     return {normalised(distributions.get(root, [root])[0]) for root in third_party}
 

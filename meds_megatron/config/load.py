@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from functools import cache
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from meds_megatron import atomic
 from meds_megatron.config.schema import Config
 from meds_megatron.errors import UserError
 
@@ -51,9 +51,7 @@ def save_config(config: Config, path: str | Path) -> None:
     """Write every setting of `config` as YAML that `load_config` reads back. Replaces the file atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
-    os.replace(partial, path)
+    atomic.write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 @cache

@@ -3,12 +3,12 @@ parquet file."""
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from meds_megatron import atomic
 from meds_megatron.config import DataConfig
 from meds_megatron.data.duplicates import NearIndex, same_words
 from meds_megatron.data.problems import load_problems
@@ -172,18 +172,15 @@ def write(result: Unified, out: Path) -> list[Path]:
         for problem in result.problems
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
     text = pa.string()
     message = pa.struct([("role", text), ("content", text)])
     columns = [("id", text), ("source", text), ("question", text), ("answer", text)]
     columns += [("level", pa.int64()), ("subject", text), ("prompt", pa.list_(message))]
     columns += [("reward_model", pa.struct([("ground_truth", text), ("style", text)]))]
-    parquet.write_table(pa.Table.from_pylist(rows, schema=pa.schema(columns)), partial)
-    os.replace(partial, out)
+    with atomic.open_atomic(out, "wb") as file:
+        parquet.write_table(pa.Table.from_pylist(rows, schema=pa.schema(columns)), file)
     if not result.contaminated:
         return [out]
     listed = out.with_name(f"{out.stem}_contaminated.jsonl")
-    partial = listed.with_name(f"{listed.name}.partial")
-    partial.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in result.contaminated))
-    os.replace(partial, listed)
+    atomic.write_text(listed, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in result.contaminated))
     return [out, listed]

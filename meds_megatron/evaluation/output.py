@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from meds_megatron import atomic
 from meds_megatron.errors import UserError
 from meds_megatron.evaluation.records import HEADER
 
@@ -17,13 +18,9 @@ from meds_megatron.evaluation.records import HEADER
 def write_rows(path: Path, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Writes the whole output; it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f"{path.name}.writing")
-    with open(writing, "w", encoding="utf-8", newline="\n") as file:
+    with atomic.open_atomic(path, newline="\n") as file:
         for row in ({HEADER: settings}, *rows):
             file.write(_line(row))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(writing, path)
 
 
 class PartialOutput:

@@ -1,12 +1,12 @@
 """What an evaluation shows: a table on the terminal, a csv file, and a plot of pass@k against k."""
 
 import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
+from meds_megatron import atomic
 from meds_megatron.evaluation.summary import Summary
 
 LINE_STYLES = ("-", "--", ":")
@@ -26,14 +26,12 @@ def table(summaries: Sequence[Summary]) -> Table:
 
 def write_csv(summaries: Sequence[Summary], path: Path) -> None:
     """A line for each data set, grader and metric; the file appears whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
+    with atomic.open_atomic(path, newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["dataset", "grader", "problems", "responses", "failed", "metric", "value", "low", "high"])
         for summary in summaries:
             start = [summary.dataset, summary.grader, summary.problems, summary.responses, summary.errors]
             writer.writerows([*start, metric.name, metric.value, metric.low, metric.high] for metric in summary.metrics)
-    os.replace(partial, path)
 
 
 def plot_pass_at_k(summaries: Sequence[Summary], path: Path, title: str) -> None:
@@ -64,7 +62,6 @@ def plot_pass_at_k(summaries: Sequence[Summary], path: Path, title: str) -> None
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    partial = path.with_name(f"{path.stem}.partial.png")
-    figure.savefig(partial, dpi=150)
+    with atomic.open_atomic(path, "wb") as file:
+        figure.savefig(file, dpi=150, format="png")
     pyplot.close(figure)
-    os.replace(partial, path)

@@ -16,7 +16,6 @@ after 100 steps 11 MiB, written in 0.11 s and read in 0.11 s; after 1000 steps 1
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from meds_megatron import atomic
 from meds_megatron.errors import UserError
 from meds_megatron.memory.history import new_records
 from meds_megatron.memory.statistics import Moments
@@ -137,27 +137,14 @@ def _contents(snapshot: Snapshot) -> Iterator[bytes]:
 
 
 def _write_file(path: Path, contents: Iterable[bytes]) -> str:
-    """Write contents and their checksum under another name, force them to disk, and only then rename the file. Returns
-    the checksum of all that."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    """Writes contents and their checksum, whole or not at all. Returns the checksum of all that."""
     checksum = hashlib.blake2b(digest_size=CHECKSUM_BYTES)
-    try:
-        with open(unfinished, "wb", buffering=2**20) as file:
-            for part in contents:
-                checksum.update(part)
-                file.write(part)
-            file.write(checksum.digest())
-            checksum.update(checksum.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with atomic.open_atomic(path, "wb") as file:
+        for part in contents:
+            checksum.update(part)
+            file.write(part)
+        file.write(checksum.digest())
+        checksum.update(checksum.digest())
     return checksum.hexdigest()
 
 

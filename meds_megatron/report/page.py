@@ -8,11 +8,11 @@ import base64
 import gzip
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from meds_megatron import atomic
 from meds_megatron.errors import UserError
 from meds_megatron.report.contents import RunContents, run_contents
 from meds_megatron.report.run_files import read_run
@@ -30,13 +30,10 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path, text_mib: floa
     runs = [read_run(directory) for directory in run_dirs]
     contents = [run_contents(run, int(text_mib * 2**20 / len(runs))) for run in runs]
     out = Path(out).expanduser().absolute()
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        with atomic.open_atomic(out) as file:
             file.writelines(page(contents))
-        os.replace(partial, out)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{out} cannot be written ({error.strerror}): make space, or name another file.") from error
 
 

@@ -17,14 +17,13 @@ checkpoints/step_000010/
 import json
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meds_megatron import digests
+from meds_megatron import atomic, digests
 from meds_megatron.config import Config, load_config
 from meds_megatron.digests import MARKER, Manifest, file_digest
 from meds_megatron.errors import UserError
@@ -74,7 +73,7 @@ class Checkpoint:
 
 def write_state(path: Path, state: dict[str, Any], layout: dict[str, int]) -> None:
     """Writes what `Checkpoint.read` reads."""
-    _write(path / STATE_FILE, json.dumps({"format": FORMAT, "layout": layout, "state": state}, indent=1))
+    atomic.write_text(path / STATE_FILE, json.dumps({"format": FORMAT, "layout": layout, "state": state}, indent=1))
 
 
 def newest(
@@ -138,31 +137,27 @@ def mark_complete(path: Path, taken: Mapping[str, str] | None = None) -> None:
     """Forces all files of a checkpoint to disk and writes its marker. `taken` are the digests that were taken while
     files were written; the other files are small and are read again."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    for file in files:
-        _sync(file)
-    for folder in {path, *(file.parent for file in files)}:
-        _sync(folder)
+    atomic.sync_tree(path)
     names = {str(file.relative_to(path)): file for file in files}
     manifest = Manifest(
         {name: file.stat().st_size for name, file in names.items()},
         {name: (taken or {}).get(name) or file_digest(file) for name, file in names.items()},
     )
-    _write(path / MARKER, manifest.write_text())
-    _sync(path)
-    _sync(path.parent)
+    atomic.write_text(path / MARKER, manifest.write_text())
+    atomic.sync(path.parent)
 
 
 def partial_directory(path: Path) -> Path:
     """A directory in which a save of the checkpoint `path` writes, and no other: processes that were stopped may wake
     and go on with an older one."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    return atomic.partial_name(path)
 
 
 def publish(partial: Path, path: Path) -> None:
     """Gives a checkpoint that is complete its name."""
     remove(path)
     os.replace(partial, path)
-    _sync(path.parent)
+    atomic.sync(path.parent)
 
 
 def prune(directory: Path, keep_last: int, keep_every: int | None) -> list[Path]:
@@ -201,21 +196,3 @@ def _completed(directory: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name[5:])
-
-
-def _write(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

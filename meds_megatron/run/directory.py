@@ -1,6 +1,5 @@
 """The directory of a run: its config, metrics, rollouts, checkpoints, exports and logs, and its one writer."""
 
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import SoftFileLease
 
+from meds_megatron import atomic
 from meds_megatron.config import Config, load_config, save_config
 from meds_megatron.config.changes import changes
 from meds_megatron.errors import UserError
@@ -106,6 +106,8 @@ class RunDirectory:
         last = -1 if step is None else step
         try:
             remove_incomplete(self.checkpoints)
+            for path in self.path.glob(".*.partial"):
+                path.unlink()
             for path in [*self.rollouts.glob("*"), *self.exports.glob(".*"), *self.exports.glob("step_*")]:
                 number = path.name.removeprefix("step_").removesuffix(".parquet")
                 if not number.isdigit() or int(number) > last:
@@ -121,12 +123,7 @@ class RunDirectory:
     def _keep_metrics(self, last: int) -> None:
         """Drops the lines of metrics after step `last`."""
         kept = [line.text for line in self._metrics_lines() if line.step <= last]
-        partial = self.metrics.with_name(f"{self.metrics.name}.partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write("".join(line + "\n" for line in kept))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.metrics)
+        atomic.write_text(self.metrics, "".join(line + "\n" for line in kept))
 
     @property
     def started(self) -> bool:
@@ -217,15 +214,10 @@ class RunDirectory:
         table = pa.table({**columns, "step": [step] * rows}, schema=ROLLOUT_SCHEMA)
         self.check_lock()
         path = self.rollouts_of(step)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
-            with open(partial, "wb") as file:
+            with atomic.open_atomic(path, "wb") as file:
                 pq.write_table(table, file, compression="zstd")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             reason = error.strerror or str(error).splitlines()[0]
             raise UserError(f"{path} cannot be written ({reason}): make space there and start the run again") from error
         return path

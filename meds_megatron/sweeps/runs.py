@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from meds_megatron import atomic
 from meds_megatron.cluster.slurm.environment import SlurmJob, present_jobs
 from meds_megatron.cluster.slurm.job import run_job
 from meds_megatron.config import load_config
@@ -212,7 +213,7 @@ class Sweep:
         tracked.state, tracked.missing_since = "submitted", None
         tracked.attempts += 1
         jobs = {entry.run.name: entry.job.job_id for entry in self._tracked if entry.job is not None}
-        _write(self._directory / "jobs.json", json.dumps(jobs | {"executor": self._executor_name}, indent=1))
+        atomic.write_text(self._directory / "jobs.json", json.dumps(jobs | {"executor": self._executor_name}, indent=1))
 
     def _check_finished_runs(self) -> None:
         """An unfinished run of other settings is refused by its trainer."""
@@ -312,13 +313,11 @@ class Sweep:
         return table
 
     def _write_csv(self, rows: list[dict]) -> None:
-        partial = self._directory / f"results.csv.{os.getpid()}.partial"
         columns = list(dict.fromkeys(column for row in rows for column in row))
-        with open(partial, "w", newline="") as file:
+        with atomic.open_atomic(self._directory / "results.csv", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(partial, self._directory / "results.csv")
 
 
 def _train_in_slurm(arguments: list[str], srun_options: list[str], python: str) -> int:
@@ -392,12 +391,6 @@ def _last_metrics(directory: Path) -> dict[str, Any]:
         for line in read_metrics(directory / "metrics.jsonl"):
             values |= line.values
     return values
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _cell(value: Any) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from meds_megatron import atomic
 from meds_megatron.config import DataConfig, ModelConfig, ModelShape, RandomModelConfig
 from meds_megatron.data.tokenizer import TOKENIZER_FILES
 from meds_megatron.errors import UserError
@@ -110,6 +111,7 @@ def _make(final: Path, make: Callable[[Path], None]) -> None:
         make(draft)
         draft.chmod(0o755)
         try:
+            atomic.sync_tree(draft)
             draft.rename(final)
         except OSError:
             # Of processes that wait for a lock whose file is removed, two may have it.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from meds_megatron import atomic
 from meds_megatron.errors import UserError
 
 
@@ -40,7 +41,7 @@ def new_directory(directory: str | Path, overwrite: bool = False) -> Iterator[Pa
         yield writing
         if not overwrite:
             _refuse_existing(directory)
-        _rename(writing, directory)
+        atomic.publish_directory(writing, directory)
     except OSError as error:
         raise UserError(f"writing {directory} failed: {error}") from error
     finally:
@@ -51,16 +52,6 @@ def new_directory(directory: str | Path, overwrite: bool = False) -> Iterator[Pa
 def _refuse_existing(directory: Path) -> None:
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory} exists already: choose another directory or remove it")
-
-
-def _rename(writing: Path, directory: Path) -> None:
-    """Renames `writing`, in the place of an older directory if there is one."""
-    replaced = directory.with_name(f".{directory.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if directory.exists():
-        os.replace(directory, replaced)
-    os.replace(writing, directory)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _lock(writing: Path, directory: Path) -> int:

@@ -35,5 +35,6 @@ def test_every_file_and_folder_is_synced_before_the_marker_has_its_name(
 
     renamed = calls.index(files.MARKER)
     assert content <= set(calls[:renamed])
-    assert any(str(name).startswith(str(path / files.MARKER)) for name in calls[:renamed])
+    # The marker itself, under the hidden name that it has until it is renamed.
+    assert any(str(name).startswith(str(path / f".{files.MARKER}.")) for name in calls[:renamed])
     assert {path, path.parent} <= set(calls[renamed:])

@@ -20,7 +20,7 @@ from meds_megatron.toy_tasks.arithmetic import RULES, Expression
 from meds_megatron.toy_tasks.remainder import DIVISOR, SLIP, response
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tools"))
+sys.path.append(str(ROOT / "tools" / "study"))
 import study  # noqa: E402
 import study_measures  # noqa: E402
 import study_plan  # noqa: E402
@@ -340,8 +340,8 @@ def test_a_run_that_no_sweep_has_is_named_before_any_is_trained(planned, capsys)
 def test_a_study_that_is_not_planned_says_what_to_do(tmp_path, capsys):
     for command in ("run", "results"):
         assert study.main([command, str(tmp_path)]) == 1
-        expected = f"{tmp_path}/per_kind.yaml: this sweep is not planned; run `python tools/study.py plan {tmp_path}`"
-        assert expected in capsys.readouterr().err
+        plan = f"python tools/study/study.py plan {tmp_path}"
+        assert f"{tmp_path}/per_kind.yaml: this sweep is not planned; run `{plan}`" in capsys.readouterr().err
 
 
 def test_a_damaged_record_is_named(recorded, capsys):
@@ -353,22 +353,22 @@ def test_a_damaged_record_is_named(recorded, capsys):
 
 def test_the_repositorys_study_has_the_methods_configs_as_they_are():
     """`results` leaves out records of other settings, so a changed config needs a new plan."""
-    directory = ROOT / "assets" / "study"
+    directory = ROOT / "docs" / "study"
     for name in study_plan.SWEEPS:
         assert yaml.safe_load((directory / f"{name}.yaml").read_text()) == study_plan.planned_sweep(name, directory)
 
 
 def test_the_committed_table_is_that_of_the_records():
-    directory = ROOT / "assets" / "study"
+    directory = ROOT / "docs" / "study"
     assert study_results.table_of(study_results.collect_results(directory)) == (directory / "results.md").read_text()
 
 
-def test_the_readme_shows_the_committed_table():
-    readme = (ROOT / "README.md").read_text()
+def test_the_document_shows_the_committed_table():
+    readme = (ROOT / "docs/study/README.md").read_text()
     study_section = readme[readme.index("First task, a different answer") : readme.index("What they show")]
     shown, made = (
         [line for line in text.splitlines() if line.startswith("|")]
-        for text in (study_section, (ROOT / "assets/study/results.md").read_text())
+        for text in (study_section, (ROOT / "docs/study/results.md").read_text())
     )
     assert made and shown == made
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-sys.path.append(str(Path(__file__).parents[2] / "tools"))
+sys.path.append(str(Path(__file__).parents[2] / "tools" / "study"))
 from study_departures import Observation, effects, half_of_combinations
 
 FOUR = list("abcd")

@@ -1,6 +1,5 @@
 """The study's results: means and intervals of the recorded runs, differences from DAPO, a table and a picture."""
 
-import io
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +8,9 @@ import numpy as np
 from scipy.stats import t as student_t
 from study_departures import Observation, effects
 from study_plan import COMPARISONS, CONFIRMATION_TASK, DEPARTURES, DEPARTURES_TASK, METHODS, SWEEPS, planned_runs
-from study_records import digest, method_of, read_records, write_whole
+from study_records import digest, method_of, read_records
+
+from meds_megatron import atomic
 
 MEASURES = (
     *("pass@1", "pass@n", "wrong_answers", "eigenvalue_ratio", "ari_fingerprint", "ari_answer"),
@@ -182,9 +183,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
             panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for panel in axes:
         panel.set_axis_off()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_whole(path, picture.getvalue())
+    with atomic.open_atomic(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def points_of(methods: dict[str, Any]) -> list[Point]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 from collections import defaultdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from filelock import FileLock
 from study_measures import measure, validations
 from study_plan import CONFIGS
 
+from meds_megatron import atomic
 from meds_megatron.config import Config, load_config
 from meds_megatron.config.changes import is_free_to_change, make_another_run, settings_of
 from meds_megatron.errors import UserError
@@ -47,7 +47,7 @@ def record(directory: Path, run: SweepRun) -> dict[str, Any]:
     path = directory / RECORDS
     with FileLock(directory / f".{RECORDS}.lock"):
         before = path.read_text() if path.exists() else ""
-        write_whole(path, before + json.dumps(line) + "\n")
+        atomic.write_text(path, before + json.dumps(line) + "\n")
     return line
 
 
@@ -111,10 +111,3 @@ def is_finished(run: SweepRun) -> bool:
         return False
     last = read_run(run.directory).metrics[-1:]
     return bool(last) and last[0]["step"] == run.steps and "validation/pass@1" in last[0]
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes or replaces a file; an interruption leaves what was there."""
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(unfinished, path)

@@ -1,7 +1,7 @@
 """A finished run's mistakes, remembered again by memories of other settings: what each would have looked up.
 
-    python tools/study_memories.py RUN_DIR                                 # those of MEMORIES
-    python tools/study_memories.py RUN_DIR --memory window=64 noise=cluster     # and one more
+    python tools/study/study_memories.py RUN_DIR                                 # those of MEMORIES
+    python tools/study/study_memories.py RUN_DIR --memory window=64 noise=cluster     # and one more
 
 The run is of a toy task (`data.arithmetic_rules: per_kind` or `remainder`), whose workings show the mistakes. It
 should have fingerprints of all wrong responses (`memory.remember_filtered: true`). Prints a Markdown table of what the

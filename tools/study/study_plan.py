@@ -12,7 +12,7 @@ from meds_megatron.config.changes import settings_of
 from meds_megatron.errors import UserError
 from meds_megatron.sweeps.config import SweepRun, expand, load_sweep
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BASE = CONFIGS / "quickstart.yaml"
 TASKS = ("per_kind", "remainder")
 """Values of `data.arithmetic_rules`."""
@@ -124,7 +124,7 @@ def planned_runs(directory: Path, name: str) -> tuple[Path, list[SweepRun]]:
     """A sweep's file in the study's directory, and its runs. Raises UserError where it is not there."""
     path = directory / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(f"{path}: this sweep is not planned; run `python tools/study.py plan {directory}` first.")
+        raise UserError(f"{path}: this sweep is not planned; run `python tools/study/study.py plan {directory}` first.")
     return path, expand(load_sweep(path), path)
 
 

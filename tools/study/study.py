@@ -1,8 +1,8 @@
 """Study of MEDS and its rivals on the two toy tasks: runs, measures, a table and a picture.
 
-    python tools/study.py plan DIR            # writes sweep files: per_kind, remainder, confirmation, departures
-    python tools/study.py run DIR             # trains what is not recorded, here or as Slurm jobs (--executor slurm)
-    python tools/study.py results DIR         # writes DIR/results.md and DIR/results.png
+    python tools/study/study.py plan DIR            # writes sweep files: per_kind, remainder, confirmation, departures
+    python tools/study/study.py run DIR             # trains what is not recorded; --executor slurm for Slurm jobs
+    python tools/study/study.py results DIR         # writes DIR/results.md and DIR/results.png
 
 `DIR/runs.jsonl` has a line for every finished run: its measures (`study_measures.py`), a digest of its settings and the
 commit at which it was recorded. Runs themselves are in a directory of their own (`plan --runs`) and are not needed
@@ -26,9 +26,10 @@ from typing import Any
 
 import yaml
 from study_plan import METHODS, RUNS, SEEDS, STEPS, SWEEPS, planned_runs, planned_sweep
-from study_records import digest, is_finished, method_of, read_records, record, write_whole
+from study_records import digest, is_finished, method_of, read_records, record
 from study_results import collect_results, draw, table_of
 
+from meds_megatron import atomic
 from meds_megatron.errors import UserError
 from meds_megatron.sweeps.config import SweepRun, expand, load_sweep
 from meds_megatron.sweeps.runs import Executor, sweep
@@ -53,13 +54,13 @@ def write_plan(directory: Path, runs: Path, steps: int, more: list[str], **optio
     }
     for name, text in texts.items():
         checked = directory / f".checked-{name}.yaml"
-        write_whole(checked, text)
+        atomic.write_text(checked, text)
         try:
             expand(load_sweep(checked), directory / f"{name}.yaml")
         finally:
             checked.unlink()
     for name, text in texts.items():
-        write_whole(directory / f"{name}.yaml", text)
+        atomic.write_text(directory / f"{name}.yaml", text)
 
 
 def run_missing(directory: Path, sweeps: list[str], methods: list[str] | None, executor: Executor) -> bool:
@@ -103,7 +104,7 @@ def main(arguments: list[str]) -> int:
             return int(not run_missing(directory, given.sweeps, given.methods, given.executor))
         else:
             found = collect_results(directory)
-            write_whole(directory / "results.md", table_of(found))
+            atomic.write_text(directory / "results.md", table_of(found))
             draw(found, directory / "results.png")
             print(table_of(found))
     except UserError as error:
