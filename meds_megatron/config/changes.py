@@ -6,46 +6,6 @@ from typing import Any
 
 from meds_megatron.config.schema import Config
 
-FREE_TO_CHANGE = {
-    "name",
-    "run_dir",
-    "cache_dir",
-    "model.recompute",
-    "cluster",
-    "parallel",
-    "data.validation",
-    "data.limit_validation",
-    "rollout.engines",
-    "rollout.tensor",
-    "rollout.nodes",
-    "rollout.max_failures",
-    "rollout.validation_temperature",
-    "rollout.validation_top_p",
-    "rollout.validation_responses",
-    "rollout.kv_cache_gib",
-    "rollout.threads",
-    "rollout.max_num_seqs",
-    "rollout.enforce_eager",
-    "rollout.on_update",
-    "reward.workers",
-    "memory.budget_gib",
-    "memory.skip_damaged",
-    "train.steps",
-    "train.micro_batch_tokens",
-    "train.forward_tokens",
-    "train.offload_optimizer",
-    "train.validate_every",
-    "train.export_every",
-    "train.export_hf",
-    "train.save_rollouts",
-    "checkpoint",
-    "faults",
-    "sync",
-    "wandb",
-}
-"""Keys, or whole sections, that change where, how fast or how long a run computes and what it writes. All others change
-what is learned."""
-
 
 def changes(saved: Config, present: Config) -> tuple[list[str], list[str]]:
     """`key: old -> new` of every setting that differs: those free to change, and those that make it another run."""
@@ -76,9 +36,14 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def is_free_to_change(key: str) -> bool:
-    """Whether the key, or a section that it is in, is free to change."""
-    parts = key.split(".")
-    return any(".".join(parts[: end + 1]) in FREE_TO_CHANGE for end in range(len(parts)))
+    """Whether a resumed run may have another value of the key: it, or a section that it is in, is `resumable`."""
+    section: Any = Config
+    for name in key.split("."):
+        field = next(field for field in fields(section) if field.name == name)
+        if field.metadata.get("resumable"):
+            return True
+        section = field.type
+    return False
 
 
 def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

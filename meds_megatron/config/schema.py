@@ -19,12 +19,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def setting(default: Any, **bounds: float) -> Any:
-    """A numeric field and its range, which `validate` checks: `gt`, `ge`, `lt`, `le`.
+RESUMABLE = {"resumable": True}
+"""Metadata of keys, and of sections with all of their keys, that may differ when a run resumes: they change where, how
+fast or how long a run computes and what it writes. All others change what is learned (`config.changes`)."""
+
+
+def setting(default: Any, resumable: bool = False, **bounds: float) -> Any:
+    """A key and what is known of it: with `resumable` a resumed run may have another value (RESUMABLE), and `bounds` are
+    the range of a number, which `validate` checks: `gt`, `ge`, `lt`, `le`.
 
     `off` is one value outside the range that is allowed too; null is allowed where the type allows it.
     """
-    return field(default=default, metadata=bounds)
+    return field(default=default, metadata={"resumable": resumable, "bounds": bounds})
 
 
 @dataclass
@@ -58,7 +64,7 @@ class ModelConfig:
     """Generate the model instead of reading `path`: the warm-started arithmetic model, or a random one."""
     random: RandomModelConfig = field(default_factory=RandomModelConfig)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = setting("none", resumable=True)
     """Activation recomputation in the backward pass; `full` recomputes every layer."""
 
 
@@ -111,9 +117,9 @@ class DataConfig:
 
     train: list[str] = field(default_factory=list)
     """jsonl or parquet files; `arithmetic` is the toy task."""
-    validation: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list, metadata=RESUMABLE)
     limit_train: int | None = setting(None, gt=0)
-    limit_validation: int | None = setting(None, gt=0)
+    limit_validation: int | None = setting(None, gt=0, resumable=True)
     system_prompt: str | None = "Please reason step by step, and put your final answer within \\boxed{}."
     """System message of the chat template; it replaces that of rows which have one. Null passes none."""
     chat_template: bool = True
@@ -140,13 +146,13 @@ CPU_KV_CACHE_GIB = 1.0
 class RolloutConfig:
     """Generation with vLLM."""
 
-    engines: int = setting(1, gt=0)
-    tensor: int = setting(1, gt=0)
+    engines: int = setting(1, gt=0, resumable=True)
+    tensor: int = setting(1, gt=0, resumable=True)
     """Tensor-parallel size of each engine."""
-    nodes: int | None = setting(None, gt=0)
+    nodes: int | None = setting(None, gt=0, resumable=True)
     """Nodes reserved for the engines, in addition to cluster.nodes (disaggregated). Null: engines and trainer ranks
     share nodes and GPUs (colocated), and engines sleep during the policy update."""
-    max_failures: int = setting(3, ge=0)
+    max_failures: int = setting(3, ge=0, resumable=True)
     """Consecutive failures of an engine, without a completion in between, after which it is not restarted."""
     responses_per_prompt: int = setting(16, ge=2)
     max_prompt_tokens: int = setting(1024, gt=0)
@@ -155,18 +161,18 @@ class RolloutConfig:
     top_p: float = setting(1.0, gt=0, le=1)
     top_k: int = setting(-1, gt=0, off=-1)
     """top_p below 1 and top_k are refused in training: they bias the importance ratios."""
-    validation_temperature: float = setting(1.0, ge=0)
-    validation_top_p: float = setting(1.0, gt=0, le=1)
-    validation_responses: int = setting(1, gt=0)
+    validation_temperature: float = setting(1.0, ge=0, resumable=True)
+    validation_top_p: float = setting(1.0, gt=0, le=1, resumable=True)
+    validation_responses: int = setting(1, gt=0, resumable=True)
     """Responses to each validation problem. With n of them the metrics are mean@n and pass@k
     (`trainer.validation`); sets as small as AIME's 30 problems need 32."""
-    kv_cache_gib: float | None = setting(None, gt=0)
+    kv_cache_gib: float | None = setting(None, gt=0, resumable=True)
     """KV cache of each engine rank. Null on a GPU that a trainer uses too: what the plan finds free there, but no more
     than `max_num_seqs` of the longest sequences need; on another what vLLM finds free. Null without GPUs: 1."""
-    threads: int = setting(1, gt=0)
+    threads: int = setting(1, gt=0, resumable=True)
     """CPU threads of each engine rank without CUDA."""
-    max_num_seqs: int = setting(256, gt=0)
-    on_update: Literal["continue", "finish"] = "continue"
+    max_num_seqs: int = setting(256, gt=0, resumable=True)
+    on_update: Literal["continue", "finish"] = setting("continue", resumable=True)
     """Responses under way when the engines get new weights (train.max_staleness above 0). `continue`: an engine stops
     between two tokens, takes the weights, computes the KV cache anew with them and goes on; each token keeps the
     version that it was drawn with. `finish`: the update waits until the engines are idle, and they get no new
@@ -174,7 +180,7 @@ class RolloutConfig:
     deterministic: bool = False
     """True: the same seed, machine and engines give the same responses; the requests of a generation batch start
     together in a fixed order. False: each request goes to the least loaded engine as soon as that one can take it."""
-    enforce_eager: bool = False
+    enforce_eager: bool = setting(False, resumable=True)
     """True skips vLLM's compilation and CUDA graphs: faster start, slower generation."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the engines' weights; `auto` is `model.dtype`."""
@@ -193,7 +199,7 @@ class OverlongConfig:
 class RewardConfig:
     """Grading of answers."""
 
-    workers: int = setting(8, gt=0)
+    workers: int = setting(8, gt=0, resumable=True)
     """Grader processes."""
     timeout_seconds: float = setting(10.0, gt=0)
     """CPU time for one answer; beyond it the grader process is killed and the grading has failed. Departure: a response
@@ -254,10 +260,10 @@ class MemoryConfig:
     """Number of newest vectors kept for each key; null keeps all."""
     half_life_steps: float | None = setting(None, gt=0)
     """Steps after which a vector's weight in the size of its cluster is halved (sizes are rounded); null: no decay."""
-    budget_gib: float | None = setting(None, gt=0)
+    budget_gib: float | None = setting(None, gt=0, resumable=True)
     """Limit of each shard's RAM; null is no limit. Beyond it the longest histories lose their oldest vectors until 7/8
     of it is used; if one vector a key is still too much, the least recently remembered keys are dropped."""
-    skip_damaged: bool = False
+    skip_damaged: bool = setting(False, resumable=True)
     """Loading a memory with damaged files: true leaves them out and names them, false is an error."""
 
 
@@ -374,30 +380,30 @@ class OptimizerConfig:
 class TrainConfig:
     """The training loop."""
 
-    steps: int = setting(100, gt=0)
+    steps: int = setting(100, gt=0, resumable=True)
     prompts_per_step: int = setting(512, gt=0)
     mini_batch_prompts: int = setting(16, gt=0)
     """Prompts of one optimizer update; a step makes prompts_per_step / mini_batch_prompts updates."""
-    micro_batch_tokens: int = setting(8192, gt=0)
+    micro_batch_tokens: int = setting(8192, gt=0, resumable=True)
     """Most tokens of one forward and backward pass of one data-parallel rank, its context-parallel ranks together:
     responses and their prompts, packed without padding between them."""
-    forward_tokens: int = setting(16384, gt=0)
+    forward_tokens: int = setting(16384, gt=0, resumable=True)
     """The same for passes that are forward only, which keep no activations."""
     max_staleness: int = setting(0, ge=0)
     """Updates of the policy that may lie between the draw of a response's first token and the step that trains on it.
     0 (published): engines and trainer take turns. Above, engines generate for later steps while the trainer computes,
     groups are trained on in the order in which they finish, and `rollout.nodes` gives the engines GPUs of their own
     (`rollout.group_schedule`)."""
-    offload_optimizer: bool | None = None
+    offload_optimizer: bool | None = setting(None, resumable=True)
     """The optimizer's state is in the host's memory while engines on the same GPUs generate, and leaves room for their
     KV cache. Null: where the plan expects the step to be faster. Gradients are never there meanwhile."""
     seed: int = setting(0, ge=0)
-    validate_every: int = setting(2, ge=0)
+    validate_every: int = setting(2, ge=0, resumable=True)
     """Steps between validations; 0 is never. Step 0 (before training) and the last step are validated too."""
-    export_every: int = setting(50, ge=0)
+    export_every: int = setting(50, ge=0, resumable=True)
     """Steps between exports of the policy as a Hugging Face directory; 0 exports only after the last step."""
-    save_rollouts: bool = True
-    export_hf: bool = True
+    save_rollouts: bool = setting(True, resumable=True)
+    export_hf: bool = setting(True, resumable=True)
     """False writes no Hugging Face directory, not even at the end."""
 
 
@@ -471,13 +477,13 @@ class WandbConfig:
 class Config:
     """A run."""
 
-    name: str = "meds"
-    run_dir: str = "runs/${name}"
-    cache_dir: str = "~/.cache/meds_megatron"
+    name: str = setting("meds", resumable=True)
+    run_dir: str = setting("runs/${name}", resumable=True)
+    cache_dir: str = setting("~/.cache/meds_megatron", resumable=True)
     """Directory of generated models."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata=RESUMABLE)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=RESUMABLE)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -488,7 +494,7 @@ class Config:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    faults: FaultsConfig = field(default_factory=FaultsConfig)
-    sync: SyncConfig = field(default_factory=SyncConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=RESUMABLE)
+    faults: FaultsConfig = field(default_factory=FaultsConfig, metadata=RESUMABLE)
+    sync: SyncConfig = field(default_factory=SyncConfig, metadata=RESUMABLE)
+    wandb: WandbConfig = field(default_factory=WandbConfig, metadata=RESUMABLE)

@@ -72,7 +72,7 @@ def _require(holds: bool, otherwise: str) -> None:
 def _check_ranges(section: Any, prefix: str) -> None:
     """Every number of `section` is finite and within the bounds beside its key in the schema."""
     for field in fields(section):
-        value, bounds = getattr(section, field.name), field.metadata
+        value, bounds = getattr(section, field.name), field.metadata.get("bounds", {})
         if is_dataclass(value):
             _check_ranges(value, f"{prefix}{field.name}.")
         elif bounds and value is not None and value != bounds.get("off"):
@@ -82,7 +82,7 @@ def _check_ranges(section: Any, prefix: str) -> None:
 
 
 def _describe_range(field: Any) -> str:
-    bounds = field.metadata
+    bounds = field.metadata.get("bounds", {})
     wording = " and ".join(BOUNDS[name][1].format(bound) for name, bound in bounds.items() if name != "off")
     if "off" in bounds:
         return f"{bounds['off']} (off) or {wording}"
