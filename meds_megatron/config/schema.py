@@ -18,14 +18,13 @@ they change where and how fast a run computes, not what. The settings that the p
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
 RESUMABLE = {"resumable": True}
 """Metadata of keys, and of sections with all of their keys, that may differ when a run resumes: they change where, how
 fast or how long a run computes and what it writes. All others change what is learned (`config.changes`)."""
 
 
 def setting(default: Any, resumable: bool = False, **bounds: float) -> Any:
-    """A key and what is known of it: with `resumable` a resumed run may have another value (RESUMABLE), and `bounds` are
+    """A key and what is known of it: with `resumable` a resumed run may have another value (RESUMABLE); `bounds` are
     the range of a number, which `validate` checks: `gt`, `ge`, `lt`, `le`.
 
     `off` is one value outside the range that is allowed too; null is allowed where the type allows it.
