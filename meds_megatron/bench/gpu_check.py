@@ -4,7 +4,6 @@ Each check is a function of the GPUs' number, and returns rows of the table; wit
 CPU, where the tests run it, and expects no speed.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from meds_megatron.bench.gpu_transfers import DEADLINE, staged_updates, transfer
 from meds_megatron.bench.processes import result_of
 from meds_megatron.bench.synthetic import synthetic_batch, write_random_model
 from meds_megatron.config import QWEN, Config, ModelShape
+from meds_megatron.run.reader import read_run
 
 PARITY: dict[Literal["float32", "bfloat16"], float] = {"float32": 1e-3, "bfloat16": 2e-2}
 """Largest difference between GPU and CPU by data type."""
@@ -156,8 +156,8 @@ def run(gpus: int) -> list[Row]:
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or ["?"]
             return [Row("quickstart, 3 steps", last[0], "ends well", False)]
-        lines = Path(directory, "run", "metrics.jsonl").read_text().splitlines()
-    mismatch = max(json.loads(line).get("mismatch/logprob_abs_mean", 0.0) for line in lines)
+        lines = read_run(Path(directory, "run")).metrics
+    mismatch = max(line.get("mismatch/logprob_abs_mean", 0.0) for line in lines)
     return [
         Row(
             "quickstart, 3 steps: trainer - engine", f"{mismatch:.1e}", f"<= {MOST_MISMATCH}", mismatch <= MOST_MISMATCH

@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 from meds_megatron.errors import UserError
+from meds_megatron.run.reader import read_run
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 SHARED = {
@@ -63,8 +64,7 @@ def _measure(run_dir: Path, settings: dict[str, Any], overrides: list[str]) -> d
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         raise UserError(f"{' '.join(command)} ended with {finished.returncode}: {finished.stderr[-1000:]}")
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["step"] > 0]
+    steps = [line for line in read_run(run_dir).metrics if line["step"] > 0]
     seconds = sum(line["time/step"] - line.get("time/validation", 0.0) for line in steps)
     waiting = sum(line["time/rollout"] + line["time/reward"] for line in steps)
     return {

@@ -1,7 +1,6 @@
 """Benchmarks of the parts as a run uses them."""
 
 import copy
-import json
 import tempfile
 
 from meds_megatron.bench import rollout as rollout_bench
@@ -13,7 +12,7 @@ from meds_megatron.config.validate import validate_model
 from meds_megatron.data.tokenizer import load_tokenizer
 from meds_megatron.plan.choices import with_choices
 from meds_megatron.plan.hardware import CPU, H100
-from meds_megatron.run.directory import RunDirectory
+from meds_megatron.run.reader import read_run
 from meds_megatron.toy_tasks.make import ensure_model
 from meds_megatron.trainer.main import train
 from meds_megatron.trainer.prompts import read_prompts
@@ -44,8 +43,7 @@ def phases(config: Config, steps: int) -> dict:
     with tempfile.TemporaryDirectory(prefix="meds-bench-") as directory:
         config.run_dir = directory
         train(config)
-        lines = RunDirectory(directory).metrics.read_text().splitlines()
-    measured = [line for line in map(json.loads, lines) if line["step"] > 1]
+        measured = [line for line in read_run(directory).metrics if line["step"] > 1]
     names = [name for name in measured[-1] if name.startswith(("time/", "throughput/"))]
     return {"steps": len(measured)} | {
         name: sum(line.get(name, 0.0) for line in measured) / len(measured) for name in names

@@ -24,8 +24,8 @@ fast or how long a run computes and what it writes. All others change what is le
 
 
 def setting(default: Any, resumable: bool = False, **bounds: float) -> Any:
-    """A key and what is known of it: with `resumable` a resumed run may have another value (RESUMABLE); `bounds` are
-    the range of a number, which `validate` checks: `gt`, `ge`, `lt`, `le`.
+    """A key with what is known of it: a resumed run may change it if it is `resumable` (see RESUMABLE), and the number
+    that it is lies within `bounds`, which `validate` checks: `gt`, `ge`, `lt`, `le`.
 
     `off` is one value outside the range that is allowed too; null is allowed where the type allows it.
     """

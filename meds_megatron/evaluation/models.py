@@ -7,9 +7,10 @@ from pathlib import Path
 import yaml
 
 from meds_megatron.config import DataConfig
-from meds_megatron.digests import MARKER, damage_of
 from meds_megatron.errors import UserError
 from meds_megatron.evaluation.settings import files_digest
+from meds_megatron.run.checkpoint_files import completed, damage_of
+from meds_megatron.run.paths import RunPaths
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,17 @@ def find_model(path: str) -> EvaluatedModel:
 
     Raises UserError where there is none.
     """
-    given = Path(path).expanduser().absolute()
-    if (given / "config.yaml").is_file() and (given / "checkpoints").is_dir() and not (given / "config.json").is_file():
-        found = _newest(given)
-    else:
-        found = given
+    run = RunPaths(path)
+    is_model = (run.path / "config.json").is_file()
+    found = _newest(run) if run.config.is_file() and run.checkpoints.is_dir() and not is_model else run.path
     if not (found / "config.json").is_file():
         raise UserError(
             f"{path} has no model: give the directory of a run with checkpoints, a checkpoint, or a Hugging Face "
             "directory"
         )
-    settings = found.parents[1] / "config.yaml"
-    is_of_a_run = found.parent.name in ("hf", "checkpoints") and settings.is_file()
-    return EvaluatedModel(found, _data_settings(settings) if is_of_a_run else None)
+    run = RunPaths(found.parents[1])
+    is_of_a_run = found.parent in (run.exports, run.checkpoints) and run.config.is_file()
+    return EvaluatedModel(found, _data_settings(run.config) if is_of_a_run else None)
 
 
 def _data_settings(path: Path) -> DataConfig:
@@ -66,14 +65,16 @@ def _data_settings(path: Path) -> DataConfig:
     return DataConfig(**{field.name: saved[field.name] for field in fields(DataConfig) if field.name in saved})
 
 
-def _newest(run: Path) -> Path:
+def _newest(run: RunPaths) -> Path:
     """Newest export or whole checkpoint of a run; of the same step the export. Large files of a checkpoint are looked
     at when they are read."""
-    complete = [path.parent for path in (run / "checkpoints").glob(f"step_*/{MARKER}") if _is_whole(path.parent)]
-    exports = [path.parent for path in (run / "hf").glob("step_*/config.json")]
-    newest = max([*complete, *exports], key=lambda path: (path.name, path.parent.name == "hf"), default=None)
+    complete = [path for path in completed(run.checkpoints) if _is_whole(path)]
+    exports = [path.parent for path in run.exports.glob("step_*/config.json")]
+    newest = max([*complete, *exports], key=lambda path: (path.name, path.parent == run.exports), default=None)
     if newest is None:
-        raise UserError(f"{run} has neither a complete checkpoint nor an export: wait for the run's first checkpoint")
+        raise UserError(
+            f"{run.path} has neither a complete checkpoint nor an export: wait for the run's first checkpoint"
+        )
     return newest
 
 

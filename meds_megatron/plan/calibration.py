@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from meds_megatron.config import Config, load_config
+from meds_megatron.config import Config
 from meds_megatron.errors import UserError
 from meds_megatron.plan.duration import TIMED, StepTokens
-from meds_megatron.run.metrics_file import read_metrics
+from meds_megatron.run.reader import read_run
 
 
 @dataclass(frozen=True)
@@ -21,24 +21,24 @@ class Measured:
     """Of each of TIMED."""
 
 
-def read_run(directory: str | Path, prompt_share: float) -> Measured:
-    """Means over the lines of `directory`/metrics.jsonl that are training steps.
+def measure(directory: str | Path, prompt_share: float) -> Measured:
+    """Means over the lines of the metrics of a run that are training steps.
 
     Prompts, of which metrics have no length, have `prompt_share` of `rollout.max_prompt_tokens`. Raises UserError when
-    the directory has no config.yaml, no metrics.jsonl or fewer than two steps, and for a run whose engines generated
+    the directory has no run or fewer than two steps, and for a run whose engines generated
     while the trainer computed: its metrics do not say how long generation took.
     """
-    directory = Path(directory).expanduser()
-    config = load_config(directory / "config.yaml")
+    run = read_run(directory)
+    directory, config = run.path, run.config
     if config.train.max_staleness > 0:
         raise UserError(
             f"{directory}: phases of a run with train.max_staleness = {config.train.max_staleness} overlap, and cannot "
             "calibrate; give a run with train.max_staleness=0."
         )
-    lines = [line for line in _lines(directory / "metrics.jsonl") if "time/rollout" in line and "time/update" in line]
+    lines = [line for line in run.metrics if "time/rollout" in line and "time/update" in line]
     if len(lines) < 2:
         raise UserError(
-            f"{directory / 'metrics.jsonl'} has {len(lines)} finished steps, and a calibration needs 2 or more, since "
+            f"{directory}/metrics.jsonl has {len(lines)} finished steps, and a calibration needs 2 or more, since "
             "the first is a warm-up; give a longer run."
         )
     lines = lines[1:]
@@ -59,9 +59,3 @@ def read_run(directory: str | Path, prompt_share: float) -> Measured:
         ),
         seconds={phase: mean(f"time/{phase}") for phase in TIMED},
     )
-
-
-def _lines(path: Path) -> list[dict]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give --calibrate the directory of a run, which has a metrics.jsonl.")
-    return [line.values for line in read_metrics(path)]

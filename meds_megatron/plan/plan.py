@@ -5,7 +5,7 @@ from pathlib import Path
 
 from meds_megatron.config import Config, ModelShape, ParallelLayout, validate, validate_model
 from meds_megatron.plan.activations import micro_batches
-from meds_megatron.plan.calibration import Measured, read_run
+from meds_megatron.plan.calibration import Measured, measure
 from meds_megatron.plan.choices import with_choices
 from meds_megatron.plan.duration import TIMED, StepTokens, step_seconds, step_tokens
 from meds_megatron.plan.fit import Suggestion, problem, sentence, suggest
@@ -129,7 +129,7 @@ def make_plan(
         hardware = replace(hardware, network_gbit=network_gbit)
     if calibrate is None:
         return _plan(config, shape, on_gpu, hardware, step_tokens(config, workload or Workload()))
-    measured = read_run(calibrate, Workload.mean_prompt_share)
+    measured = measure(calibrate, Workload.mean_prompt_share)
     theirs = _plan(measured.config, planned_shape(measured.config), on_gpu, hardware, measured.tokens)
     calibration = Calibration(str(calibrate), measured.steps, theirs.seconds, measured.seconds)
     plan = _plan(config, shape, on_gpu, hardware, scaled_tokens(measured, config))

@@ -10,7 +10,7 @@ import numpy as np
 
 from meds_megatron.report.mistakes import Mistake, ProblemMistakes, find_mistakes
 from meds_megatron.report.responses import VALUES, RunResponses, read_responses, texts
-from meds_megatron.report.run_files import RunFiles
+from meds_megatron.run.reader import SavedRun
 
 PART_BYTES = 2**20
 """Text of the responses in one part of the page, about."""
@@ -28,7 +28,7 @@ class RunContents:
     """Responses of the problems, many problems a part."""
 
 
-def run_contents(run: RunFiles, text_bytes: int) -> RunContents:
+def run_contents(run: SavedRun, text_bytes: int) -> RunContents:
     """`text_bytes` limits the texts of responses: the most typical of every mistake come first, and of those the ones
     of the most frequent mistakes."""
     responses = read_responses(run.rollouts)
@@ -52,7 +52,7 @@ def chosen_texts(found: list[ProblemMistakes], bytes_W: np.ndarray, text_bytes: 
     return set(rows_W[np.cumsum(bytes_W[rows_W]) <= text_bytes].tolist())
 
 
-def _overview(run: RunFiles, responses: RunResponses, texts_shown: int) -> dict:
+def _overview(run: SavedRun, responses: RunResponses, texts_shown: int) -> dict:
     names = sorted({name for line in run.metrics for name in line} - {"step"})
     return {
         "name": run.name,

@@ -15,7 +15,7 @@ from pathlib import Path
 from meds_megatron import atomic
 from meds_megatron.errors import UserError
 from meds_megatron.report.contents import RunContents, run_contents
-from meds_megatron.report.run_files import read_run
+from meds_megatron.run.reader import read_run
 
 SCRIPTS = ["data.js", "dom.js", "charts.js", "curves.js", "mistakes.js", "problem.js", "main.js"]
 TEXT_MIB = 64.0

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from meds_megatron.errors import UserError
 from meds_megatron.latex import last_boxed
-from meds_megatron.report.run_files import numbers_of, read_columns, texts_of, vectors_of
+from meds_megatron.run.rollout_files import numbers_of, read_columns, texts_of, vectors_of
 
 VALUES = ["response_tokens", "score", "penalty", "cluster_size", "advantage", "policy_version"]
 """Columns of numbers that are shown as they are."""

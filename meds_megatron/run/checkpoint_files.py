@@ -86,7 +86,7 @@ def newest(
     that read them do; nor, with `skip_memory`, is that of the error memory.
     """
     damages = []
-    for path in reversed(_completed(directory)):
+    for path in reversed(completed(directory)):
         if passed_over and path in passed_over:
             damages.append(passed_over[path])
             continue
@@ -105,7 +105,7 @@ def newest(
 
 def any_completed(directory: Path) -> bool:
     """Whether there is a checkpoint that was complete, damaged since or not."""
-    return bool(_completed(directory))
+    return bool(completed(directory))
 
 
 def damage_of(path: Path, content: bool = True, skip_memory: bool = False) -> str | None:
@@ -163,9 +163,9 @@ def publish(partial: Path, path: Path) -> None:
 def prune(directory: Path, keep_last: int, keep_every: int | None) -> list[Path]:
     """Removes all checkpoints that are older than the newest `keep_last` whole ones, but for those of steps that
     `keep_every` divides; returns the removed ones. Damaged ones do not count."""
-    completed = _completed(directory)
-    kept = [path for path in completed if damage_of(path, content=False) is None][-keep_last:]
-    older = completed[: completed.index(kept[0])] if len(kept) == keep_last else []
+    checkpoints = completed(directory)
+    kept = [path for path in checkpoints if damage_of(path, content=False) is None][-keep_last:]
+    older = checkpoints[: checkpoints.index(kept[0])] if len(kept) == keep_last else []
     removed = [path for path in older if not (keep_every and _step(path) % keep_every == 0)]
     for path in removed:
         remove(path)
@@ -190,7 +190,8 @@ def _steps(directory: Path) -> list[Path]:
     return sorted((path for path in directory.glob("step_*") if path.name[5:].isdigit()), key=_step)
 
 
-def _completed(directory: Path) -> list[Path]:
+def completed(directory: Path) -> list[Path]:
+    """Checkpoints that were complete, damaged since or not, oldest first."""
     return [path for path in _steps(directory) if (path / MARKER).is_file()]
 
 

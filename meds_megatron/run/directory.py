@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import SoftFileLease
 
 from meds_megatron import atomic
@@ -17,40 +15,15 @@ from meds_megatron.errors import UserError
 from meds_megatron.run.checkpoint_files import Checkpoint, any_completed, newest, remove_incomplete
 from meds_megatron.run.lock import check_lock, lock_loss, run_lock
 from meds_megatron.run.metrics_file import MetricsLine, read_metrics
-
-ROLLOUT_SCHEMA = pa.schema(
-    [
-        ("step", pa.int32()),
-        ("key", pa.string()),  # memory key: the problem's id and the correctness group
-        ("group", pa.int32()),  # responses to the same prompt share it within a step
-        ("source", pa.string()),  # of the problem: its data set, or kind of problem
-        ("prompt", pa.string()),
-        ("answer", pa.string()),  # the expected one
-        ("response", pa.string()),
-        ("response_token_ids", pa.list_(pa.int32())),
-        ("prompt_tokens", pa.int32()),
-        ("response_tokens", pa.int32()),
-        ("correct", pa.bool_()),
-        ("outcome", pa.string()),  # of the grading: graded, no_answer, timeout, error
-        ("score", pa.float32()),  # correctness plus over-long penalty
-        ("penalty", pa.float32()),
-        ("cluster_size", pa.int64()),  # earlier mistakes of the same cluster
-        ("cluster_label", pa.int64()),  # of that cluster at the time: -1 noise, -2 no history
-        ("shaped_score", pa.float32()),
-        ("advantage", pa.float32()),
-        ("fingerprint", pa.list_(pa.float32())),  # one value a layer
-        ("policy_version", pa.int64()),  # of the weights that drew its first token
-        ("later_versions", pa.list_(pa.list_(pa.int64()))),  # others, each with the first token that it drew
-        ("kept", pa.bool_()),  # by the group filter
-    ]
-)
+from meds_megatron.run.paths import RunPaths
+from meds_megatron.run.rollout_files import write_rollouts
 
 
-class RunDirectory:
-    """Paths of a run's files. `claim` makes this process the one that writes them; the constructor only names them."""
+class RunDirectory(RunPaths):
+    """The directory of a run that trains: `claim` makes this process its single writer."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser().absolute()
+        super().__init__(path)
         self._lock: SoftFileLease | None = None
         self._skip_memory = False
 
@@ -171,55 +144,11 @@ class RunDirectory:
         with suppress(OSError):
             self.path.rmdir()
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def rollouts(self) -> Path:
-        return self.path / "rollouts"
-
-    def rollouts_of(self, step: int) -> Path:
-        return self.rollouts / f"step_{step:06d}.parquet"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    def checkpoint(self, step: int) -> Path:
-        return self.checkpoints / f"step_{step:06d}"
-
-    @property
-    def exports(self) -> Path:
-        return self.path / "hf"
-
-    def hf_export(self, step: int) -> Path:
-        return self.exports / f"step_{step:06d}"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
     def save_rollouts(self, step: int, columns: Mapping[str, Sequence]) -> Path:
-        """Write a step's responses, one row each; the file appears whole or not at all. Raises UserError.
-
-        `columns` has every column of ROLLOUT_SCHEMA but `step`, all of one length; None where a response has no such
-        value (no fingerprint, say, or no advantage because the group was not kept).
-        """
-        rows = len(columns["key"])
-        table = pa.table({**columns, "step": [step] * rows}, schema=ROLLOUT_SCHEMA)
+        """Writes a step's responses as `rollout_files.write_rollouts` does."""
         self.check_lock()
         path = self.rollouts_of(step)
-        try:
-            with atomic.open_atomic(path, "wb") as file:
-                pq.write_table(table, file, compression="zstd")
-        except OSError as error:
-            reason = error.strerror or str(error).splitlines()[0]
-            raise UserError(f"{path} cannot be written ({reason}): make space there and start the run again") from error
+        write_rollouts(path, step, columns)
         return path
 
 

@@ -32,6 +32,7 @@ from meds_megatron.config import load_config
 from meds_megatron.config.changes import make_another_run
 from meds_megatron.errors import UserError
 from meds_megatron.run.metrics_file import read_metrics
+from meds_megatron.run.paths import RunPaths
 from meds_megatron.sweeps.config import SEED, SweepConfig, SweepRun, expand, load_sweep
 
 POLL_SECONDS = {"local": 2.0, "slurm": 15.0}
@@ -222,7 +223,7 @@ class Sweep:
             tracked.metrics = _last_metrics(directory)
             if not _is_complete(tracked):
                 continue
-            if other := make_another_run(load_config(directory / "config.yaml"), tracked.run.config):
+            if other := make_another_run(load_config(RunPaths(directory).config), tracked.run.config):
                 raise UserError(
                     f"{directory}: this finished run has other settings ({'; '.join(other)}); set them back, remove "
                     "it, or give the sweep a directory of its own (directory: ...)."
@@ -388,7 +389,7 @@ def _last_metrics(directory: Path) -> dict[str, Any]:
     """The last value of every metric of a run."""
     values: dict[str, Any] = {}
     with suppress(FileNotFoundError):
-        for line in read_metrics(directory / "metrics.jsonl"):
+        for line in read_metrics(RunPaths(directory).metrics):
             values |= line.values
     return values
 

@@ -259,17 +259,17 @@ def test_a_run_calibrates_its_own_prediction_exactly(tmp_path):
 
 def test_a_run_whose_phases_overlap_cannot_calibrate(tmp_path):
     save_config(load_config(CONFIGS / "quickstart.yaml", ["train.max_staleness=1"]), tmp_path / "config.yaml")
+    (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(UserError, match=r"phases of a run with train\.max_staleness = 1 overlap"):
         make_plan(load_config(CONFIGS / "quickstart.yaml"), calibrate=tmp_path)
 
 
 def test_a_run_without_steps_cannot_calibrate(tmp_path):
     config = load_config(CONFIGS / "quickstart.yaml")
-    with pytest.raises(UserError, match="there is no such config file"):
-        make_plan(config, calibrate=tmp_path)
-    save_config(config, tmp_path / "config.yaml")
-    with pytest.raises(UserError, match=r"metrics\.jsonl does not exist"):
-        make_plan(config, calibrate=tmp_path)
+    for missing in ("config.yaml", "metrics.jsonl"):
+        with pytest.raises(UserError, match=rf"expected a run directory with .*{missing}"):
+            make_plan(config, calibrate=tmp_path)
+        save_config(config, tmp_path / "config.yaml")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
     with pytest.raises(UserError, match="has 0 finished steps"):
         make_plan(config, calibrate=tmp_path)

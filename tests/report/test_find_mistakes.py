@@ -14,7 +14,7 @@ from meds_megatron.config import MemoryConfig
 from meds_megatron.report.contents import chosen_texts, run_contents
 from meds_megatron.report.mistakes import NO_ANSWER, NO_FINGERPRINT, find_mistakes, letters, principal_components
 from meds_megatron.report.responses import read_responses
-from meds_megatron.report.run_files import read_run
+from meds_megatron.run.reader import read_run
 from tests.report.planted_run import HABITS, write_planted_run
 
 

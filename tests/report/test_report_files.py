@@ -8,8 +8,8 @@ import yaml
 
 from meds_megatron.cli import main
 from meds_megatron.config import MemoryConfig
-from meds_megatron.report.run_files import read_run
 from meds_megatron.run.directory import RunDirectory
+from meds_megatron.run.reader import read_run
 from meds_megatron.trainer.main import report
 from tests.report.planted_run import write_planted_run
 

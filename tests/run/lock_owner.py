@@ -16,8 +16,9 @@ from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.errors import UserError
 from meds_megatron.run import lock as run_lock
 from meds_megatron.run.console import Console
-from meds_megatron.run.directory import ROLLOUT_SCHEMA, RunDirectory
+from meds_megatron.run.directory import RunDirectory
 from meds_megatron.run.log import RunLog
+from meds_megatron.run.rollout_files import ROLLOUT_SCHEMA
 from meds_megatron.trainer.checkpointer import Checkpointer
 from meds_megatron.trainer.state import TrainerState
 

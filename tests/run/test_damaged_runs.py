@@ -7,11 +7,11 @@ import pytest
 
 from meds_megatron.config import Config, save_config
 from meds_megatron.errors import UserError
-from meds_megatron.plan.calibration import read_run as read_calibration
-from meds_megatron.report.run_files import read_run as read_report
+from meds_megatron.plan.calibration import measure
 from meds_megatron.run.checkpoint_files import mark_complete, newest, write_state
 from meds_megatron.run.directory import RunDirectory
 from meds_megatron.run.metrics_file import read_metrics
+from meds_megatron.run.reader import read_run as read_report
 from meds_megatron.sweeps.runs import _last_metrics
 
 DAMAGED_LINES = {
@@ -30,7 +30,7 @@ READERS = {
     "resuming": lambda run: RunDirectory(run).last_logged_step(),
     "rewinding": lambda run: RunDirectory(run).rewind(3),
     "report": read_report,
-    "plan": lambda run: read_calibration(run, prompt_share=0.5),
+    "plan": lambda run: measure(run, prompt_share=0.5),
     "sweep": _last_metrics,
 }
 

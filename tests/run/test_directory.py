@@ -13,7 +13,8 @@ from meds_megatron.config import Config, load_config, save_config
 from meds_megatron.config.schema import CheckpointConfig, PenaltyConfig, TrainConfig
 from meds_megatron.errors import UserError
 from meds_megatron.run.checkpoint_files import mark_complete, remove, write_state
-from meds_megatron.run.directory import ROLLOUT_SCHEMA, RunDirectory
+from meds_megatron.run.directory import RunDirectory
+from meds_megatron.run.rollout_files import ROLLOUT_SCHEMA
 
 
 def columns_of(count: int) -> dict:

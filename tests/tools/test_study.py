@@ -14,7 +14,7 @@ from scipy import stats
 
 from meds_megatron.config import load_config, save_config
 from meds_megatron.config.changes import changes
-from meds_megatron.run.directory import ROLLOUT_SCHEMA
+from meds_megatron.run.rollout_files import ROLLOUT_SCHEMA
 from meds_megatron.sweeps.config import expand, load_sweep
 from meds_megatron.toy_tasks.arithmetic import RULES, Expression
 from meds_megatron.toy_tasks.remainder import DIVISOR, SLIP, response

@@ -26,18 +26,19 @@ import numpy as np
 from sklearn.metrics import adjusted_rand_score
 from study_plan import measured_n
 
-from meds_megatron.config import Config, MemoryConfig, load_config
+from meds_megatron.config import Config, MemoryConfig
 from meds_megatron.latex import last_boxed
 from meds_megatron.memory import MemoryShard
 from meds_megatron.memory.statistics import Moments, top_eigenvalue_share
-from meds_megatron.report.run_files import RunFiles, read_columns, texts_of, vectors_of
 from meds_megatron.reward.answers import answer_class
+from meds_megatron.run.reader import SavedRun
+from meds_megatron.run.rollout_files import read_columns, texts_of, vectors_of
 from meds_megatron.toy_tasks.arithmetic import habit_of
 
 
-def measure(files: RunFiles) -> dict[str, float | None]:
+def measure(files: SavedRun) -> dict[str, float | None]:
     """The measures of a finished run; null for one that no response counts in."""
-    last, config = files.metrics[-1], load_config(files.path / "config.yaml")
+    last, config = files.metrics[-1], files.config
     trained = [line for line in files.metrics if line["step"] > 0]
     seconds = sum(line["time/step"] - line.get("time/validation", 0.0) for line in trained)
     measures: dict[str, float | None] = {
@@ -61,9 +62,9 @@ def measure(files: RunFiles) -> dict[str, float | None]:
     return measures | late.diversity() | agreement.agreement(config)
 
 
-def validations(files: RunFiles) -> dict[str, list[float]]:
+def validations(files: SavedRun) -> dict[str, list[float]]:
     """`pass@1` and `pass@n` by step, of every validation."""
-    n = measured_n(load_config(files.path / "config.yaml").rollout.validation_responses)
+    n = measured_n(files.config.rollout.validation_responses)
     return {
         str(line["step"]): [round(line[f"validation/pass@{k}"], 5) for k in (1, n)]
         for line in files.metrics

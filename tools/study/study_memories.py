@@ -30,11 +30,11 @@ from scipy.stats import spearmanr
 from sklearn.metrics import adjusted_rand_score
 from study_measures import responses_of, separate_noise
 
-from meds_megatron.config import MemoryConfig, load_config
+from meds_megatron.config import MemoryConfig
 from meds_megatron.errors import UserError
 from meds_megatron.memory import MemoryShard
-from meds_megatron.report.run_files import RunFiles, read_run
 from meds_megatron.reward.scores import LOG_SIZE_CAP, penalties
+from meds_megatron.run.reader import SavedRun, read_run
 
 KEEPS_ALL = {"window": None, "half_life_steps": None}
 MEMORIES: tuple[dict[str, Any], ...] = (
@@ -56,7 +56,7 @@ class Mistake(NamedTuple):
     fingerprint_L: np.ndarray
 
 
-def mistakes_of(files: RunFiles) -> list[list[Mistake]]:
+def mistakes_of(files: SavedRun) -> list[list[Mistake]]:
     """The wrong responses with a fingerprint, by step."""
     return [
         [
@@ -101,8 +101,8 @@ def looked_up(steps: list[list[Mistake]], config: MemoryConfig) -> dict[str, flo
     }
 
 
-def table_of(files: RunFiles, more: list[dict[str, Any]]) -> str:
-    own = replace(load_config(files.path / "config.yaml").memory, **KEEPS_ALL)
+def table_of(files: SavedRun, more: list[dict[str, Any]]) -> str:
+    own = replace(files.config.memory, **KEEPS_ALL)
     steps = mistakes_of(files)
     lines = ["| memory | saturated | spread | rank | ari |", "|---|---|---|---|---|"]
     for changed in (*MEMORIES, *more):

@@ -15,7 +15,7 @@ from meds_megatron import atomic
 from meds_megatron.config import Config, load_config
 from meds_megatron.config.changes import is_free_to_change, make_another_run, settings_of
 from meds_megatron.errors import UserError
-from meds_megatron.report.run_files import read_run
+from meds_megatron.run.reader import read_run
 from meds_megatron.sweeps.config import SEED, SweepRun
 
 RECORDS = "runs.jsonl"
