@@ -85,11 +85,11 @@ class ScriptedPolicy:
         sums = dict.fromkeys(("tokens", "kl", "ratio", "clip_fraction", "dual_clip_fraction"), 1.0)
         return ScriptedCall([UpdateOutput(0.0, sums, 0.0, 0.0, skipped=False)])
 
-    def free_memory(self) -> None:
-        self.calls.append(("free",))
+    def offload(self) -> None:
+        self.calls.append(("offload",))
 
-    def restore_memory(self) -> None:
-        self.calls.append(("restore",))
+    def onload(self) -> None:
+        self.calls.append(("onload",))
 
     def export(self, directory: str) -> None:
         self.calls.append(("export", directory))
@@ -160,9 +160,8 @@ class ScriptedWeightSync:
         self.calls.append(("sync",))
         self.version += 1
 
-    def skip_update(self) -> int:
+    def skip_update(self) -> None:
         self.version += 1
-        return self.version
 
     def refill(self) -> None:
         self.calls.append(("refill",))

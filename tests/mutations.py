@@ -177,7 +177,7 @@ ENGINE = [
 
 RUN = [
     Mutation("warm-up-step", "trainer/loop.py",
-             "policy.update(batch, minibatches_B, state.step - 1)", "policy.update(batch, minibatches_B, state.step)",
+             "batch.minibatches_B, state.step - 1)", "batch.minibatches_B, state.step)",
              "the learning rate is that of the next step",
              "tests/trainer/test_loop.py tests/trainer/test_replay.py"),
     Mutation("engine-random-states", "trainer/checkpointer.py",

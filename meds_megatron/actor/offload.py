@@ -11,20 +11,20 @@ from torch import Tensor
 
 
 class Offload:
-    """Between `free` and `restore` no gradient exists, and an optimizer that `moves_optimizer` has its state in host
+    """Between `offload` and `onload` no gradient exists, and an optimizer that `moves_optimizer` has its state in host
     memory, where checkpoints read and write it. Training is the same to the last bit with and without."""
 
     def __init__(self, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, moves_optimizer: bool):
         self._chunks, self._optimizer, self._moves_optimizer = chunks, optimizer, moves_optimizer
         self._on_host: dict[Tensor, Tensor] = {}
-        """Host memory of each tensor of the state, which one `free` after the other fills: pinning takes time."""
-        self._freed = False
+        """Host memory of each tensor of the state, which one `offload` after the other fills: pinning takes time."""
+        self._offloaded = False
 
-    def free(self) -> None:
+    def offload(self) -> None:
         """A second call does nothing."""
-        if self._freed:
+        if self._offloaded:
             return
-        self._freed = True
+        self._offloaded = True
         # Gradients of the main weights are views of the buffers.
         self._optimizer.zero_grad()
         for chunk in self._chunks:
@@ -39,11 +39,11 @@ class Offload:
             for tensor in moved:
                 tensor.data = self._on_host[tensor]
 
-    def restore(self) -> None:
-        """Takes the memory back, with zeros for gradients. Does nothing if none is free."""
-        if not self._freed:
+    def onload(self) -> None:
+        """Takes the memory back, with zeros for gradients. Does nothing unless it is offloaded."""
+        if not self._offloaded:
             return
-        self._freed = False
+        self._offloaded = False
         for chunk in self._chunks:
             chunk.restore_grad_buffers(synchronize=False)
         for tensor, on_host in self._on_host.items():

@@ -138,18 +138,18 @@ class PolicyWorker(SupervisedActor):
         """Calls a method of this rank's WeightSender."""
         return getattr(self._weight_sender, method)(*args)
 
-    def free_memory(self) -> None:
+    def offload(self) -> None:
         """Returns all GPU memory that only updates need, and what torch's allocator has unused, to the engines that
         share the GPU."""
         import torch
 
-        self._policy.offload.free()
+        self._policy.offload.offload()
         if self._policy.device == "cuda":
             torch.cuda.empty_cache()
 
-    def restore_memory(self) -> None:
-        """Takes back what `free_memory` returned, before an update."""
-        self._policy.offload.restore()
+    def onload(self) -> None:
+        """Takes back what `offload` returned, before an update."""
+        self._policy.offload.onload()
 
     def begin_save(self, directory: str) -> None:
         """Begins to write this rank's part of a checkpoint; training may go on."""

@@ -30,6 +30,7 @@ from meds_megatron.errors import UserError
 from meds_megatron.json_text import parse_json
 
 STATE_FILE = "state.json"
+POLICY_VERSION = "policy_version"
 MEMORY = "memory"
 FORMAT = 1
 
@@ -45,7 +46,7 @@ class Checkpoint:
     layout: dict[str, int]
     """Sizes of the parallel layout that saved it."""
     state: dict[str, Any]
-    """`TrainerState.state_dict()`."""
+    """`TrainerState.state_dict()`, and the policy's version."""
 
     @classmethod
     def read(cls, path: Path) -> "Checkpoint":
@@ -57,6 +58,17 @@ class Checkpoint:
                 "that saved it"
             )
         return cls(path, content["state"]["step"], content["layout"], content["state"])
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the policy. Raises UserError for a state without one."""
+        version = self.state.get(POLICY_VERSION)
+        if not isinstance(version, int) or isinstance(version, bool):
+            raise UserError(
+                f"{self.path / STATE_FILE}: {POLICY_VERSION} is {version}, expected a number: put the file back, or "
+                "remove the checkpoint"
+            )
+        return version
 
     @property
     def config(self) -> Config:
@@ -71,8 +83,9 @@ class Checkpoint:
         return self.path / "rng" / "engines.npz"
 
 
-def write_state(path: Path, state: dict[str, Any], layout: dict[str, int]) -> None:
+def write_state(path: Path, state: dict[str, Any], policy_version: int, layout: dict[str, int]) -> None:
     """Writes what `Checkpoint.read` reads."""
+    state = {**state, POLICY_VERSION: policy_version}
     atomic.write_text(path / STATE_FILE, json.dumps({"format": FORMAT, "layout": layout, "state": state}, indent=1))
 
 

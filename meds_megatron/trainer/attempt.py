@@ -1,40 +1,36 @@
 """One attempt at a run: all its parts, put together."""
 
 import logging
-import secrets
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from meds_megatron.cluster.fork_server import ForkServer
-from meds_megatron.cluster.ray_cluster import reserve_nodes
 from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.errors import Stopped
 from meds_megatron.faults.interruption import Interruption
-from meds_megatron.faults.supervision import Supervisor
-from meds_megatron.faults.watchdog import Watchdog
 from meds_megatron.logs import process_logging
-from meds_megatron.reward.grading import GraderPool
-from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.producer import GroupProducer
 from meds_megatron.run.checkpoint_files import Checkpoint
 from meds_megatron.run.code_version import code_version
 from meds_megatron.run.console import Console, ConsoleHandler
 from meds_megatron.run.directory import RunDirectory
 from meds_megatron.run.log import RunLog
-from meds_megatron.run.timer import PhaseTimer
-from meds_megatron.shared_memory import PREFIX, SHARED_MEMORY, remove_unclaimed
-from meds_megatron.trainer import loop
 from meds_megatron.trainer.checkpointer import Checkpointer, restore_engines
-from meds_megatron.trainer.error_memory import ErrorMemory
+from meds_megatron.trainer.collector import Collector
+from meds_megatron.trainer.generation import Generation
+from meds_megatron.trainer.gpus import Gpus
+from meds_megatron.trainer.loop import TrainingLoop
 from meds_megatron.trainer.policy_group import PolicyGroup
+from meds_megatron.trainer.processes import Processes, start_processes
 from meds_megatron.trainer.prompts import Prompts
-from meds_megatron.trainer.rollout_manager import RolloutManager
+from meds_megatron.trainer.recorder import Recorder
+from meds_megatron.trainer.scorer import Scorer
 from meds_megatron.trainer.state import TrainerState
+from meds_megatron.trainer.validation import Validator
 from meds_megatron.trainer.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
@@ -71,61 +67,6 @@ def attempt(
             console.note(f"the trained model is in {run.hf_export(state.step)}")
 
 
-@dataclass(frozen=True)
-class Processes:
-    """The processes of an attempt, and what supervises them."""
-
-    policy: PolicyGroup
-    pool: EnginePool
-    memory: ErrorMemory
-    graders: GraderPool
-    supervisor: Supervisor
-    timer: PhaseTimer
-    shared_directory: Path
-    """For weights, in the shared memory of every node."""
-
-
-def start_processes(
-    config: Config,
-    model_dir: Path,
-    run: RunDirectory,
-    console: Console,
-    interruption: Interruption,
-    stack: ExitStack,
-    servers: Sequence[ForkServer] = (),
-) -> Processes:
-    """Starts all processes side by side and waits until they have loaded the model; `stack` ends them in reverse
-    order."""
-    use_gpu = config.cluster.device == "cuda"
-    # Last, when no process has anything in shared memory any more.
-    stack.callback(remove_unclaimed)
-    shared_directory = SHARED_MEMORY / f"{PREFIX}weights-{secrets.token_hex(8)}"
-    stack.callback(shutil.rmtree, shared_directory, ignore_errors=True)
-    placement = reserve_nodes(config, use_gpu, paths=[model_dir, run.path], fork_servers=servers)
-    supervisor = stack.enter_context(Supervisor(config.run_dir, interruption))
-    # A GCS that has ended would be waited for.
-    stack.callback(lambda: None if interruption.is_ray_dead else placement.close())
-    policy = PolicyGroup(config, str(model_dir), placement, supervisor)
-    stack.callback(policy.close)
-    if use_gpu:
-        # Loading needs more of a GPU than the rank keeps beside an engine.
-        policy.start()
-        if config.rollout.nodes is None:
-            policy.free_memory()
-    pool = EnginePool(config, str(model_dir), use_gpu, placement, alarm=supervisor.alarm)
-    stack.callback(pool.close)
-    timer = PhaseTimer(console)
-    reward = config.reward
-    graders = stack.enter_context(GraderPool(reward.workers, reward.timeout_seconds, reward.memory_gib, reward.grader))
-    stack.enter_context(Watchdog(config.faults.hang_minutes, supervisor, timer, pool, graders))
-    memory = ErrorMemory(config, placement, supervisor)
-    stack.callback(memory.close)
-    if not use_gpu:
-        policy.start()
-    pool.start()
-    return Processes(policy, pool, memory, graders, supervisor, timer, shared_directory)
-
-
 def _readable(run: RunDirectory, checkpoint: Checkpoint | None, policy: PolicyGroup) -> Checkpoint | None:
     """`checkpoint`, or the newest before it of which the ranks find the large files as they were written."""
     passed_over: dict[Path, str] = {}
@@ -151,17 +92,30 @@ def _train(
     """Trains with the started, and perhaps resumed, processes. Raises Stopped after a checkpoint."""
     policy, pool, memory, timer = processes.policy, processes.pool, processes.memory, processes.timer
     shape, shared_directory = ModelShape.from_hf(model_dir), str(processes.shared_directory)
-    weight_sync = WeightSync(config, shape, policy, pool, shared_directory, state.policy_version)
+    first_version = checkpoint.policy_version if checkpoint else 0
+    weight_sync = WeightSync(config, shape, policy, pool, shared_directory, first_version)
     weight_sync.update()
+    gpus = Gpus(pool, policy, timer)
     producer = GroupProducer(pool, processes.graders, config)
-    rollout_manager = RolloutManager(
-        config, state, prompts, producer, pool, weight_sync, policy, memory, timer, interruption
+    generation = Generation(config, producer, pool, weight_sync, gpus, interruption, timer)
+    scorer = Scorer(config, policy, memory, generation, timer)
+    checkpointer = Checkpointer(config, run, model_dir, processes, state, weight_sync, checkpoint)
+    training = TrainingLoop(
+        config=config,
+        state=state,
+        collector=Collector(config, state, prompts, generation, scorer, gpus, timer),
+        generation=generation,
+        policy=policy,
+        memory=memory,
+        gpus=gpus,
+        validator=Validator(config, prompts.validation, generation, timer),
+        recorder=Recorder(config, run, log, pool, memory, timer),
+        checkpointer=checkpointer,
     )
-    checkpointer = Checkpointer(config, run, model_dir, policy, pool, memory, state, checkpoint)
     processes.supervisor.started()
     timer.take()  # The start is no part of a step.
     try:
-        loop.train(config, state, rollout_manager, policy, memory, checkpointer, run, log, timer)
+        training.train()
     except Stopped as stop:
         # Raised before the step changes the policy or the memory.
         path = checkpointer.save_last()

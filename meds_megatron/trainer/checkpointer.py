@@ -26,9 +26,9 @@ from meds_megatron.run.checkpoint_files import (
     write_state,
 )
 from meds_megatron.run.directory import RunDirectory
-from meds_megatron.trainer.error_memory import ErrorMemory
-from meds_megatron.trainer.policy_group import PolicyGroup
+from meds_megatron.trainer.processes import Processes
 from meds_megatron.trainer.state import TrainerState
+from meds_megatron.trainer.weight_sync import WeightSync
 from meds_megatron.weights.model_files import copy_model_files
 
 logger = logging.getLogger(__name__)
@@ -47,32 +47,41 @@ class Checkpointer:
         config: Config,
         run: RunDirectory,
         model_dir: str | Path,
-        policy: PolicyGroup,
-        pool: EnginePool,
-        memory: ErrorMemory,
+        processes: Processes,
         state: TrainerState,
+        weight_sync: WeightSync,
         resumed_from: Checkpoint | None = None,
     ) -> None:
         self._config, self._run, self._model_dir = config, run, Path(model_dir)
-        self._policy, self._pool, self._memory = policy, pool, memory
-        self._state = state.state_dict()
-        """As of the last finished step."""
+        self._policy, self._pool, self._memory = processes.policy, processes.pool, processes.memory
+        self._timer, self._current_state, self._weight_sync = processes.timer, state, weight_sync
+        self._take_state()
         self._newest = resumed_from.step if resumed_from else None
         """Step of the newest checkpoint, complete or under way."""
         self._under_way: Path | None = None
         """The directory in which it is written."""
 
-    def step_finished(self, state: TrainerState) -> None:
+    def export_if_due(self, step: int) -> None:
+        """Writes the policy as a Hugging Face directory every `train.export_every` steps and after the last one."""
+        train = self._config.train
+        is_due = (train.export_every and step % train.export_every == 0) or step == train.steps
+        if train.export_hf and is_due:
+            with self._timer("export"):
+                self._run.check_lock()
+                self._policy.export(str(self._run.hf_export(step)))
+
+    def step_finished(self) -> None:
         """Saves the run after a finished step if it is time, and completes a checkpoint that has been written."""
-        self._run.check_lock()
-        self._state = state.state_dict()
-        if self._under_way and self._policy.save_written():
-            self.complete()
-        settings, step = self._config.checkpoint, state.step
-        if settings.every and (step % settings.every == 0 or step == self._config.train.steps):
-            self._begin()
-            if not settings.asynchronous:
+        with self._timer("checkpoint"):
+            self._run.check_lock()
+            self._take_state()
+            if self._under_way and self._policy.save_written():
                 self.complete()
+            settings, step = self._config.checkpoint, self._state["step"]
+            if settings.every and (step % settings.every == 0 or step == self._config.train.steps):
+                self._begin()
+                if not settings.asynchronous:
+                    self.complete()
 
     def save_last(self) -> Path | None:
         """Saves the run as of its last finished step; None with `checkpoint.every: 0`.
@@ -103,6 +112,10 @@ class Checkpointer:
         prune(path.parent, settings.keep_last, settings.keep_every)
         logger.info("checkpoint %s is complete", path)
 
+    def _take_state(self) -> None:
+        self._state, self._policy_version = self._current_state.state_dict(), self._weight_sync.version
+        """As of the last finished step."""
+
     def _begin(self) -> None:
         self.complete()
         self._run.check_lock()
@@ -117,7 +130,7 @@ class Checkpointer:
             np.savez(partial / "rng" / "engines.npz", **random_states)
             copy_model_files(self._model_dir, partial)
             save_config(self._config, partial / "config.yaml")
-            write_state(partial, self._state, asdict(ParallelLayout.from_config(self._config)))
+            write_state(partial, self._state, self._policy_version, asdict(ParallelLayout.from_config(self._config)))
         self._newest, self._under_way = step, partial
 
     @contextmanager

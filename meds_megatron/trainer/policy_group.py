@@ -119,13 +119,13 @@ class PolicyGroup:
         """Continues from a checkpoint of any layout; the random states only if it is the same."""
         self._on_all("load", directory, same_layout)
 
-    def free_memory(self) -> None:
+    def offload(self) -> None:
         """Returns GPU memory that only updates need to the engines that share the GPUs."""
-        self._on_all("free_memory")
+        self._on_all("offload")
 
-    def restore_memory(self) -> None:
+    def onload(self) -> None:
         """Takes it back before an update."""
-        self._on_all("restore_memory")
+        self._on_all("onload")
 
     def close(self) -> None:
         """Ends the ranks; those of other nodes get CLOSE_SECONDS to clear their nodes' shared memory."""

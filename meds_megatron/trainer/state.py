@@ -9,13 +9,11 @@ from meds_megatron.errors import UserError
 
 @dataclass
 class TrainerState:
-    """Position of a run; only the training loop and its RolloutManager change it."""
+    """Position of a run; the parts of the training loop change it."""
 
     sampler: PromptSampler
     step: int = 0
     """Training step under way, or done last."""
-    policy_version: int = 0
-    """Of the weights that the engines have, as `WeightSync.version`."""
     prompts_seen: int = 0
     tokens_seen: int = 0
     """Response tokens trained on."""

@@ -18,17 +18,49 @@ from collections.abc import Sequence
 import numpy as np
 
 from meds_megatron.config import Config
+from meds_megatron.data.prompts import Prompt
 from meds_megatron.evaluation.statistics import accuracy_metrics
 from meds_megatron.rollout.producer import failed_gradings
 from meds_megatron.rollout.samples import PromptGroup
+from meds_megatron.rollout.settings import Sampling
+from meds_megatron.run.timer import PhaseTimer
+from meds_megatron.trainer.generation import Generation
 
 logger = logging.getLogger(__name__)
 
 
-def validation_due(step: int, config: Config) -> bool:
-    """Before the first step, every `train.validate_every` steps and after the last one, if there is data for it."""
-    every = config.train.validate_every
-    return bool(every and config.data.validation) and (step % every == 0 or step == config.train.steps)
+class Validator:
+    """Validations of the policy, with the responses of the engines."""
+
+    def __init__(self, config: Config, prompts: Sequence[Prompt], generation: Generation, timer: PhaseTimer) -> None:
+        self._config, self._prompts, self._generation, self._timer = config, prompts, generation, timer
+
+    def is_due(self, step: int) -> bool:
+        """Before the first step, every `train.validate_every` steps and after the last one, if there is data for it."""
+        every = self._config.train.validate_every
+        return bool(every and self._config.data.validation) and (step % every == 0 or step == self._config.train.steps)
+
+    def validate(self) -> dict[str, float]:
+        """Metrics of the responses to every prompt; none where a stop is requested meanwhile, so that the step under
+        way can be finished in time."""
+        return validation_metrics(self._generate(), self._config)
+
+    def _generate(self) -> list[PromptGroup]:
+        config, generation = self._config, self._generation
+        overlaps = config.train.max_staleness > 0
+        # The same draws every time, so that two validations differ by the policy alone; beside other requests no draws
+        # can be repeated.
+        seed = None if overlaps else config.train.seed
+        with self._timer("validation"):
+            numbers = generation.submit(self._prompts, Sampling.validation(config.rollout), seed, first=overlaps)
+            groups: dict[int, PromptGroup] = {}
+            while len(groups) < len(numbers):
+                if generation.stop_requested:
+                    logger.warning("a validation was abandoned: its step has no validation metrics")
+                    return []
+                generation.advance()
+                groups |= generation.take_finished(numbers)
+        return [groups[number] for number in numbers]
 
 
 def validation_metrics(groups: Sequence[PromptGroup], config: Config) -> dict[str, float]:

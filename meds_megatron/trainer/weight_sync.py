@@ -66,10 +66,9 @@ class WeightSync:
         self.version += 1
         self._load(self._pool.ready())
 
-    def skip_update(self) -> int:
-        """The next version, without weights for the engines, which generate no more."""
+    def skip_update(self) -> None:
+        """Counts an update whose weights no engine gets, since none generates any more."""
         self.version += 1
-        return self.version
 
     def refill(self) -> None:
         """Gives restarted engines the present weights under the present version; returns at once when there are none.

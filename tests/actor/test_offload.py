@@ -22,16 +22,16 @@ def three_steps(rank: int, directory: str, parallel: dict, dtype: str, target: s
     for step in range(3):
         if target is not None:
             before = addresses(policy)
-            offload.free()
-            offload.free()
+            offload.offload()
+            offload.offload()
             buffers = [buffer for chunk in policy._wrapped for buffer in chunk.buffers]
             assert all(buffer.grad_data.untyped_storage().nbytes() == 0 for buffer in buffers)
             moved = [name for name, address in addresses(policy).items() if address != before[name]]
             assert len(moved) == len(before) * (2 if dtype == "float32" else 3) // 3
             if step == 2:
                 checkpoint.PolicySave(*parts(policy), target, HostCopies()).finish()
-            offload.restore()
-            offload.restore()
+            offload.onload()
+            offload.onload()
         cases.train_step(policy, parallel)
     return whole_state(policy)
 
@@ -73,6 +73,6 @@ def test_an_optimizer_that_stays_is_not_moved(ranks, tmp_path_factory):
 def freed_without_the_optimizer(rank: int, directory: str) -> bool:
     policy = make_policy(directory, {}, "bfloat16")
     before = addresses(policy)
-    policy.offload.free()
+    policy.offload.offload()
     assert policy._wrapped[0].buffers[0].grad_data.untyped_storage().nbytes() == 0
     return addresses(policy) == before

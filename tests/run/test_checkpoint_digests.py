@@ -60,7 +60,7 @@ def saved(cpu_ranks, tmp_path_factory) -> Path:
         np.savez(path / "rng" / "engines.npz", **{"engine0.rank0.cpu": np.arange(50)})
         copy_model_files(model, path)
         save_config(Config(), path / "config.yaml")
-        files.write_state(path, {"step": step}, asdict(ParallelLayout(tensor=2)))
+        files.write_state(path, {"step": step}, 0, asdict(ParallelLayout(tensor=2)))
         files.mark_complete(path, {name: digest for of_rank in of_ranks for name, digest in of_rank.items()} | taken)
     return directory
 
@@ -165,7 +165,7 @@ def test_a_malformed_marker_is_one_sentence_and_not_whole(tmp_path, caplog, cont
     for step in (5, 10):
         path = tmp_path / f"step_{step:06d}"
         path.mkdir()
-        files.write_state(path, {"step": step}, {})
+        files.write_state(path, {"step": step}, 0, {})
         files.mark_complete(path)
     (path / MARKER).write_text(content)
     assert files.newest(tmp_path).step == 5

@@ -10,7 +10,7 @@ def make(directory, step: int, complete: bool = True, format: int | None = None)
     path = directory / f"step_{step:06d}"
     (path / "memory").mkdir(parents=True)
     (path / "memory" / "shard").write_bytes(b"12345")
-    files.write_state(path, {"step": step}, {"tensor": 2})
+    files.write_state(path, {"step": step}, 0, {"tensor": 2})
     if format is not None:
         content = json.loads((path / files.STATE_FILE).read_text())
         (path / files.STATE_FILE).write_text(json.dumps(content | {"format": format}))
@@ -26,7 +26,7 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path):
     make(tmp_path, 1000005, complete=False)
     (tmp_path / "step_by_step").mkdir()
     found = files.newest(tmp_path)
-    assert (found.step, found.layout, found.state) == (1000000, {"tensor": 2}, {"step": 1000000})
+    assert (found.step, found.layout, found.state) == (1000000, {"tensor": 2}, {"step": 1000000, "policy_version": 0})
 
 
 def zero(path):
@@ -64,6 +64,13 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     make(tmp_path, 5, format=99)
     with pytest.raises(UserError, match="format 99, expected 1"):
         files.newest(tmp_path)
+
+
+@pytest.mark.parametrize("version", [None, "7", True])
+def test_a_state_without_the_policys_version_is_refused(tmp_path, version):
+    checkpoint = files.Checkpoint(tmp_path, 3, {}, {"step": 3, "policy_version": version})
+    with pytest.raises(UserError, match=r"state\.json: policy_version is .*, expected a number"):
+        _ = checkpoint.policy_version
 
 
 def test_pruning_keeps_the_newest_and_every_nth(tmp_path):

@@ -15,7 +15,7 @@ def test_every_file_and_folder_is_synced_before_the_marker_has_its_name(
     (path / "memory").mkdir(parents=True)
     (path / "memory" / "shard").write_bytes(b"12345")
     (path / "model.distcp").write_bytes(b"12345")
-    files.write_state(path, {"step": 5}, {"tensor": 2})
+    files.write_state(path, {"step": 5}, 0, {"tensor": 2})
     content = {path, *path.rglob("*")}
     calls: list[Path | str] = []
     """Paths that were synced, and MARKER where it was renamed."""

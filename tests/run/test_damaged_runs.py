@@ -68,7 +68,7 @@ def test_a_saved_config_that_is_nested_too_deep_is_one_sentence(tmp_path):
 def checkpoint(directory: Path, step: int) -> Path:
     path = directory / f"step_{step:06d}"
     path.mkdir()
-    write_state(path, {"step": step}, {"tensor": 1})
+    write_state(path, {"step": step}, 0, {"tensor": 1})
     return path
 
 

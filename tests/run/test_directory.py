@@ -51,7 +51,7 @@ def complete_checkpoint(run: RunDirectory, step: int, config: Config | None = No
     path = run.checkpoint(step)
     path.mkdir(parents=True)
     save_config(config or Config(run_dir=str(run.path)), path / "config.yaml")
-    write_state(path, {"step": step}, {})
+    write_state(path, {"step": step}, 0, {})
     mark_complete(path)
 
 

@@ -16,13 +16,10 @@ from meds_megatron.faults.supervision import Supervisor
 from meds_megatron.memory import UNKNOWN
 from meds_megatron.reward.grading import Grade, GraderPool
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
-from meds_megatron.run.timer import PhaseTimer
-from meds_megatron.trainer import loop
 from meds_megatron.trainer.error_memory import ErrorMemory
-from meds_megatron.trainer.prompts import Prompts
-from meds_megatron.trainer.rollout_manager import RolloutManager
 from meds_megatron.trainer.state import TrainerState
 from tests.doubles import Call, ScriptedEnginePool, ScriptedPolicy, ScriptedProducer, ScriptedWeightSync
+from tests.trainer.training_parts import Parts
 
 LAYERS = 14
 
@@ -99,30 +96,21 @@ def train(memories, request):
         calls.clear()
         rollouts, metrics = [], []
         with GraderPool(1, 5.0) as graders:
-            memory, timer = memories(config), PhaseTimer()
-            rollout_manager = RolloutManager(
+            producer = ScriptedProducer(SpelledGroups(script, state, graders), calls)
+            parts = Parts(
                 config,
                 state,
-                Prompts(train_prompts, [], 0),
-                ScriptedProducer(SpelledGroups(script, state, graders), calls),
+                train_prompts,
+                producer,
                 pool,
-                ScriptedWeightSync(calls),
                 policy,
-                memory,
-                timer,
+                ScriptedWeightSync(calls),
+                memories(config),
                 Interruption(),
             )
-            loop.train(
-                config,
-                state,
-                rollout_manager,
-                policy,
-                memory,
-                SimpleNamespace(step_finished=lambda state: None),
-                SimpleNamespace(started=False, save_rollouts=lambda step, columns: rollouts.append(columns)),
-                SimpleNamespace(log=lambda step, values: metrics.append(values), log_responses=lambda *_: None),
-                timer,
-            )
+            saved = SimpleNamespace(started=False, save_rollouts=lambda step, columns: rollouts.append(columns))
+            logged = SimpleNamespace(log=lambda step, values: metrics.append(values), log_responses=lambda *_: None)
+            parts.loop(saved, logged).train()
         return rollouts, policy
 
     return run
@@ -285,14 +273,14 @@ def test_a_step_whose_gradings_all_failed_trains_on_nothing(train):
 
 
 def test_memory_of_shared_gpus_moves_between_engines_and_trainer(train):
-    """The trainer's memory is freed before each part that the engines take back, and restored for the update. Engines
+    """The policy is offloaded before each part that the engines take back, and onloaded for the update. Engines
     that are given new weights, or the same ones again, drop the old ones."""
     _, policy = train(lambda step, prompt: ["RAAA", "tttt"][step - 1], steps=2, prompts=1, filter__metric="none")
     assert in_words(policy.calls) == [
-        *["generate", "refill", SLEEP_WITHOUT_WEIGHTS, "forward", "restore", "update"],
-        *["free", WAKE_WEIGHTS, "sync", "free", WAKE_KV_CACHE],
-        *["generate", "refill", SLEEP_WITHOUT_WEIGHTS],
-        *["free", WAKE_WEIGHTS, "refill", "free", WAKE_KV_CACHE],
+        *["generate", "refill", SLEEP_WITHOUT_WEIGHTS, "forward", "onload", "update"],
+        *["offload", WAKE_WEIGHTS, "sync", "offload", WAKE_KV_CACHE],
+        *["generate", "refill", SLEEP_WITHOUT_WEIGHTS, "onload"],
+        *["offload", WAKE_WEIGHTS, "refill", "offload", WAKE_KV_CACHE],
     ]
 
 
@@ -304,8 +292,8 @@ def test_engines_wake_for_every_generation_batch_of_the_shaped_filter(train):
         filter__metric="shaped",
         filter__max_batches=2,
     )
-    wake = ["free", WAKE_WEIGHTS, "free", WAKE_KV_CACHE]
-    last = ["free", WAKE_WEIGHTS, "refill", "free", WAKE_KV_CACHE]
+    wake = ["offload", WAKE_WEIGHTS, "offload", WAKE_KV_CACHE]
+    last = ["onload", "offload", WAKE_WEIGHTS, "refill", "offload", WAKE_KV_CACHE]
     generated = ["generate", "refill", SLEEP_WITH_WEIGHTS, "forward"]
     assert in_words(policy.calls) == [*generated, *wake, *generated, *last]
 

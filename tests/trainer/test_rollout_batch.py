@@ -12,7 +12,7 @@ from meds_megatron.reward.grading import Grade
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 from meds_megatron.trainer.error_memory import lookup_key
 from meds_megatron.trainer.rollout_batch import RolloutBatch
-from meds_megatron.trainer.scoring import training_batch
+from meds_megatron.trainer.training_batch import training_batch
 
 
 def group(name: str, correct: list[bool], answers: list[int], prompt: int = 3, outcome: str = "graded") -> PromptGroup:
@@ -110,13 +110,15 @@ def test_a_failed_grading_is_left_out_of_its_groups_deviation_and_of_the_loss():
     config = Config()
     groups = [failing(group("a", [True, False, False, False], [0] * 4), 3), group("b", [True, False], [0, 0])]
     rollouts = with_scores(RolloutBatch.of_groups(groups, config), [1.0, 0.0, 0.0, np.nan, 1.0, 0.0])
-    batch, minibatches_B, _ = training_batch(rollouts, config)
+    step = training_batch(rollouts, 0, config)
     # Of scores 1, 0, 0 the mean is 1/3 and the deviation 1 / sqrt(3); of 1, 0 they are 1/2 and 1 / sqrt(2).
     three, two = 1 / 3**0.5 + 1e-6, 1 / 2**0.5 + 1e-6
-    assert batch.advantages_B == pytest.approx([2 / 3 / three, -1 / 3 / three, -1 / 3 / three, 0.5 / two, -0.5 / two])
-    assert minibatches_B.tolist() == [0] * 5
-    assert batch.response_lengths_B.tolist() == [2, 3, 4, 2, 3]
-    assert batch.loss_weights_B == pytest.approx([1 / 14] * 5)
+    assert step.responses.advantages_B == pytest.approx(
+        [2 / 3 / three, -1 / 3 / three, -1 / 3 / three, 0.5 / two, -0.5 / two]
+    )
+    assert step.minibatches_B.tolist() == [0] * 5
+    assert step.responses.response_lengths_B.tolist() == [2, 3, 4, 2, 3]
+    assert step.responses.loss_weights_B == pytest.approx([1 / 14] * 5)
 
 
 def answering(made: PromptGroup, *answers: str) -> PromptGroup:
@@ -131,10 +133,10 @@ def test_advantages_by_answer_see_equal_answers_in_any_spelling_and_leave_failed
     config.advantage.diversity_alpha = 0.4
     made = failing(answering(group("a", [True] + [False] * 4, [0] * 5), "7", "1/2", "0.50", "8", "9"), 4)
     rollouts = with_scores(RolloutBatch.of_groups([made], config), [1.0, 0.0, 0.0, 0.0, np.nan])
-    batch, _, metrics = training_batch(rollouts, config)
+    step = training_batch(rollouts, 0, config)
     # Shares 2/3 and 1/3 of the three wrong answers, as in the baselines' test.
-    assert batch.advantages_B == pytest.approx([1.5, -0.5420620, -0.5420620, -0.4158760], abs=1e-5)
-    assert metrics == {"advantage/error_entropy": pytest.approx(0.6365142)}
+    assert step.responses.advantages_B == pytest.approx([1.5, -0.5420620, -0.5420620, -0.4158760], abs=1e-5)
+    assert step.metrics == {"advantage/error_entropy": pytest.approx(0.6365142)}
 
 
 def test_advantages_by_count_see_the_sizes_of_looked_up_responses_only():
@@ -143,9 +145,9 @@ def test_advantages_by_count_see_the_sizes_of_looked_up_responses_only():
     rollouts = with_scores(RolloutBatch.of_groups([group("a", [True, False], [0, 0])], config), [1.0, 0.0])
     rollouts.batch.cluster_sizes_B = np.array([0, 4])
     half = 0.5 / (0.5**0.5 + 1e-6)
-    assert training_batch(rollouts, config)[0].advantages_B == pytest.approx([half, -half])
+    assert training_batch(rollouts, 0, config).responses.advantages_B == pytest.approx([half, -half])
     rollouts.batch.cluster_sizes_B = np.array([0, 16])
-    assert training_batch(rollouts, config)[0].advantages_B == pytest.approx([half, -half - 0.2 * 0.25])
+    assert training_batch(rollouts, 0, config).responses.advantages_B == pytest.approx([half, -half - 0.2 * 0.25])
 
 
 def test_the_memory_by_answer_is_given_answers_for_fingerprints(rollouts):
@@ -165,21 +167,19 @@ def test_a_group_whose_gradings_all_failed_trains_on_nothing():
     rollouts = with_scores(RolloutBatch.of_groups(groups, config), [np.nan, np.nan, 1.0, 0.0])
     assert rollouts.kept_B.all() and rollouts.trained_B.tolist() == [False, False, True, True]
     assert rollouts.keys_B == [None, None, None, "b|wrong"]
-    batch, minibatches_B, _ = training_batch(rollouts, config)
-    assert minibatches_B.tolist() == [0, 0] and batch.scores_B.tolist() == [1, 0]
+    step = training_batch(rollouts, 0, config)
+    assert step.minibatches_B.tolist() == [0, 0] and step.responses.scores_B.tolist() == [1, 0]
 
 
 def test_the_floor_is_for_groups_without_a_right_answer():
     config = Config()
     config.advantage.std_floor = 0.4
     groups = [group("a", [True, False], [0, 0]), group("b", [False, False], [0, 0])]
-    batch, minibatches_B, _ = training_batch(
-        with_scores(RolloutBatch.of_groups(groups, config), [1.0, 0.9, 0.0, -0.1]), config
-    )
+    step = training_batch(with_scores(RolloutBatch.of_groups(groups, config), [1.0, 0.9, 0.0, -0.1]), 0, config)
     # The deviation is 0.1 / sqrt(2) in both.
     usual, floored = 0.05 / (0.1 / 2**0.5 + 1e-6), 0.05 / (0.4 + 1e-6)
-    assert batch.advantages_B == pytest.approx([usual, -usual, floored, -floored])
-    assert minibatches_B.tolist() == [0] * 4
+    assert step.responses.advantages_B == pytest.approx([usual, -usual, floored, -floored])
+    assert step.minibatches_B.tolist() == [0] * 4
 
 
 def test_loss_weights_are_those_of_the_whole_mini_batch(rollouts):
@@ -188,14 +188,14 @@ def test_loss_weights_are_those_of_the_whole_mini_batch(rollouts):
     rollouts.groups.append(group("c", [False, True], [0, 0]))
     rollouts = RolloutBatch.of_groups(rollouts.groups, config)
     rollouts.groups[0].kept = False
-    batch, minibatches_B, _ = training_batch(with_scores(rollouts, [0.0] * 8), config)
-    assert minibatches_B.tolist() == [0, 0, 0, 1, 1]
-    assert batch.loss_weights_B == pytest.approx([1 / 9] * 3 + [1 / 5] * 2)
-    assert batch.loss_weights_B.dtype == np.float32
+    step = training_batch(with_scores(rollouts, [0.0] * 8), 0, config)
+    assert step.minibatches_B.tolist() == [0, 0, 0, 1, 1]
+    assert step.responses.loss_weights_B == pytest.approx([1 / 9] * 3 + [1 / 5] * 2)
+    assert step.responses.loss_weights_B.dtype == np.float32
 
 
 def test_a_step_may_keep_no_group_at_all(rollouts):
     for dropped in rollouts.groups:
         dropped.kept = False
-    batch, minibatches_B, _ = training_batch(with_scores(rollouts, [np.nan] * 6), Config())
-    assert len(batch) == len(minibatches_B) == len(batch.advantages_B) == 0
+    step = training_batch(with_scores(rollouts, [np.nan] * 6), 0, Config())
+    assert len(step) == len(step.minibatches_B) == len(step.responses.advantages_B) == 0

@@ -41,8 +41,8 @@ RANDOMNESS = {
     "weights/resharding/transport.py": NO_EFFECT,  # name of exported memory
     "reward/differences.py": "a function of the answers",
     "rollout/engine.py": CHECKPOINT,
-    "trainer/attempt.py": NO_EFFECT,  # name of a directory in shared memory
-    "run/checkpoint_files.py": NO_EFFECT,  # name of a directory that is being written
+    "trainer/processes.py": NO_EFFECT,  # name of a directory in shared memory
+    "atomic.py": NO_EFFECT,  # name of a directory that is being written
     "run/wandb_run.py": NO_EFFECT,  # id of the wandb run
 }
 RANDOM = re.compile(
@@ -72,7 +72,7 @@ CHANGING = {
     "DigestedFiles": {"digests": NO_EFFECT},
     "FingerprintCollector": dict.fromkeys(("_micro_batch", "_places_N", "_values_NL", "sent_bytes"), STEP),
     "Policy": {"micro_batches_begun": NO_EFFECT},
-    "Offload": {"_freed": NO_EFFECT, "_on_host": NO_EFFECT},
+    "Offload": {"_offloaded": NO_EFFECT, "_on_host": NO_EFFECT},
     "PolicyWorker": {
         "_copies": NO_EFFECT,
         "_policy": CHECKPOINT,
@@ -98,6 +98,7 @@ CHANGING = {
         "_update_failed": START,
         "work": NO_EFFECT,
     },
+    "Engine": {"hung": START},
     "EngineHealth": dict.fromkeys(("failures_in_a_row", "restarts", "state"), START),
     "EnginePool": {
         **dict.fromkeys(("_holds", "asleep", "regenerated_prompts", "restarts"), STEP),
@@ -118,11 +119,12 @@ CHANGING = {
         **dict.fromkeys(("_recently_filtered", "_recently_kept"), "estimated anew by a resumed run's first steps"),
         "version": CHECKPOINT,
     },
-    "RolloutManager": {
-        "_finished": IN_FLIGHT,
-        **dict.fromkeys(("_again", "_indices", "_weight_sync"), CHECKPOINT),
+    "Collector": {"_finished": IN_FLIGHT, **dict.fromkeys(("_again", "_indices"), CHECKPOINT)},
+    "Generation": {"_finished": IN_FLIGHT, "_weight_sync": CHECKPOINT},
+    "Checkpointer": {
+        **dict.fromkeys(("_newest", "_under_way"), START),
+        **dict.fromkeys(("_policy_version", "_state"), CHECKPOINT),
     },
-    "Checkpointer": {"_newest": START, "_state": CHECKPOINT, "_under_way": START},
     "ErrorMemory": {"_pending": STEP, "_saving": NO_EFFECT},
     "Recovery": dict.fromkeys(("furthest", "in_a_row", "progressed", "stopping"), NO_EFFECT),
     "RunDirectory": {"_lock": START, "_skip_memory": START},

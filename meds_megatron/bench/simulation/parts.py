@@ -83,9 +83,8 @@ class SimulatedWeightSync:
         self.version += 1
         self._load(self._pool.ready())
 
-    def skip_update(self) -> int:
+    def skip_update(self) -> None:
         self.version += 1
-        return self.version
 
     def refill(self) -> None:
         if stale := self._pool.stale():
@@ -138,12 +137,12 @@ class SimulatedPolicy:
         updated = UpdateOutput(0.0, {"tokens": float(tokens), "kl": 0.0}, 0.0, 0.0, skipped=False)
         return self._call(tokens * self._rates.update_seconds, [updated])
 
-    def free_memory(self) -> None:
+    def offload(self) -> None:
         if self._holds_memory:
             self._holds_memory = False
             self._copy()
 
-    def restore_memory(self) -> None:
+    def onload(self) -> None:
         self._holds_memory = True
         self._copy()
 

@@ -1,4 +1,4 @@
-"""A training run in simulated time: the real training loop, RolloutManager, schedule, producer and engine pool over
+"""A training run in simulated time: the real training loop, collector, schedule, producer and engine pool over
 simulated engines, ranks and graders."""
 
 import copy
@@ -24,10 +24,15 @@ from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.faults.interruption import Interruption
 from meds_megatron.rollout.producer import GroupProducer
 from meds_megatron.run.timer import PhaseTimer
-from meds_megatron.trainer import loop
+from meds_megatron.trainer.collector import Collector
+from meds_megatron.trainer.generation import Generation
+from meds_megatron.trainer.gpus import Gpus
+from meds_megatron.trainer.loop import TrainingLoop
 from meds_megatron.trainer.prompts import Prompts
-from meds_megatron.trainer.rollout_manager import RolloutManager
+from meds_megatron.trainer.recorder import Recorder
+from meds_megatron.trainer.scorer import Scorer
 from meds_megatron.trainer.state import TrainerState
+from meds_megatron.trainer.validation import Validator
 
 
 @dataclass(frozen=True)
@@ -76,24 +81,27 @@ def simulate(
     state = TrainerState(PromptSampler(len(workload.prompts), config.train.seed, shuffle=False))
     timer = PhaseTimer(clock=lambda: clock.now)
     memory, log = NoMemory(), StepLog()
-    manager = RolloutManager(
-        config,
-        state,
-        Prompts(workload.prompts, [], 0),
-        GroupProducer(pool, graders, config),
-        pool,
-        weight_sync,
-        policy,
-        memory,
-        timer,
-        Interruption(),
+    gpus = Gpus(pool, policy, timer)
+    producer = GroupProducer(pool, graders, config)
+    generation = Generation(config, producer, pool, weight_sync, gpus, Interruption(), timer)
+    scorer = Scorer(config, policy, memory, generation, timer)
+    training = TrainingLoop(
+        config=config,
+        state=state,
+        collector=Collector(config, state, Prompts(workload.prompts, [], 0), generation, scorer, gpus, timer),
+        generation=generation,
+        policy=policy,
+        memory=memory,
+        gpus=gpus,
+        validator=Validator(config, [], generation, timer),
+        recorder=Recorder(config, SimpleNamespace(started=True), log, pool, memory, timer),
+        checkpointer=SimpleNamespace(step_finished=lambda: None, export_if_due=lambda step: None),
     )
     begun = clock.now
     busy = {part: part.busy_seconds for part in (policy, weight_sync, pool)}
     for seconds, engine in deaths:
         clock.after(seconds, partial(pool.kill, engine))
-    nothing_saved = SimpleNamespace(step_finished=lambda state: None)
-    loop.train(config, state, manager, policy, memory, nothing_saved, SimpleNamespace(started=True), log, timer)
+    training.train()
     policy_busy, sync_busy, engines_busy = (part.busy_seconds - busy[part] for part in (policy, weight_sync, pool))
     sampler = state.sampler
     return SimulatedRun(

@@ -15,12 +15,10 @@ from meds_megatron.errors import Stopped, UserError
 from meds_megatron.faults.interruption import Interruption
 from meds_megatron.reward.grading import Grade
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
-from meds_megatron.run.timer import PhaseTimer
 from meds_megatron.trainer.filtering import shortfall
-from meds_megatron.trainer.prompts import Prompts
-from meds_megatron.trainer.rollout_manager import RolloutManager
 from meds_megatron.trainer.state import TrainerState
 from tests.doubles import ScriptedCall, ScriptedEnginePool, ScriptedPolicy, ScriptedProducer, ScriptedWeightSync
+from tests.trainer.training_parts import Parts
 
 RESPONSES = 4
 
@@ -29,13 +27,13 @@ class CountedGroups:
     """Groups of which `right[i]` of the responses to prompt i are right, drawn by the present version of the weights.
     Of prompts named in `failing`, the gradings of the last two fail."""
 
-    def __init__(self, right: list[int], failing: tuple[int, ...], state: TrainerState):
-        self._right, self._failing, self._state = right, failing, state
+    def __init__(self, right: list[int], failing: tuple[int, ...], weight_sync: ScriptedWeightSync):
+        self._right, self._failing, self._weight_sync = right, failing, weight_sync
 
     def __call__(self, prompt: Prompt) -> PromptGroup:
         (index,) = prompt.token_ids
         tokens_R, logprobs_R = np.array([1, 2, 3]), np.zeros(3, np.float32)
-        completion = Completion(tokens_R, logprobs_R, "", "stop", self._state.policy_version)
+        completion = Completion(tokens_R, logprobs_R, "", "stop", self._weight_sync.version)
         correct = [n < self._right[index] for n in range(RESPONSES)]
         samples = [Sample(prompt, completion, Grade(c, "graded"), float(c)) for c in correct]
         if index in self._failing:
@@ -43,23 +41,21 @@ class CountedGroups:
         return PromptGroup(prompt, samples)
 
 
-def manager_of(config, right, failing=(), unfinished=(), interruption=None):
+def parts_of(config, right, failing=(), unfinished=(), interruption=None) -> Parts:
     state = TrainerState(PromptSampler(len(right), seed=0, shuffle=False), step=1, unfinished=list(unfinished))
     prompts = [Prompt(Problem(str(i), "?", "7", "test"), [i]) for i in range(len(right))]
-    producer, policy = ScriptedProducer(CountedGroups(right, failing, state)), ScriptedPolicy()
-    manager = RolloutManager(
+    weight_sync = ScriptedWeightSync()
+    return Parts(
         config,
         state,
-        Prompts(prompts, [], 0),
-        producer,
+        prompts,
+        ScriptedProducer(CountedGroups(right, failing, weight_sync)),
         ScriptedEnginePool(config),
-        ScriptedWeightSync(),
-        policy,
+        ScriptedPolicy(),
+        weight_sync,
         NoMemory(),
-        PhaseTimer(),
         interruption or Interruption(),
     )
-    return manager, state, producer, policy
 
 
 def submitted(producer: ScriptedProducer) -> list[int]:
@@ -79,7 +75,7 @@ def config_of(wanted: int, **filter_settings) -> Config:
 
 def collected(right: list[int], failing: tuple[int, ...] = (), **settings):
     config = config_of(**settings)
-    found = manager_of(config, right, failing)[0].collect()
+    found = parts_of(config, right, failing).collector.collect()
     return found, shortfall(found, config)
 
 
@@ -124,15 +120,15 @@ def overlapping(wanted: int, staleness: int = 1, **filter_settings) -> Config:
 
 def test_prompts_of_later_steps_are_generated_ahead_and_late_groups_are_not_lost():
     config = overlapping(wanted=2, metric="none")
-    manager, state, producer, policy = manager_of(config, [1] * 20)
-    trained = []
+    parts = parts_of(config, [1] * 20)
+    producer, policy, trained = parts.producer, parts.policy, []
     for version in range(4):
-        state.policy_version = version
-        rollouts = manager.collect()
+        parts.weight_sync.version = version
+        rollouts = parts.collector.collect()
         assert rollouts.is_scored and len(rollouts.kept_groups) == 2
         trained += [int(group.prompt.problem.id) for group in rollouts.groups]
-        assert len(manager.unfinished_prompts) == 2, "those of the next step"
-    assert sorted([*trained, *manager.unfinished_prompts]) == list(range(10)) == sorted(submitted(producer))
+        assert len(parts.state.unfinished) == 2, "those of the next step"
+    assert sorted([*trained, *parts.state.unfinished]) == list(range(10)) == sorted(submitted(producer))
     assert trained[:2] == [3, 2], "of four prompts the last were finished first"
     assert trained[2:4] == [1, 0], "the step whose deadline it is waits for the others, which are older than 4 and 5"
     assert policy.forwarded[:4] == [RESPONSES] * 4, "groups are scored as they finish"
@@ -141,23 +137,25 @@ def test_prompts_of_later_steps_are_generated_ahead_and_late_groups_are_not_lost
 
 def test_unfinished_prompts_of_a_checkpoint_are_generated_again_before_others():
     config = overlapping(wanted=2, metric="none")
-    manager, state, producer, _ = manager_of(config, [1] * 20, unfinished=[17, 4, 11])
-    state.sampler.next(6)
-    manager.collect()
-    assert submitted(producer)[:4] == [17, 4, 11, 6]
+    parts = parts_of(config, [1] * 20, unfinished=[17, 4, 11])
+    parts.state.sampler.next(6)
+    parts.collector.collect()
+    assert submitted(parts.producer)[:4] == [17, 4, 11, 6]
 
 
 def test_more_unfinished_prompts_than_the_schedule_has_room_for_stay_unfinished():
     config = config_of(wanted=2, metric="none")
-    manager, _, producer, _ = manager_of(config, [1] * 20, unfinished=[17, 4, 11])
-    manager.collect()
-    assert submitted(producer) == [17, 4] and manager.unfinished_prompts == [11]
+    parts = parts_of(config, [1] * 20, unfinished=[17, 4, 11])
+    producer = parts.producer
+    parts.collector.collect()
+    assert submitted(producer) == [17, 4] and parts.state.unfinished == [11]
 
 
 def test_groups_finish_while_the_trainer_is_waited_for(monkeypatch):
     config = overlapping(wanted=2, metric="none")
-    manager, _, producer, _ = manager_of(config, [1] * 20)
-    manager.collect()
+    parts = parts_of(config, [1] * 20)
+    producer = parts.producer
+    parts.collector.collect()
     update: Future[None] = Future()
     advanced = producer.advance
 
@@ -167,28 +165,30 @@ def test_groups_finish_while_the_trainer_is_waited_for(monkeypatch):
         return advanced()
 
     monkeypatch.setattr(producer, "advance", advance)
-    assert manager.wait_for(ScriptedCall("updates", (update,))) == "updates"
+    assert parts.generation.wait_for(ScriptedCall("updates", (update,))) == "updates"
     assert producer.busy, "the call is done first"
 
 
 def test_a_stop_is_honoured_even_if_all_groups_of_a_step_are_there():
     config, interruption = overlapping(wanted=2, metric="none"), Interruption()
-    manager, _, producer, _ = manager_of(config, [1] * 20, interruption=interruption)
-    manager.collect()
-    manager.wait_for(ScriptedCall(None, (Future(),)))
+    parts = parts_of(config, [1] * 20, interruption=interruption)
+    producer = parts.producer
+    parts.collector.collect()
+    parts.generation.wait_for(ScriptedCall(None, (Future(),)))
     assert not producer.busy, "all groups finish while a call hangs"
     interruption.requested.set_result(signal.SIGTERM)
     with pytest.raises(Stopped, match="SIGTERM"):
-        manager.collect()
+        parts.collector.collect()
 
 
 def test_an_error_of_one_rank_is_raised_while_others_hang_and_requests_are_under_way():
     config = overlapping(wanted=2, metric="none")
-    manager, _, producer, _ = manager_of(config, [1] * 20)
-    manager.collect()
+    parts = parts_of(config, [1] * 20)
+    producer = parts.producer
+    parts.collector.collect()
     failed: Future[None] = Future()
     hangs: Future[None] = Future()
     failed.set_exception(UserError("rank 0 failed"))
     with pytest.raises(UserError, match="rank 0 failed"):
-        manager.wait_for(ScriptedCall(None, (failed, hangs)))
+        parts.generation.wait_for(ScriptedCall(None, (failed, hangs)))
     assert producer.busy

@@ -7,11 +7,9 @@ import torch
 
 from meds_megatron.actor.train_batch import TrainBatch, UpdateOutput
 from meds_megatron.algorithm.corrections import logprob_mismatch
-from meds_megatron.config import Config
-from meds_megatron.errors import UserError
-from meds_megatron.run.directory import RunDirectory
 from meds_megatron.trainer.error_memory import TARGETS
 from meds_megatron.trainer.rollout_batch import RolloutBatch
+from meds_megatron.trainer.training_batch import StepBatch
 
 
 def sampling_metrics(rollouts: RolloutBatch) -> dict[str, float]:
@@ -41,15 +39,7 @@ def sampling_metrics(rollouts: RolloutBatch) -> dict[str, float]:
     }
 
 
-def token_ages(rollouts: RolloutBatch, policy_version: int) -> np.ndarray:
-    """int64 [R] age of each token that the step trains on when the policy has `policy_version`: how many updates lie
-    between the weights that drew it and the policy's."""
-    samples = zip(rollouts.samples, rollouts.trained_B, strict=True)
-    versions = [sample.completion.policy_versions_R for sample, trained in samples if trained]
-    return policy_version - np.concatenate([np.zeros(0, dtype=np.int64), *versions])
-
-
-def staleness_metrics(rollouts: RolloutBatch, batch: TrainBatch, ages_R: np.ndarray) -> dict[str, float]:
+def staleness_metrics(rollouts: RolloutBatch, batch: StepBatch) -> dict[str, float]:
     """Age of the tokens that the step trains on, mean and highest; the share of responses during which the weights
     changed; and how far the policy has moved away from the weights that drew the tokens, fresh ones included: the mean
     distance of log-probs in nats."""
@@ -58,28 +48,27 @@ def staleness_metrics(rollouts: RolloutBatch, batch: TrainBatch, ages_R: np.ndar
     samples = zip(rollouts.samples, rollouts.trained_B, strict=True)
     mixed = [bool(sample.completion.later_versions) for sample, trained in samples if trained]
     return {
-        "staleness/mean": float(ages_R.mean()),
-        "staleness/max": int(ages_R.max()),
+        "staleness/mean": float(batch.ages_R.mean()),
+        "staleness/max": int(batch.ages_R.max()),
         "staleness/mixed_share": float(np.mean(mixed)),
-        "staleness/logprob_abs_mean": _mismatch(batch, ages_R >= 0)["logprob_abs_mean"],
+        "staleness/logprob_abs_mean": _mismatch(batch.responses, batch.ages_R >= 0)["logprob_abs_mean"],
     }
 
 
-def training_metrics(
-    batch: TrainBatch, updates: list[UpdateOutput], target: str, ages_R: np.ndarray
-) -> dict[str, float]:
+def training_metrics(batch: StepBatch, updates: list[UpdateOutput], target: str) -> dict[str, float]:
     """Of the responses that are trained on; the mean penalty is of those that `penalty.target` names, the mismatch of
     the tokens that the policy's own weights drew."""
     if not len(batch):
         return {}
-    targeted_B = np.isin(batch.correct_B, TARGETS[target])
-    mismatch = _mismatch(batch, ages_R == 0)
+    responses = batch.responses
+    targeted_B = np.isin(responses.correct_B, TARGETS[target])
+    mismatch = _mismatch(responses, batch.ages_R == 0)
     return {
-        "accuracy/kept_mean": float(batch.correct_B.mean()),
-        "reward/mean": float(batch.scores_B.mean()),
-        "reward/shaped_mean": float(batch.shaped_scores_B.mean()),
-        "reward/penalty_mean": float(batch.penalties_B[targeted_B].mean()) if targeted_B.any() else 0.0,
-        "policy/entropy": float(batch.entropy_R.mean()),
+        "accuracy/kept_mean": float(responses.correct_B.mean()),
+        "reward/mean": float(responses.scores_B.mean()),
+        "reward/shaped_mean": float(responses.shaped_scores_B.mean()),
+        "reward/penalty_mean": float(responses.penalties_B[targeted_B].mean()) if targeted_B.any() else 0.0,
+        "policy/entropy": float(responses.entropy_R.mean()),
         **{f"mismatch/{name}": value for name, value in mismatch.items()},
         **update_metrics(updates),
     }
@@ -128,32 +117,3 @@ def throughput_metrics(metrics: dict[str, float], overlaps: bool) -> dict[str, f
     if not overlaps:
         rates["throughput/rollout_tokens_per_second"] = generated / metrics["time/rollout"]
     return rates
-
-
-def check_mismatch(step: int, metrics: dict[str, float], config: Config) -> None:
-    """Raises UserError when trainer and engines disagree by more than `sync.max_logprob_difference`."""
-    limit = config.sync.max_logprob_difference
-    found = metrics.get("mismatch/logprob_abs_mean", 0.0)
-    if limit is not None and not found <= limit:
-        raise UserError(
-            f"Step {step}: trainer and engine log-probs differ by {found:.4g} on average, more than "
-            f"sync.max_logprob_difference = {limit}: the engines run other weights, or another precision"
-        )
-
-
-def check_updates(step: int, before: int, updates: list[UpdateOutput], config: Config, run: RunDirectory) -> int:
-    """Consecutive skipped updates up to now, `before` of them before this step.
-
-    Raises UserError after `faults.max_bad_updates` in a row; it names the checkpoint from which the run can go on.
-    """
-    in_a_row, limit = before, config.faults.max_bad_updates
-    for update in updates:
-        in_a_row = in_a_row + 1 if update.skipped else 0
-        if in_a_row == limit:
-            checkpoint = run.newest_checkpoint()
-            go_on = f"and go on from {checkpoint.path}" if checkpoint else "and start again: there is no checkpoint"
-            raise UserError(
-                f"Step {step}: the loss or gradient of {limit} updates in a row was not finite "
-                f"(faults.max_bad_updates): look for the cause in {run.rollouts_of(step)}, lower optimizer.lr, {go_on}"
-            )
-    return in_a_row

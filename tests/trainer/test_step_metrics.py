@@ -12,15 +12,10 @@ from meds_megatron.reward.grading import Grade
 from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
 from meds_megatron.run.checkpoint_files import mark_complete, write_state
 from meds_megatron.run.directory import RunDirectory
-from meds_megatron.trainer.report import (
-    check_mismatch,
-    check_updates,
-    staleness_metrics,
-    token_ages,
-    training_metrics,
-    update_metrics,
-)
+from meds_megatron.trainer.limits import check_mismatch, check_updates
 from meds_megatron.trainer.rollout_batch import RolloutBatch
+from meds_megatron.trainer.step_metrics import staleness_metrics, training_metrics, update_metrics
+from meds_megatron.trainer.training_batch import StepBatch, training_batch
 
 UPDATES = [
     UpdateOutput(1.5, {"tokens": 10.0, "kl": 0.0, "ratio": 10.0, "clip_fraction": 1.0}, 2.0, 1e-6, skipped=False),
@@ -29,7 +24,7 @@ UPDATES = [
 AGES_R = np.zeros(3, dtype=np.int64)
 
 
-def batch() -> TrainBatch:
+def batch(ages_R: np.ndarray = AGES_R) -> StepBatch:
     made = TrainBatch.of_responses([[1]] * 3, [[2]] * 3, [[-1.0]] * 3, [-1] * 3, [0, 0, 0])
     made.correct_B = np.array([False, False, True])
     made.scores_B = np.array([0.0, 0.0, 1.0])
@@ -37,24 +32,24 @@ def batch() -> TrainBatch:
     made.penalties_B = np.array([0.2, 0.3, 0.1])
     made.logprobs_R = np.array([-1.0, -1.5, -1.0], dtype=np.float32)
     made.entropy_R = np.array([0.1, 0.2, 0.3], dtype=np.float32)
-    return made
+    return StepBatch(made, np.zeros(3, dtype=np.int64), ages_R, {})
 
 
 @pytest.mark.parametrize(("target", "mean"), [("wrong", 0.25), ("right", 0.1), ("both", 0.2), ("none", 0.0)])
 def test_the_mean_penalty_is_that_of_the_targeted_responses(target, mean):
-    assert training_metrics(batch(), UPDATES, target, AGES_R)["reward/penalty_mean"] == pytest.approx(mean)
+    assert training_metrics(batch(), UPDATES, target)["reward/penalty_mean"] == pytest.approx(mean)
 
 
 def test_trainer_and_engine_are_compared_token_by_token():
-    metrics = training_metrics(batch(), UPDATES, "wrong", AGES_R)
+    metrics = training_metrics(batch(), UPDATES, "wrong")
     assert metrics["mismatch/logprob_abs_max"] == pytest.approx(0.5)
     assert metrics["mismatch/logprob_abs_mean"] == pytest.approx(0.5 / 3)
 
 
 def test_tokens_of_older_weights_are_no_mismatch():
-    metrics = training_metrics(batch(), UPDATES, "wrong", np.array([0, 1, 0]))
+    metrics = training_metrics(batch(np.array([0, 1, 0])), UPDATES, "wrong")
     assert metrics["mismatch/logprob_abs_max"] == 0
-    assert "mismatch/logprob_abs_mean" not in training_metrics(batch(), UPDATES, "wrong", AGES_R + 1)
+    assert "mismatch/logprob_abs_mean" not in training_metrics(batch(AGES_R + 1), UPDATES, "wrong")
 
 
 def test_the_age_of_tokens_is_counted_from_the_weights_that_drew_each():
@@ -68,11 +63,12 @@ def test_the_age_of_tokens_is_counted_from_the_weights_that_drew_each():
         for changes, grade in zip(later, grades, strict=True)
     ]
     rollouts = RolloutBatch.of_groups([PromptGroup(prompt, samples)], Config())
-    ages_R = token_ages(rollouts, policy_version=6)
-    assert ages_R.tolist() == [2, 2, 1, 0, 2, 2, 2, 2]
-    trained = rollouts.batch.select(np.array([0, 1]))
-    trained.logprobs_R = trained.rollout_logprobs_R - np.array([0, 0, 0, 0.8, 0, 0, 0, 0.8], np.float32)
-    assert staleness_metrics(rollouts, trained, ages_R) == {
+    rollouts.batch.shaped_scores_B = rollouts.batch.scores_B
+    trained = training_batch(rollouts, 6, Config())
+    assert trained.ages_R.tolist() == [2, 2, 1, 0, 2, 2, 2, 2]
+    moved_R = np.array([0, 0, 0, 0.8, 0, 0, 0, 0.8], np.float32)
+    trained.responses.logprobs_R = trained.responses.rollout_logprobs_R - moved_R
+    assert staleness_metrics(rollouts, trained) == {
         "staleness/mean": pytest.approx(13 / 8),
         "staleness/max": 2,
         "staleness/mixed_share": 0.5,
@@ -99,7 +95,7 @@ def test_skipped_updates_are_counted_and_left_out_of_the_means():
     del expected["policy/kl_first_update"]
     assert metrics == expected | {"policy/skipped_updates": 2}
     assert update_metrics([skipped()]) == {"policy/updates": 0, "policy/skipped_updates": 1}
-    assert all(map(math.isfinite, training_metrics(batch(), [*UPDATES, skipped()], "wrong", AGES_R).values()))
+    assert all(map(math.isfinite, training_metrics(batch(), [*UPDATES, skipped()], "wrong").values()))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +115,7 @@ def test_bad_updates_in_a_row_stop_the_run_with_the_last_checkpoint(before, made
         check_updates(7, before, updates, Config(), run)
     for step in (2, 5, 6):
         run.checkpoint(step).mkdir(parents=True)
-        write_state(run.checkpoint(step), {"step": step}, {})
+        write_state(run.checkpoint(step), {"step": step}, 0, {})
         if step < 6:
             mark_complete(run.checkpoint(step))
     with pytest.raises(UserError, match=f"lower optimizer.lr, and go on from {run.checkpoint(5)}$"):
@@ -127,7 +123,8 @@ def test_bad_updates_in_a_row_stop_the_run_with_the_last_checkpoint(before, made
 
 
 def test_a_step_that_trains_on_nothing_reports_no_training_metrics():
-    assert training_metrics(batch().select(np.zeros(0, dtype=np.int64)), [], "wrong", AGES_R[:0]) == {}
+    nothing = StepBatch(batch().responses.select(np.zeros(0, dtype=np.int64)), np.zeros(0), AGES_R[:0], {})
+    assert training_metrics(nothing, [], "wrong") == {}
 
 
 def test_engines_that_differ_too_much_stop_the_run():
