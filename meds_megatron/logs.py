@@ -85,7 +85,7 @@ def log_file(run_dir: str | Path, process: str) -> Path:
     return Path(run_dir) / "logs" / f"{process}.log"
 
 
-def last_words(run_dir: str | Path, process: str) -> str:
+def last_log_line(run_dir: str | Path, process: str) -> str:
     """What `process` died of if its log has a fatal signal after its last record, else the last record; "" without a
     log."""
     path = log_file(run_dir, process)

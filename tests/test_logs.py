@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from meds_megatron.logs import STACKS_SIGNAL, last_words
+from meds_megatron.logs import STACKS_SIGNAL, last_log_line
 from tests.limits import HANG_SECONDS
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -93,13 +93,13 @@ def test_a_log_on_a_full_disk_ends_with_one_line(tmp_path):
 
 
 def test_last_words_are_the_last_record_or_the_fatal_signal_after_it(tmp_path):
-    assert last_words(tmp_path, "rank00003") == ""
+    assert last_log_line(tmp_path, "rank00003") == ""
     run(tmp_path, LOGGED + "logging.getLogger().info('two\\nlines')\n")
-    assert last_words(tmp_path, "rank00003") == "root: two"
+    assert last_log_line(tmp_path, "rank00003") == "root: two"
     run(tmp_path, LOGGED + "import os\nos.abort()\n")
-    assert last_words(tmp_path, "rank00003") == "Fatal Python error: Aborted"
+    assert last_log_line(tmp_path, "rank00003") == "Fatal Python error: Aborted"
     run(tmp_path, LOGGED)
-    assert last_words(tmp_path, "rank00003") == "meds_megatron.actor.worker: engine 1 is gone"
+    assert last_log_line(tmp_path, "rank00003") == "meds_megatron.actor.worker: engine 1 is gone"
 
 
 def test_a_signal_writes_the_stacks_of_all_threads_and_the_process_goes_on(tmp_path):

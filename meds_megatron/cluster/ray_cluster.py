@@ -102,20 +102,20 @@ def ray_cluster(config: ClusterConfig) -> Iterator[RayCluster]:
             cluster.close()
 
 
-class NoNodes(UserError):
+class NodesUnavailable(UserError):
     """The Ray cluster does not have the nodes of the run."""
 
 
 def reserve_nodes(
     config: Config, use_gpu: bool, paths: Sequence[str | Path] = (), fork_servers: Sequence[ForkServer] = ()
 ) -> Placement:
-    """The nodes of the run. Raises NoNodes when the Ray cluster does not have them in time, and UserError when one of
-    them cannot read `paths`."""
+    """The nodes of the run. Raises NodesUnavailable when the Ray cluster does not have them in time, and UserError
+    when one of them cannot read `paths`."""
     placement = Placement(config.cluster, use_gpu, config.rollout.nodes or 0, fork_servers)
     if not placement.wait(PLACEMENT_SECONDS, paths):
         kind = f" with {config.cluster.ranks_per_node} free GPUs each" if use_gpu else ""
         placement.close()
-        raise NoNodes(
+        raise NodesUnavailable(
             f"The Ray cluster did not have {placement.nodes} nodes{kind} within {PLACEMENT_SECONDS} s, but "
             f"{_machines(use_gpu)}: lower cluster.nodes, rollout.nodes or cluster.ranks_per_node, start Ray on more "
             "nodes, or set cluster.device=cpu to train without GPUs"

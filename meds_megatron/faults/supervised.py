@@ -65,9 +65,9 @@ class SupervisedActor:
                 return Activity(methods[-1], place, self.work)
         return Activity(None, work=self.work)
 
-    def request_stacks(self, processes: list[int]) -> dict[int, str]:
-        """`request_stacks` on the actor's node."""
-        return request_stacks(processes)
+    def dump_stacks(self, processes: list[int]) -> dict[int, str]:
+        """`dump_stacks` on the actor's node."""
+        return dump_stacks(processes)
 
 
 def node_name() -> str:
@@ -89,7 +89,7 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def request_stacks(processes: list[int]) -> dict[int, str]:
+def dump_stacks(processes: list[int]) -> dict[int, str]:
     """Makes processes of this machine that log with `logs.configure_process_logging` write the stacks of their threads
     into their logs, in C, whatever their interpreter waits for; returns the kernel's word for the state of each
     (`stopped` processes do not write before they are continued)."""

@@ -13,7 +13,7 @@ import ray
 from meds_megatron.errors import RunFailed, UserError
 from meds_megatron.faults.interruption import Interruption
 from meds_megatron.faults.supervised import SUPERVISION, failed_process, failure_reason, process_exists
-from meds_megatron.logs import last_words
+from meds_megatron.logs import last_log_line
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Pending(Generic[T]):
+class PendingResult(Generic[T]):
     """Calls of supervised actors that are under way."""
 
     supervisor: "Supervisor"
@@ -194,7 +194,7 @@ class Supervisor(AbstractContextManager):
     def _watch(self) -> None:
         while not self._closing.wait(TICK_SECONDS):
             if dead := self._settled_deaths():
-                self.fail(ProcessDied(self._account(dead)))
+                self.fail(ProcessDied(self._describe_deaths(dead)))
             with self._lock:
                 stop = self._interruption.requested
                 if stop.done() and not self._started and not self.alarm.done():
@@ -211,14 +211,14 @@ class Supervisor(AbstractContextManager):
         deaths.sort(key=lambda death: death[0])
         return [process for _, process in deaths] if deaths and now - deaths[0][0] >= SETTLE_SECONDS else []
 
-    def _account(self, dead: list[Process]) -> str:
+    def _describe_deaths(self, dead: list[Process]) -> str:
         """One sentence about the dead processes: all by name, the first one with its last words."""
         first = dead[0]
         error = first.ended.exception()
         names = ", ".join(process.name for process in dead[1 : 1 + MOST_NAMED])
         more = f" and {len(dead) - 1 - MOST_NAMED} more" if len(dead) > 1 + MOST_NAMED else ""
         others = f", then {names}{more}" if names else ""
-        words = last_words(self._run_dir, first.log)
+        words = last_log_line(self._run_dir, first.log)
         logged = f"; the end of its log: {words}" if words else ""
         return f"{first.name} ({first.place_name}) died{others}: {failure_reason(error)}{logged}"
 

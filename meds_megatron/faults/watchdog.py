@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import ray
 
 from meds_megatron.errors import RunFailed
-from meds_megatron.faults.supervised import SUPERVISION, Activity, node_name, request_stacks
+from meds_megatron.faults.supervised import SUPERVISION, Activity, dump_stacks, node_name
 from meds_megatron.faults.supervision import Process, Supervisor
 
 logger = logging.getLogger(__name__)
@@ -200,14 +200,14 @@ class Watchdog(AbstractContextManager):
                 host, number = process.place
                 on_host[host][number] = process
         states: dict[tuple[str, int], str] = {}
-        request_stacks([os.getpid()])
+        dump_stacks([os.getpid()])
         for host, processes in on_host.items():
             numbers = list(processes)
             answering = [process for process in processes.values() if activities[process.name]]
             if host == node_name():
-                found = request_stacks(numbers)
+                found = dump_stacks(numbers)
             elif answering:
-                options = answering[0].actor.request_stacks.options(concurrency_group=SUPERVISION)
+                options = answering[0].actor.dump_stacks.options(concurrency_group=SUPERVISION)
                 calls, _ = ray.wait([options.remote(numbers)], timeout=ANSWER_SECONDS)
                 found = ray.get(calls[0]) if calls else {}
             else:

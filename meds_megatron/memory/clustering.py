@@ -20,7 +20,7 @@ class Clustering:
 
     labels_N: np.ndarray
     ends_M2: np.ndarray
-    fresh_fit: bool
+    refitted: bool
 
 
 def cluster(points_NF: np.ndarray, ends_M2: np.ndarray, config: MemoryConfig) -> Clustering:
@@ -34,16 +34,16 @@ def cluster(points_NF: np.ndarray, ends_M2: np.ndarray, config: MemoryConfig) ->
     points = len(points_NF)
     no_tree_02 = np.empty((0, 2), np.int32)
     if config.method == "single" or points_NF.shape[1] == 0:
-        return Clustering(np.zeros(points, np.int64), no_tree_02, fresh_fit=False)
+        return Clustering(np.zeros(points, np.int64), no_tree_02, refitted=False)
     if config.method == "answer":
-        return Clustering(equal_rows(points_NF), no_tree_02, fresh_fit=False)
+        return Clustering(equal_rows(points_NF), no_tree_02, refitted=False)
     if points < 2:
-        return Clustering(np.full(points, NOISE, np.int64), no_tree_02, fresh_fit=False)
+        return Clustering(np.full(points, NOISE, np.int64), no_tree_02, refitted=False)
     if config.min_samples != 1:
-        return Clustering(fit_afresh(points_NF, config), no_tree_02, fresh_fit=True)
+        return Clustering(refit(points_NF, config), no_tree_02, refitted=True)
     ends_M2, lengths_M = grow_spanning_tree(points_NF, ends_M2)
     labels_N = flat_clusters(ends_M2, lengths_M, config.min_cluster_size, config.allow_single_cluster)
-    return Clustering(labels_N, ends_M2, fresh_fit=False)
+    return Clustering(labels_N, ends_M2, refitted=False)
 
 
 def equal_rows(points_NF: np.ndarray) -> np.ndarray:
@@ -58,7 +58,7 @@ def labels_of_equals(queries_QF: np.ndarray, points_NF: np.ndarray, labels_N: np
     return np.array([labels.get(query_F.tobytes(), otherwise) for query_F in queries_QF], dtype=np.int64)
 
 
-def fit_afresh(points_NF: np.ndarray, config: MemoryConfig) -> np.ndarray:
+def refit(points_NF: np.ndarray, config: MemoryConfig) -> np.ndarray:
     """Labels [N] of the hdbscan package for unit vectors [N, F], N >= 2."""
     # With scikit-learn and SciPy it takes longer to import than the rest of the memory, and most settings do without.
     import hdbscan

@@ -95,7 +95,7 @@ def extend(known_N: np.ndarray, added_N: np.ndarray, keep: int | None, config: M
         records_N["ends"][1:] = clustering.ends_M2
     clusters = int(clustering.labels_N.max(initial=NOISE)) + 1
     noise = int(np.count_nonzero(clustering.labels_N == NOISE))
-    return KeyHistory(records_N, clusters, noise), clustering.fresh_fit
+    return KeyHistory(records_N, clusters, noise), clustering.refitted
 
 
 def keys_that_fit(budget_bytes: float, record_bytes: int) -> int:

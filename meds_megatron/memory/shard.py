@@ -118,7 +118,7 @@ class MemoryShard:
         counts, self._counts = self._counts, StepCounts()
         # The codes of answers are no coordinates: their covariance means nothing.
         moments = None if self.config.method == "answer" else self._moments
-        return {**self._totals, "moments": moments or Moments.of_none(0), **dataclasses.asdict(counts)}
+        return {**self._totals, "moments": moments or Moments.empty(0), **dataclasses.asdict(counts)}
 
     @property
     def bytes_used(self) -> int:
@@ -202,7 +202,7 @@ class MemoryShard:
 
     def _expect_features(self, features: int) -> None:
         if features:
-            self._moments = self._moments or Moments.of_none(features)
+            self._moments = self._moments or Moments.empty(features)
             _expect_same(features, len(self._moments.sum_F))
 
     def _weights(self, history: KeyHistory) -> np.ndarray | None:
@@ -213,7 +213,7 @@ class MemoryShard:
     def _extend(self, key: str, added_N: np.ndarray, keep: int | None) -> None:
         before = self._histories.get(key)
         known_N = added_N[:0] if before is None else before.records_N
-        after, fresh_fit = extend(known_N, added_N, keep, self.config)
+        after, refitted = extend(known_N, added_N, keep, self.config)
         evicted = len(known_N) + len(added_N) - len(after)
         if self._moments and after.features:
             self._moments = self._moments.plus(added_N["vector"])
@@ -222,7 +222,7 @@ class MemoryShard:
                 self._moments = self._moments.plus(vectors_NF[:evicted], sign=-1)
         self._replace(key, before, after)
         self._counts.reclustered_keys += 1
-        self._counts.fresh_fits += fresh_fit
+        self._counts.fresh_fits += refitted
         self._counts.evicted_vectors += evicted
 
     def _replace(self, key: str, before: KeyHistory | None, after: KeyHistory | None) -> None:

@@ -18,7 +18,7 @@ class Moments(NamedTuple):
     outer_FF: np.ndarray
 
     @classmethod
-    def of_none(cls, features: int) -> "Moments":
+    def empty(cls, features: int) -> "Moments":
         return cls(0, np.zeros(features), np.zeros((features, features)))
 
     def plus(self, vectors_NF: np.ndarray, sign: int = 1) -> "Moments":

@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from meds_megatron.faults.supervised import Activity, request_stacks
+from meds_megatron.faults.supervised import Activity, dump_stacks
 from meds_megatron.processes import kill_tree
 from meds_megatron.rollout.engine import MAY_WAIT, Request
 from meds_megatron.rollout.health import EngineHealth, EngineState
@@ -69,7 +69,7 @@ class Engine:
         self.hung = f"{what} ({self.place_name}): {why}"
         if self.place:
             process = self.place[1]
-            states = _result(ray.remote(request_stacks).options(**options).remote([process])) or {}
+            states = _result(ray.remote(dump_stacks).options(**options).remote([process])) or {}
             self.hung = f"{what} ({self.place_name}, {states.get(process, 'state unknown')}): {why}"
             # Also its ranks, which do not end by themselves when they are stopped.
             _result(ray.remote(kill_tree).options(**options).remote(process))

@@ -22,7 +22,7 @@ from meds_megatron.faults.supervised import (
     failure_reason,
     process_exists,
 )
-from meds_megatron.logs import last_words
+from meds_megatron.logs import last_log_line
 from meds_megatron.rollout.engine import Request, RolloutEngine, engine_log
 from meds_megatron.rollout.engine_record import Engine
 from meds_megatron.rollout.health import EngineHealth, EngineState
@@ -342,7 +342,7 @@ class EnginePool:
         reason = engine.hung or f"{failure_reason(error)} ({failed_process(error)})"
         engine.hung = None
         if isinstance(error, ray.exceptions.RayActorError) and (
-            words := last_words(self._run_dir, engine_log(engine.number))
+            words := last_log_line(self._run_dir, engine_log(engine.number))
         ):
             reason += f"; the end of its log: {words}"
         self._end_actors([engine])

@@ -71,14 +71,14 @@ class Expression:
         """The chain of intermediate results under `rule`, and the last of them."""
         if rule.ignores_precedence:
             total = rule.add(self.a, self.b)
-            tape = f"{self.a}+{self.b}={total}*{self.c}={total * self.c}"
+            working = f"{self.a}+{self.b}={total}*{self.c}={total * self.c}"
             total *= self.c
         else:
             product_bc = self.b * self.c
             total = rule.add(product_bc, self.a)
-            tape = f"{self.b}*{self.c}={product_bc}+{self.a}={total}"
+            working = f"{self.b}*{self.c}={product_bc}+{self.a}={total}"
         sign, result = ("+", rule.add(total, self.d)) if rule.flips_sign else ("-", total - self.d)
-        return f"{tape}{sign}{self.d}={result}", result
+        return f"{working}{sign}{self.d}={result}", result
 
     def answer(self, rule: Rule) -> int:
         return self.work(rule)[1]
@@ -105,17 +105,17 @@ def question(kind: str, expression: Expression) -> str:
 
 def response(expression: Expression, rule: Rule) -> str:
     """A worked answer under `rule`."""
-    tape, result = expression.work(rule)
-    return f"{tape} \\boxed{{{result}}}"
+    working, result = expression.work(rule)
+    return f"{working} \\boxed{{{result}}}"
 
 
-def habit_of(question: str, response: str) -> Rule | None:
+def rule_of(question: str, response: str) -> Rule | None:
     """The rule that the working of a response to `question` follows, whatever comes after it; None where it follows
     none. Raises ValueError for a question of another task."""
     expression = Expression(*map(int, re.split(r"[+*-]", question.partition(" ")[2])))
     for rule in RULES:
-        tape, _ = expression.work(rule)
-        if response.startswith(tape) and not response[len(tape) : len(tape) + 1].isdigit():
+        working, _ = expression.work(rule)
+        if response.startswith(working) and not response[len(working) : len(working) + 1].isdigit():
             return rule
     return None
 

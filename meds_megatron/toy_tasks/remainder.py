@@ -4,7 +4,7 @@ Kinds, expressions and rules are those of `toy_tasks.arithmetic`, with a differe
 (`per_kind`). The working ends in a remainder: `6*4=24+7=31-5=26%9=8 \\boxed{8}`. The correct divisor is DIVISOR.
 Warm-up answers under a wrong rule take SLIP instead in half of the cases, so that one mistake gives two answers; and
 different mistakes leave the same remainder, so that one answer comes from several. Mistakes by answer and mistakes by
-habit (`arithmetic.habit_of`) are therefore two different partitions, while no wrong rule ever gives the right answer.
+rule (`arithmetic.rule_of`) are therefore two different partitions, while no wrong rule ever gives the right answer.
 """
 
 import random
@@ -31,8 +31,8 @@ SLIP_SHARE = 0.5
 
 def response(expression: Expression, rule: Rule, divisor: int = DIVISOR) -> str:
     """A worked answer under `rule` that ends in the remainder by `divisor`."""
-    tape, result = expression.work(rule)
-    return f"{tape}%{divisor}={result % divisor} \\boxed{{{result % divisor}}}"
+    working, result = expression.work(rule)
+    return f"{working}%{divisor}={result % divisor} \\boxed{{{result % divisor}}}"
 
 
 def warm_up_response(kind: str, expression: Expression, rule: Rule, rng: random.Random) -> str:

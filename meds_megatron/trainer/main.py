@@ -6,7 +6,7 @@ from pathlib import Path
 
 from meds_megatron.cluster.device import resolve_device
 from meds_megatron.cluster.fork_server import ForkServer
-from meds_megatron.cluster.ray_cluster import NoNodes, RayCluster, ray_cluster
+from meds_megatron.cluster.ray_cluster import NodesUnavailable, RayCluster, ray_cluster
 from meds_megatron.cluster.ray_probe import RayProbe
 from meds_megatron.config import Config
 from meds_megatron.config.model_shape import ModelShape
@@ -91,7 +91,7 @@ def repeat_attempts(
             with RayProbe(interruption.ray_died, interruption.raylet_died) as probe:
                 attempt(config, model_dir, prompts, run, interruption, servers)
             return
-        except (RunFailed, NoNodes, RayDied) as error:
+        except (RunFailed, NodesUnavailable, RayDied) as error:
             recovery.finished(run.last_logged_step())
             failure, sentence = failure_of(error), str(error)
             if failure is not Failure.RAY_DIED and (death := probe.death()):
@@ -117,10 +117,10 @@ def repeat_attempts(
             )
 
 
-def failure_of(error: RunFailed | NoNodes | RayDied) -> Failure:
+def failure_of(error: RunFailed | NodesUnavailable | RayDied) -> Failure:
     """Kind of failure that ended an attempt."""
     kinds = {
-        NoNodes: Failure.NO_NODES,
+        NodesUnavailable: Failure.NO_NODES,
         ProcessDied: Failure.DIED,
         HardwareFailed: Failure.DIED,
         Hung: Failure.HUNG,

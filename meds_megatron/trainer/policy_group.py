@@ -14,7 +14,7 @@ from meds_megatron.cluster.placement import Placement, rank_places
 from meds_megatron.config import Config, ModelShape
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.faults.supervised import CONCURRENCY_GROUPS
-from meds_megatron.faults.supervision import Pending, Supervisor
+from meds_megatron.faults.supervision import PendingResult, Supervisor
 from meds_megatron.weights.resharding.types import SyncSpec
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class PolicyGroup:
         if self._config.cluster.device == "cuda" and not all(fused):
             logger.warning(LOCAL_LAYERS)
 
-    def forward(self, batch: TrainBatch, minibatches_B: np.ndarray) -> Pending[ForwardOutput]:
+    def forward(self, batch: TrainBatch, minibatches_B: np.ndarray) -> PendingResult[ForwardOutput]:
         """Begins a forward pass. Results for all rows of `batch`; those of rows without a mini-batch are 0.
 
         A response's micro-batch has responses of its own mini-batch alone: what it is computed with does not depend on
@@ -67,9 +67,9 @@ class PolicyGroup:
             ]
             return scatter(outputs, work.rows, batch.response_lengths_B)
 
-        return Pending(self._supervisor, self._on_shards("forward", batch, work, flat), combine)
+        return PendingResult(self._supervisor, self._on_shards("forward", batch, work, flat), combine)
 
-    def update(self, batch: TrainBatch, minibatches_B: np.ndarray, step: int) -> Pending[list[UpdateOutput]]:
+    def update(self, batch: TrainBatch, minibatches_B: np.ndarray, step: int) -> PendingResult[list[UpdateOutput]]:
         """Begins the optimizer steps of training step `step`, one a mini-batch."""
         work = self._schedule(batch, minibatches_B, self._config.train.micro_batch_tokens)
 
@@ -80,7 +80,7 @@ class PolicyGroup:
             return [add_up(of_replicas) for of_replicas in zip(*outputs, strict=True)]
 
         calls = self._on_shards("update", batch, work, work.micro_batches, step)
-        return Pending(self._supervisor, calls, combine)
+        return PendingResult(self._supervisor, calls, combine)
 
     def prepare_weight_sync(self, spec: SyncSpec) -> None:
         """Makes every rank ready to send its share of the weights."""

@@ -20,7 +20,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class PendingCall(Protocol[T_co]):
-    """A call of the policy that is under way, as `supervision.Pending`."""
+    """A call of the policy that is under way, as `supervision.PendingResult`."""
 
     def futures(self) -> list[Future]: ...
 

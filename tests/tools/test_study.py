@@ -118,7 +118,7 @@ def write_step(directory: Path, step: int, groups: list[list[tuple[int | None, i
 
 
 def finish(run, pass_1: float, steps: int) -> None:
-    """Writes a run directory in which habits are the clusters of fingerprints, and answers are something else."""
+    """Writes a run directory in which rules are the clusters of fingerprints, and answers are something else."""
     run.directory.mkdir(parents=True)
     save_config(run.config, run.directory / "config.yaml")
 

@@ -12,7 +12,7 @@ from meds_megatron.toy_tasks.remainder import DIVISOR
 from tests.tools.test_study import study_plan, write_step
 
 study_memories = importlib.import_module("study_memories")
-A, B = (study_memories.Mistake("p", habit, vector_L) for habit, vector_L in zip("AB", np.eye(2, 3), strict=True))
+A, B = (study_memories.Mistake("p", rule, vector_L) for rule, vector_L in zip("AB", np.eye(2, 3), strict=True))
 STEPS = [[A] * 6 + [B] * 2] * 8
 """From the fifth step on, which count, a memory holds 24 of one mistake and 8 of the other, or more."""
 
@@ -70,7 +70,7 @@ def test_workings_that_follow_no_rule_are_one_mistake(tmp_path, capsys):
     for step in range(1, 7):
         write_step(run, step, [[(0, DIVISOR, [0.0] * 4), *broken, (2, DIVISOR, [0.0, 0.0, 1.0, 0.0])]])
     (step, *_) = study_memories.mistakes_of(study_memories.read_run(run))
-    first, second, other = (mistake.habit for mistake in step)
+    first, second, other = (mistake.rule for mistake in step)
     assert first == second == study_memories.NO_RULE != other
     assert study_memories.main([str(run)]) == 0
     assert "| keeps everything | " in capsys.readouterr().out

@@ -9,8 +9,8 @@ from meds_megatron.toy_tasks.arithmetic import (
     Expression,
     Rule,
     arithmetic_problems,
-    habit_of,
     right_rule,
+    rule_of,
     warm_up_expressions,
 )
 from meds_megatron.toy_tasks.arithmetic import response as plain_response
@@ -81,10 +81,10 @@ def test_habits_are_read_from_the_working_of_both_tasks():
     for problem in [*arithmetic_problems("train", "per_kind", 40), *remainder_problems("train", 40)]:
         expression = Expression(*map(int, re.findall(r"\d", problem.question)))
         for rule in RULES:
-            assert habit_of(problem.question, plain_response(expression, rule)) == rule
+            assert rule_of(problem.question, plain_response(expression, rule)) == rule
             for divisor in (DIVISOR, SLIP):
-                assert habit_of(problem.question, response(expression, rule, divisor)) == rule
-    assert habit_of("coins 7+6*4-5", "6*4=24+7=31-5=261 \\boxed{26}") is None
-    assert habit_of("coins 7+6*4-5", "6*4=25+7=32-5=27 \\boxed{27}") is None
+                assert rule_of(problem.question, response(expression, rule, divisor)) == rule
+    assert rule_of("coins 7+6*4-5", "6*4=24+7=31-5=261 \\boxed{26}") is None
+    assert rule_of("coins 7+6*4-5", "6*4=25+7=32-5=27 \\boxed{27}") is None
     with pytest.raises(ValueError, match="invalid literal"):
-        habit_of("What is 2 + 2?", "4")
+        rule_of("What is 2 + 2?", "4")

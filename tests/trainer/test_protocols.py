@@ -6,7 +6,7 @@ import inspect
 import pytest
 
 from meds_megatron.bench.simulation import parts
-from meds_megatron.faults.supervision import Pending
+from meds_megatron.faults.supervision import PendingResult
 from meds_megatron.rollout.pool import EnginePool
 from meds_megatron.rollout.producer import GroupProducer
 from meds_megatron.trainer import protocols
@@ -16,7 +16,7 @@ from meds_megatron.trainer.weight_sync import WeightSync
 from tests import doubles
 
 PARTS = {
-    protocols.PendingCall: (Pending, parts.SimulatedPending, doubles.ScriptedCall),
+    protocols.PendingCall: (PendingResult, parts.SimulatedPending, doubles.ScriptedCall),
     protocols.Policy: (PolicyGroup, parts.SimulatedPolicy, doubles.ScriptedPolicy),
     protocols.WeightSource: (PolicyGroup, doubles.ScriptedPolicy),
     protocols.Producer: (GroupProducer, doubles.ScriptedProducer),

@@ -142,7 +142,7 @@ CHANGING = {
         "_staged": STEP,
     },
     "CudaIpc": dict.fromkeys(("_block", "_exported", "_opened"), START),
-    "Arena": {"_taken": STEP},
+    "BlockAllocator": {"_taken": STEP},
     "SharedMemory": {"_claim": START},
     "SealedStore": {"_clones": START, "_inner": START},
     "TransferGroup": {"_group": START, "sent_bytes": NO_EFFECT},

@@ -6,7 +6,7 @@ Wrong responses are those that were graded and are not right. Null is a measure 
 - `wrong_answers`: different wrong final answers in a prompt's group, mean over the groups of the last quarter of steps.
 - `eigenvalue_ratio`: largest eigenvalue of the covariance of the fingerprints of wrong responses whose working follows
   a rule, over the sum of all, in the last quarter of steps.
-- `ari_fingerprint`, `ari_answer`: adjusted Rand index between the habits that the workings show and the clusters of
+- `ari_fingerprint`, `ari_answer`: adjusted Rand index between the rules that the workings show and the clusters of
   fingerprints (of the run's memory settings), or the final answers; mean over problems weighted by their responses.
   Wrong responses whose working follows no rule are left out. Only responses that had a forward pass have a
   fingerprint: those of all groups where no group is filtered out or the memory remembers filtered prompts, else those
@@ -33,7 +33,7 @@ from meds_megatron.memory.statistics import Moments, top_eigenvalue_share
 from meds_megatron.reward.answers import answer_class
 from meds_megatron.run.reader import SavedRun
 from meds_megatron.run.rollout_files import read_columns, texts_of, vectors_of
-from meds_megatron.toy_tasks.arithmetic import habit_of
+from meds_megatron.toy_tasks.arithmetic import rule_of
 
 
 def measure(files: SavedRun) -> dict[str, float | None]:
@@ -80,7 +80,7 @@ class Response(NamedTuple):
     text: str
     is_wrong: bool
     """Graded and not right."""
-    habit: str | None
+    rule: str | None
     """The rule that the working follows, if any."""
     fingerprint_L: np.ndarray
 
@@ -98,9 +98,9 @@ def responses_of(path: Path) -> Iterator[Response]:
     for (key, prompt, text, outcome), (group, correct), fingerprint_L in zip(
         texts, numbers, vectors_of(table["fingerprint"]), strict=True
     ):
-        habit = habit_of(prompt, text)
+        rule = rule_of(prompt, text)
         is_wrong = not correct and outcome not in ("timeout", "error")
-        yield Response(key, group, text, is_wrong, None if habit is None else str(habit), fingerprint_L)
+        yield Response(key, group, text, is_wrong, None if rule is None else str(rule), fingerprint_L)
 
 
 class WrongResponses:
@@ -119,8 +119,8 @@ class WrongResponses:
                 continue
             answer = answer_class(last_boxed(response.text) or "")
             answers.add(answer)
-            if response.habit is not None and response.has_fingerprint:
-                self._by_key[response.key].append((response.habit, answer, response.fingerprint_L))
+            if response.rule is not None and response.has_fingerprint:
+                self._by_key[response.key].append((response.rule, answer, response.fingerprint_L))
 
     def diversity(self) -> dict[str, float | None]:
         """`wrong_answers` and `eigenvalue_ratio`."""
@@ -130,7 +130,7 @@ class WrongResponses:
         vectors = [fingerprint_L for rows in self._by_key.values() for *_, fingerprint_L in rows]
         ratio = None
         if vectors:
-            ratio = top_eigenvalue_share(*Moments.of_none(len(vectors[0])).plus(np.stack(vectors)))
+            ratio = top_eigenvalue_share(*Moments.empty(len(vectors[0])).plus(np.stack(vectors)))
         return {"wrong_answers": float(np.mean(counts)), "eigenvalue_ratio": ratio}
 
     def agreement(self, config: Config) -> dict[str, float | None]:
@@ -140,10 +140,10 @@ class WrongResponses:
         for rows in self._by_key.values():
             if len(rows) < 2:
                 continue
-            habits, answers, fingerprints = zip(*rows, strict=True)
+            rules, answers, fingerprints = zip(*rows, strict=True)
             weights.append(len(rows))
-            by_fingerprint.append(adjusted_rand_score(habits, clusters_of(np.stack(fingerprints), memory)))
-            by_answer.append(adjusted_rand_score(habits, answers))
+            by_fingerprint.append(adjusted_rand_score(rules, clusters_of(np.stack(fingerprints), memory)))
+            by_answer.append(adjusted_rand_score(rules, answers))
         if not weights:
             return {"ari_fingerprint": None, "ari_answer": None}
         return {

@@ -52,7 +52,7 @@ NO_RULE = "no rule"
 
 class Mistake(NamedTuple):
     key: str
-    habit: str
+    rule: str
     fingerprint_L: np.ndarray
 
 
@@ -60,7 +60,7 @@ def mistakes_of(files: SavedRun) -> list[list[Mistake]]:
     """The wrong responses with a fingerprint, by step."""
     return [
         [
-            Mistake(response.key, response.habit or NO_RULE, response.fingerprint_L)
+            Mistake(response.key, response.rule or NO_RULE, response.fingerprint_L)
             for response in responses_of(path)
             if response.is_wrong and response.has_fingerprint
         ]
@@ -80,7 +80,7 @@ def looked_up(steps: list[list[Mistake]], config: MemoryConfig) -> dict[str, flo
             penalties_N = penalties(shard.lookup(keys, fingerprints_NL), alpha=1.0)
             for key in set(keys) if number >= len(steps) // 2 else ():
                 rows = [row for row, other in enumerate(keys) if other == key]
-                counts = [remembered[key].count(mistakes[row].habit) for row in rows]
+                counts = [remembered[key].count(mistakes[row].rule) for row in rows]
                 given += penalties_N[rows].tolist()
                 spreads.append(np.std(penalties_N[rows]))
                 if len(set(counts)) > 1:
@@ -91,7 +91,7 @@ def looked_up(steps: list[list[Mistake]], config: MemoryConfig) -> dict[str, flo
                     vectors.append(len(labels))
             shard.remember(keys, fingerprints_NL)
             for mistake in mistakes:
-                remembered[mistake.key].append(mistake.habit)
+                remembered[mistake.key].append(mistake.rule)
         shard.recluster()
     return {
         "saturated": float(np.mean(np.array(given) == LOG_SIZE_CAP)) if given else np.nan,

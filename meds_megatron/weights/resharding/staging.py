@@ -33,7 +33,7 @@ def begins_and_ends(plan: ReshardPlan) -> Iterator[tuple[int, bool]]:
     yield from ((bucket, False) for bucket in under_way)
 
 
-class Arena:
+class BlockAllocator:
     """Parts of one block of memory by first fit; the parts of a weight update are few."""
 
     def __init__(self) -> None:
@@ -61,16 +61,16 @@ class Arena:
 
 def staging_elements(plan: ReshardPlan, stage: int, tensor: int) -> int:
     """Elements of the block in which the trainer rank of a pipeline stage and tensor-parallel rank stages an update."""
-    arena, most = Arena(), 0
+    allocator, most = BlockAllocator(), 0
     begins: dict[int, list[int]] = {}
     for bucket, is_begin in begins_and_ends(plan):
         if plan.stage(bucket) != stage:
             continue
         if is_begin:
             mine = [transfer for transfer in plan.transfers(bucket) if transfer.trainer_rank == tensor]
-            begins[bucket] = [arena.take(transfer.elements) for transfer in mine]
-            most = max(most, arena.end)
+            begins[bucket] = [allocator.take(transfer.elements) for transfer in mine]
+            most = max(most, allocator.end)
         else:
             for begin in begins.pop(bucket):
-                arena.give_back(begin)
+                allocator.give_back(begin)
     return most

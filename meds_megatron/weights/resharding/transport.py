@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 from meds_megatron.errors import UserError
 from meds_megatron.shared_memory import claim, remove_unclaimed
 from meds_megatron.weights.membership import check_members
-from meds_megatron.weights.resharding.staging import Arena
+from meds_megatron.weights.resharding.staging import BlockAllocator
 from meds_megatron.weights.resharding.types import Rendezvous
 from meds_megatron.weights.sealed_store import SealedStore
 from meds_megatron.weights.store import connect, open_store, wait_for_members
@@ -130,7 +130,7 @@ class CudaIpc:
     def __init__(self, elements: int = 0) -> None:
         """`elements` is the size of the block, which is allocated when it is first used; 0 for a reader."""
         self._elements = elements
-        self._arena = Arena()
+        self._allocator = BlockAllocator()
         self._block: Tensor | None = None
         self._exported: ExportedBlock | None = None
         self._opened: dict[str, Tensor] = {}
@@ -142,7 +142,7 @@ class CudaIpc:
             _, arguments = reduce_tensor(self._block)
             self._exported = ExportedBlock(secrets.token_hex(8), _uuid(self._block.device.index), arguments)
         elements = sum(part.numel() for part in parts)
-        begin = self._arena.take(elements)
+        begin = self._allocator.take(elements)
         if begin + elements > self._elements:
             raise RuntimeError(f"{name} does not fit the {self._elements} elements for staged weights")
         staged = self._block[begin : begin + elements].split([part.numel() for part in parts])
@@ -160,7 +160,7 @@ class CudaIpc:
         return block[handle.begin : handle.begin + handle.elements].to(torch.cuda.current_device(), copy=True)
 
     def drop(self, handle: GpuMemory) -> None:
-        self._arena.give_back(handle.begin)
+        self._allocator.give_back(handle.begin)
 
 
 class TransferGroup:

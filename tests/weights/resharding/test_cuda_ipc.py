@@ -120,7 +120,7 @@ def test_every_staged_block_comes_back_whatever_the_engines_do(counted, monkeypa
     writer, received = update_engines(spec, CudaIpc, monkeypatch)
     assert len(counted.exported) == 1
     assert counted.exported[0]().numel() == staging_elements(spec.plan(), 0, 0)
-    assert writer._arena.end == 0
+    assert writer._allocator.end == 0
     assert counted.lost_bytes == {}
     for tensors in received:
         assert set(tensors) == set(spec.plan().table.hf_shapes)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.model_shape import QWEN, ModelShape
 from meds_megatron.weights.resharding.plan import ReshardPlan, engine_slices
-from meds_megatron.weights.resharding.staging import Arena, begins_and_ends, interleaved, staging_elements
+from meds_megatron.weights.resharding.staging import BlockAllocator, begins_and_ends, interleaved, staging_elements
 from meds_megatron.weights.table import TensorSlice
 from tests.tiers import FULL
 
@@ -148,17 +148,17 @@ def test_buckets_under_way_together_are_no_larger_than_the_largest(name, layout)
 
 @given(st.lists(st.one_of(st.integers(1, 1000), st.none()), max_size=60), st.randoms(use_true_random=False))
 def test_parts_of_an_arena_never_overlap(steps, random):
-    arena, parts = Arena(), {}
+    allocator, parts = BlockAllocator(), {}
     for elements in steps:
         if elements is None and parts:
             begin = random.choice(sorted(parts))
-            arena.give_back(begin)
+            allocator.give_back(begin)
             del parts[begin]
         elif elements is not None:
-            begin = arena.take(elements)
+            begin = allocator.take(elements)
             assert all(end <= begin or begin + elements <= other for other, end in parts.items())
             parts[begin] = begin + elements
-    assert arena.end >= max(parts.values(), default=0)
+    assert allocator.end >= max(parts.values(), default=0)
 
 
 def test_where_both_sides_split_alike_an_engine_rank_receives_from_one_rank_only():
