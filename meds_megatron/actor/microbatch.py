@@ -25,13 +25,13 @@ class MicroBatch:
     """Position of each token in its sequence."""
     sequences: PackedSeqParams
     """Where each sequence begins and ends, all context-parallel ranks together."""
-    response_tokens: int
+    drawn_tokens: int
     """R, those of all context-parallel ranks."""
     predictors_Q: Tensor
-    """Places among the T of the tokens whose hidden states predict a response token."""
+    """Places among the T of the tokens whose hidden states predict a drawn token."""
     targets_Q: Tensor
-    """The response tokens that they predict."""
-    responses_Q: Tensor
+    """The drawn tokens that they predict."""
+    drawn_Q: Tensor
     """Which of the R these are."""
     answer_rows: np.ndarray
     """Those of `rows` that have an answer."""
@@ -65,11 +65,11 @@ def build_micro_batch(
     place_S = np.repeat(begins_B1[:-1], lengths_B) + position_S
     packed = np.zeros(tokens, dtype=np.int64)
     packed[place_S] = take_ragged(batch.tokens_T, batch.offsets_B1, rows)
-    responses_R = place_S[position_S >= np.repeat(batch.prompt_lengths_B[rows], lengths_B)]
+    drawn_R = place_S[take_ragged(batch.loss_mask_T, batch.offsets_B1, rows)]
     held_T = context_slice(spans, *context)
     local = np.full(tokens, -1, dtype=np.int64)
     local[held_T] = np.arange(len(held_T))
-    here_Q = np.flatnonzero(local[responses_R - 1] >= 0)
+    here_Q = np.flatnonzero(local[drawn_R - 1] >= 0)
     answers_B = batch.answer_positions_B[rows]
 
     def tensor(values: np.ndarray) -> Tensor:
@@ -80,10 +80,10 @@ def build_micro_batch(
         tokens_1T=tensor(packed[held_T])[None],
         positions_1T=tensor((np.arange(tokens) - np.repeat(offsets(np.array(spans))[:-1], spans))[held_T])[None],
         sequences=packed_sequences(spans, device),
-        response_tokens=len(responses_R),
-        predictors_Q=tensor(local[responses_R[here_Q] - 1]),
-        targets_Q=tensor(packed[responses_R[here_Q]]),
-        responses_Q=tensor(here_Q),
+        drawn_tokens=len(drawn_R),
+        predictors_Q=tensor(local[drawn_R[here_Q] - 1]),
+        targets_Q=tensor(packed[drawn_R[here_Q]]),
+        drawn_Q=tensor(here_Q),
         answer_rows=rows[answers_B >= 0],
         answers_N=tensor(local[(begins_B1[:-1] + answers_B)[answers_B >= 0]]),
     )

@@ -92,12 +92,12 @@ def run_pipeline(
 
 
 def _of_all_ranks(values_Q: Tensor, micro_batch: MicroBatch) -> Tensor:
-    """The values of all response tokens, in order, from those of this context-parallel rank.
+    """The values of all drawn tokens, in order, from those of this context-parallel rank.
 
     Every rank computes the same loss from them; its gradient is that of this rank's values.
     """
     group = parallel_state.get_context_parallel_group()
     if group.size() == 1:
         return values_Q
-    zeros_R = values_Q.new_zeros(micro_batch.response_tokens)
-    return reduce_from_tensor_model_parallel_region(zeros_R.index_copy(0, micro_batch.responses_Q, values_Q), group)
+    zeros_R = values_Q.new_zeros(micro_batch.drawn_tokens)
+    return reduce_from_tensor_model_parallel_region(zeros_R.index_copy(0, micro_batch.drawn_Q, values_Q), group)

@@ -54,7 +54,7 @@ class Policy:
 
         def in_order(name: str) -> np.ndarray:
             values_R = torch.cat([part[name] for part in kept]).cpu().numpy()
-            return scatter_ragged([values_R], [np.concatenate(micro_batches)], batch.response_lengths_B)
+            return scatter_ragged([values_R], [np.concatenate(micro_batches)], batch.drawn_lengths_B)
 
         return ForwardOutput(in_order("logprobs"), in_order("entropy"), fingerprints_BL)
 
@@ -102,7 +102,7 @@ class _MicroBatchLoss:
 
     def __init__(self, batch: TrainBatch, config: Config, device: str):
         self._batch, self._config, self._device = batch, config, device
-        self._lengths_B, self._offsets_B1 = batch.response_lengths_B, batch.response_offsets_B1
+        self._lengths_B, self._offsets_B1 = batch.drawn_lengths_B, batch.drawn_offsets_B1
 
     def __call__(self, micro_batch: MicroBatch, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict]:
         batch, rows = self._batch, micro_batch.rows

@@ -10,20 +10,23 @@ from numpy.typing import DTypeLike
 
 @dataclass
 class TrainBatch:
-    """B responses. Ragged tokens lie flat, one response after the other: T counts prompt and response tokens, R
-    response tokens only. The last part of a field's name is its axis; None until the phase that fills it."""
+    """B responses. Ragged tokens lie flat, one response after the other: T counts all tokens, R those that the policy
+    drew, which leaves out the prompt and what a response was given. The last part of a field's name is its axis; None
+    until the phase that fills it."""
 
     tokens_T: np.ndarray
     """int64; prompt and response of each sequence."""
     offsets_B1: np.ndarray
     """int64; sequence i is tokens_T[offsets_B1[i]:offsets_B1[i + 1]]."""
+    loss_mask_T: np.ndarray
+    """bool; whether the policy drew the token."""
     prompt_lengths_B: np.ndarray
     answer_positions_B: np.ndarray
     """Index within its sequence of the token whose hidden states give the fingerprint; -1 where there is no answer."""
     groups_B: np.ndarray
     """Number of the prompt that a response belongs to."""
     rollout_logprobs_R: np.ndarray
-    """float32; reported by the engine for each sampled token."""
+    """float32; reported by the engine for each drawn token."""
     correct_B: np.ndarray | None = None
     scores_B: np.ndarray | None = None
     """float64; correctness plus over-long penalty."""
@@ -52,12 +55,18 @@ class TrainBatch:
 
     @property
     def response_lengths_B(self) -> np.ndarray:
+        """Tokens of each response, drawn and given."""
         return self.lengths_B - self.prompt_lengths_B
 
     @property
-    def response_offsets_B1(self) -> np.ndarray:
-        """Response tokens of i are the R-arrays' [response_offsets_B1[i]:response_offsets_B1[i + 1]]."""
-        return offsets(self.response_lengths_B)
+    def drawn_offsets_B1(self) -> np.ndarray:
+        """Drawn tokens of i are the R-arrays' [drawn_offsets_B1[i]:drawn_offsets_B1[i + 1]]."""
+        return offsets(self.loss_mask_T)[self.offsets_B1]
+
+    @property
+    def drawn_lengths_B(self) -> np.ndarray:
+        """Tokens of each response that the policy drew."""
+        return np.diff(self.drawn_offsets_B1)
 
     @classmethod
     def of_responses(
@@ -67,17 +76,25 @@ class TrainBatch:
         logprobs: Sequence[Sequence[float] | np.ndarray],
         answer_positions: Sequence[int],
         groups: Sequence[int],
+        loss_masks: Sequence[np.ndarray] | None = None,
     ) -> "TrainBatch":
-        """B responses as a batch; `answer_positions` count within the response, -1 for none."""
+        """B responses as a batch; `answer_positions` count within the response, -1 for none. `loss_masks` say which
+        tokens of each response the policy drew, whose `logprobs` these are; by default all."""
         prompt_lengths_B = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
         sequences = [
             np.concatenate([np.asarray(prompt, dtype=np.int64), np.asarray(response, dtype=np.int64)])
             for prompt, response in zip(prompts, responses, strict=True)
         ]
+        masks = loss_masks or [np.ones(len(response), dtype=bool) for response in responses]
+        in_sequences = [
+            np.concatenate([np.zeros(len(prompt), dtype=bool), mask])
+            for prompt, mask in zip(prompts, masks, strict=True)
+        ]
         positions_B = np.array(answer_positions, dtype=np.int64)
         return cls(
             tokens_T=_concatenate(sequences, np.int64),
             offsets_B1=offsets(np.array([len(sequence) for sequence in sequences], dtype=np.int64)),
+            loss_mask_T=_concatenate(in_sequences, np.bool_),
             prompt_lengths_B=prompt_lengths_B,
             answer_positions_B=np.where(positions_B >= 0, positions_B + prompt_lengths_B, -1),
             groups_B=np.array(groups, dtype=np.int64),
@@ -113,7 +130,7 @@ class TrainBatch:
             if axis == "T":
                 chosen[field.name] = take_ragged(value, self.offsets_B1, rows)
             elif axis == "R":
-                chosen[field.name] = take_ragged(value, self.response_offsets_B1, rows)
+                chosen[field.name] = take_ragged(value, self.drawn_offsets_B1, rows)
             elif axis == "B1":
                 chosen[field.name] = offsets(self.lengths_B[rows])
             else:
@@ -123,7 +140,7 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """Results of a forward pass over B responses: float32 arrays over their response tokens (nats), and one
+    """Results of a forward pass over B responses: float32 arrays over their drawn tokens (nats), and one
     fingerprint of L layers a response, 0 where there is no answer."""
 
     logprobs_R: np.ndarray

@@ -109,7 +109,7 @@ def _rates(
 
 
 def _count(lengths: list[int], _number: int, group: PromptGroup) -> None:
-    lengths += [len(sample.completion.token_ids_R) for sample in group.samples]
+    lengths += [len(sample.completion.token_ids_S) for sample in group.samples]
 
 
 def _answers(count: int) -> list[tuple[str, str]]:

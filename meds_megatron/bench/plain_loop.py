@@ -53,14 +53,14 @@ class PlainLoop:
 
     def update(self, batch: TrainBatch) -> tuple[float, float]:
         """One step of AdamW on the clipped surrogate of all responses: the loss and the gradient's norm."""
-        policy, offsets, total = self._config.policy, batch.response_offsets_B1, 0.0
+        policy, offsets, total = self._config.policy, batch.drawn_offsets_B1, 0.0
         self._optimizer.zero_grad()
         for rows in self._batches(batch):
             tokens_BS, mask_BS = self._padded(batch, rows)
             logits_BSV = self._model(tokens_BS, attention_mask=mask_BS, use_cache=False).logits
             logprobs_R = self._response_logprobs(logits_BSV, tokens_BS, batch, rows)
             old_R = np.concatenate([batch.logprobs_R[offsets[row] : offsets[row + 1]] for row in rows])
-            lengths = batch.response_lengths_B[rows]
+            lengths = batch.drawn_lengths_B[rows]
             advantages_R = torch.from_numpy(np.repeat(batch.advantages_B[rows], lengths)).to(self._device)
             weights_R = torch.from_numpy(np.repeat(batch.loss_weights_B[rows], lengths)).to(self._device)
             ratio_R = (logprobs_R - torch.from_numpy(old_R).to(self._device)).clamp(-20, 20).exp()
@@ -85,9 +85,9 @@ class PlainLoop:
         return torch.from_numpy(tokens_BS).to(self._device), torch.from_numpy(mask_BS).to(self._device)
 
     def _response_logprobs(self, logits_BSV: Tensor, tokens_BS: Tensor, batch: TrainBatch, rows: np.ndarray) -> Tensor:
-        """Log-probs of the response tokens, one response after the other."""
+        """Log-probs of the drawn tokens, one response after the other."""
         logprobs_BS = -F.cross_entropy(
             logits_BSV[:, :-1].float().flatten(0, 1), tokens_BS[:, 1:].flatten(), reduction="none"
         ).view(len(rows), -1)
-        parts = zip(logprobs_BS, batch.prompt_lengths_B[rows], batch.lengths_B[rows], strict=True)
-        return torch.cat([of_row[prompt - 1 : length - 1] for of_row, prompt, length in parts])
+        masks = [batch.loss_mask_T[batch.offsets_B1[row] + 1 : batch.offsets_B1[row + 1]] for row in rows]
+        return torch.cat([of_row[np.flatnonzero(mask)] for of_row, mask in zip(logprobs_BS, masks, strict=True)])

@@ -136,7 +136,7 @@ def timed(generate: Callable[[], list[list[Completion]]]) -> tuple[list[list[Com
 
 
 def count_tokens(completions: list[list[Completion]]) -> int:
-    return sum(len(completion.token_ids_R) for of_prompt in completions for completion in of_prompt)
+    return sum(len(completion.token_ids_S) for of_prompt in completions for completion in of_prompt)
 
 
 class PlainEngine:

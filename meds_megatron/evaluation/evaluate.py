@@ -248,12 +248,12 @@ def _row(group: PromptGroup, graders: GraderPool, with_tokens: bool) -> dict[str
         "source": problem.source,
         "question": problem.question,
         "finish_reasons": [completion.finish_reason for completion in completions],
-        "response_tokens": [len(completion.token_ids_R) for completion in completions],
+        "response_tokens": [len(completion.token_ids_S) for completion in completions],
     }
     if with_tokens:
         fields[TOKENS] = {
             "prompt": list(group.prompt.token_ids),
-            "responses": [completion.token_ids_R.tolist() for completion in completions],
+            "responses": [completion.token_ids_S.tolist() for completion in completions],
             "answer_positions": [completion.answer_position for completion in completions],
         }
     responses = [completion.text for completion in completions]

@@ -89,7 +89,7 @@ def generate(
         for number, group in producer.advance().items():
             finished(number, group)
             done += 1
-            tokens += sum(len(sample.completion.token_ids_R) for sample in group.samples)
+            tokens += sum(len(sample.completion.token_ids_S) for sample in group.samples)
         now = time.monotonic()
         if now - reported > REPORT_SECONDS:
             reported = now

@@ -24,7 +24,7 @@ from meds_megatron.lean_imports import lean_vllm
 from meds_megatron.logs import configure_process_logging
 from meds_megatron.rollout.answer_position import AnswerLocator
 from meds_megatron.rollout.llm import check_cpu_can_run, make_llm, stop_token_ids
-from meds_megatron.rollout.samples import Completion
+from meds_megatron.rollout.samples import Completion, Segment
 from meds_megatron.rollout.settings import Sampling
 from meds_megatron.shared_memory import (
     PREFIX,
@@ -342,18 +342,11 @@ class RolloutEngine(SupervisedActor):
         completions = []
         for output, text in zip(finished.outputs, texts, strict=True):
             token_ids = list(output.token_ids)
-            (first, _), *later = [(int(span.version), span.start) for span in output.weight_versions]
-            completions.append(
-                Completion(
-                    np.array(token_ids, dtype=np.int64),
-                    np.array(output.logprobs.logprobs if output.logprobs else [], dtype=np.float32),
-                    text,
-                    output.finish_reason,
-                    first,
-                    *self._answers.locate(token_ids),
-                    later_versions=tuple(later),
-                )
-            )
+            logprobs = np.array(output.logprobs.logprobs, dtype=np.float32) if output.logprobs else None
+            versions = [(int(span.version), span.start) for span in output.weight_versions]
+            segment = Segment.drawn(np.array(token_ids, dtype=np.int64), logprobs, versions)
+            answer = self._answers.locate(token_ids)
+            completions.append(Completion((segment,), text, output.finish_reason, *answer))
         return completions
 
     def _seed_sampling(self, *seeds: int) -> None:

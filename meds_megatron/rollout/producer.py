@@ -88,7 +88,7 @@ class GroupProducer:
         return {number: self._group(grading) for number, grading in finished.items()}
 
     def _group(self, grading: _Grading) -> PromptGroup:
-        lengths_B = np.array([len(completion.token_ids_R) for completion in grading.completions])
+        lengths_B = np.array([len(completion.token_ids_S) for completion in grading.completions])
         penalties_B = overlong_penalties(
             lengths_B, self._config.rollout.max_response_tokens, self._config.reward.overlong
         )

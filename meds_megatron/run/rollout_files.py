@@ -20,6 +20,7 @@ ROLLOUT_SCHEMA = pa.schema(
         ("answer", pa.string()),  # the expected one
         ("response", pa.string()),
         ("response_token_ids", pa.list_(pa.int32())),
+        ("given_tokens", pa.list_(pa.int32())),  # indices of those that the policy did not draw
         ("prompt_tokens", pa.int32()),
         ("response_tokens", pa.int32()),
         ("correct", pa.bool_()),

@@ -65,7 +65,7 @@ class PolicyGroup:
             outputs = [
                 next(output for output in replica if output is not None) for replica in self._by_replica(results)
             ]
-            return scatter(outputs, work.rows, batch.response_lengths_B)
+            return scatter(outputs, work.rows, batch.drawn_lengths_B)
 
         return PendingResult(self._supervisor, self._on_shards("forward", batch, work, flat), combine)
 

@@ -78,7 +78,7 @@ class Recorder:
             self._memory.wait()
             metrics |= self._memory.metrics()
         metrics |= {"progress/prompts": state.prompts_seen, "progress/tokens": state.tokens_seen} | self._timer.take()
-        return metrics | throughput_metrics(metrics, self._overlaps)
+        return metrics | throughput_metrics(metrics, len(rollouts.batch.rollout_logprobs_R), self._overlaps)
 
     def _warn(self, step: int, rollouts: RolloutBatch, updates: list[UpdateOutput]) -> None:
         if sentence := shortfall(rollouts, self._config):

@@ -28,10 +28,11 @@ class RolloutBatch:
         samples = [sample for group in groups for sample in group.samples]
         batch = TrainBatch.of_responses(
             prompts=[sample.prompt.token_ids for sample in samples],
-            responses=[sample.completion.token_ids_R for sample in samples],
+            responses=[sample.completion.token_ids_S for sample in samples],
             logprobs=[sample.completion.logprobs_R for sample in samples],
             answer_positions=[sample.completion.answer_position for sample in samples],
             groups=[number for number, group in enumerate(groups) for _ in group.samples],
+            loss_masks=[sample.completion.loss_mask_S for sample in samples],
         )
         batch.correct_B = np.array([sample.grade.correct for sample in samples], dtype=bool)
         batch.scores_B = np.array([sample.score for sample in samples], dtype=np.float64)

@@ -17,6 +17,7 @@ def rollout_columns(rollouts: RolloutBatch, advantages_K: np.ndarray) -> dict[st
     """
     samples, batch = rollouts.samples, rollouts.batch
     completions = [sample.completion for sample in samples]
+    version_changes = [completion.version_changes for completion in completions]
     advantages_B = np.full(len(batch), np.nan)
     advantages_B[rollouts.trained_B] = advantages_K
     scored_B = np.isfinite(batch.shaped_scores_B)
@@ -30,7 +31,8 @@ def rollout_columns(rollouts: RolloutBatch, advantages_K: np.ndarray) -> dict[st
         "prompt": [sample.prompt.problem.question for sample in samples],
         "answer": [sample.prompt.problem.answer for sample in samples],
         "response": [completion.text for completion in completions],
-        "response_token_ids": [completion.token_ids_R for completion in completions],
+        "response_token_ids": [completion.token_ids_S for completion in completions],
+        "given_tokens": [np.flatnonzero(~completion.loss_mask_S) for completion in completions],
         "prompt_tokens": batch.prompt_lengths_B,
         "response_tokens": batch.response_lengths_B,
         "correct": batch.correct_B,
@@ -42,8 +44,8 @@ def rollout_columns(rollouts: RolloutBatch, advantages_K: np.ndarray) -> dict[st
         "shaped_score": _where(scored_B, batch.shaped_scores_B),
         "advantage": _where(rollouts.trained_B, advantages_B),
         "fingerprint": _where(has_fingerprint_B, batch.fingerprints_BL),
-        "policy_version": [completion.policy_version for completion in completions],
-        "later_versions": [list(map(list, completion.later_versions)) for completion in completions],
+        "policy_version": [changes[0][0] for changes in version_changes],
+        "later_versions": [list(map(list, changes[1:])) for changes in version_changes],
         "kept": rollouts.kept_B,
     }
 

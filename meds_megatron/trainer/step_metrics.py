@@ -21,7 +21,7 @@ def sampling_metrics(rollouts: RolloutBatch) -> dict[str, float]:
     samples = rollouts.samples
     completions, grades = [sample.completion for sample in samples], [sample.grade for sample in samples]
     outcomes = Counter(grade.outcome for grade in grades)
-    lengths = np.array([len(completion.token_ids_R) for completion in completions])
+    lengths = np.array([len(completion.token_ids_S) for completion in completions])
     reasons = Counter(completion.no_answer_reason for completion in completions if completion.answer_position < 0)
     accuracies = [group.accuracy for group in rollouts.groups if group.accuracy]
     metrics = {}
@@ -46,7 +46,7 @@ def staleness_metrics(rollouts: RolloutBatch, batch: StepBatch) -> dict[str, flo
     if not len(batch):
         return {}
     samples = zip(rollouts.samples, rollouts.trained_B, strict=True)
-    mixed = [bool(sample.completion.later_versions) for sample, trained in samples if trained]
+    mixed = [len(sample.completion.version_changes) > 1 for sample, trained in samples if trained]
     return {
         "staleness/mean": float(batch.ages_R.mean()),
         "staleness/max": int(batch.ages_R.max()),
@@ -108,10 +108,9 @@ def _update_means(update: UpdateOutput) -> dict[str, float]:
     return means | {"loss": update.loss, "grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
 
 
-def throughput_metrics(metrics: dict[str, float], overlaps: bool) -> dict[str, float]:
-    """Generated tokens a second, of the step without validation and export, and of generation alone, unless it
+def throughput_metrics(metrics: dict[str, float], generated: int, overlaps: bool) -> dict[str, float]:
+    """`generated` tokens a second, of the step without validation and export, and of generation alone, unless it
     `overlaps` with training: `time/rollout` is then what the trainer waits."""
-    generated = metrics["response/length_mean"] * metrics["response/count"]
     training_s = metrics["time/step"] - metrics.get("time/validation", 0.0) - metrics.get("time/export", 0.0)
     rates = {"throughput/tokens_per_second": generated / training_s}
     if not overlaps:

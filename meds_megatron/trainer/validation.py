@@ -68,7 +68,7 @@ def validation_metrics(groups: Sequence[PromptGroup], config: Config) -> dict[st
     if not groups:
         return {}
     failed = failed_gradings(groups)
-    lengths = [len(sample.completion.token_ids_R) for group in groups for sample in group.samples]
+    lengths = [len(sample.completion.token_ids_S) for group in groups for sample in group.samples]
     if failed:
         logger.warning("validation: grading failed for %d of %d responses, left out", failed, len(lengths))
     by_dataset: dict[str, list[list[float]]] = defaultdict(list)

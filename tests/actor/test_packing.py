@@ -50,7 +50,7 @@ def whole(steps: list[tuple], parallel: dict):
     of_replicas = {tuple(rows): forward for rows, forward, _ in steps}
     assert len(of_replicas) == parallel.get("data", 1)
     rows = [np.array(rows) for rows in of_replicas]
-    forward = scatter(list(of_replicas.values()), rows, cases.train_batch().response_lengths_B)
+    forward = scatter(list(of_replicas.values()), rows, cases.train_batch().drawn_lengths_B)
     return forward, cases.add_up([updates for _, _, updates in steps], parallel)
 
 
@@ -81,7 +81,7 @@ def difference_by_neighbours(_rank: int, directory: str, joined: bool) -> float:
         logprobs = [[0.0] * len(response) for response in responses]
         batch = TrainBatch.of_responses([[1, 2, 3]] * 3, responses, logprobs, [4] * 3, [0] * 3)
         output = policy.forward(batch, [np.arange(3)])
-        inside = slice(*batch.response_offsets_B1[1:3])
+        inside = slice(*batch.drawn_offsets_B1[1:3])
         return np.concatenate([output.logprobs_R[inside], output.entropy_R[inside], output.fingerprints_BL[1]])
 
     with mock.patch.object(microbatch, "packed_sequences", bounds):

@@ -14,16 +14,27 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, 
 
 
 def build(lengths: list[tuple[int, int]]) -> TrainBatch:
-    """Sequences of the tokens 100 * response + position."""
+    """Sequences of the tokens 100 * response + position, of which `is_drawn` says which the policy drew."""
     prompts = [[100 * i + t for t in range(p)] for i, (p, _) in enumerate(lengths)]
     responses = [[100 * i + p + t for t in range(r)] for i, (p, r) in enumerate(lengths)]
     return TrainBatch.of_responses(
         prompts,
         responses,
-        logprobs=[[float(t) for t in tokens] for tokens in responses],
+        logprobs=[[float(t) for t in tokens if is_drawn(t)] for tokens in responses],
         answer_positions=[r - 2 if r > 1 else -1 for _, r in lengths],
         groups=list(range(len(lengths))),
+        loss_masks=[np.array([is_drawn(t) for t in tokens]) for tokens in responses],
     )
+
+
+def is_drawn(token: int) -> bool:
+    """Of every response but each third, positions 3, 4 and 5 of the sequence were given, where they are not the
+    prompt's."""
+    return token // 100 % 3 == 2 or token % 100 not in (3, 4, 5)
+
+
+def drawn(tokens: list[int]) -> list[int]:
+    return [token for token in tokens if is_drawn(token)]
 
 
 @given(LENGTHS, st.randoms(use_true_random=False))
@@ -37,8 +48,9 @@ def test_selected_responses_keep_their_tokens(lengths, random):
         start = chosen.offsets_B1[place]
         tokens = chosen.tokens_T[start : start + prompt + response]
         assert tokens.tolist() == [100 * row + t for t in range(prompt + response)]
-        begin = chosen.response_offsets_B1[place]
-        assert chosen.rollout_logprobs_R[begin : begin + response].tolist() == tokens[prompt:].tolist()
+        inside = slice(*chosen.drawn_offsets_B1[place : place + 2])
+        assert chosen.rollout_logprobs_R[inside].tolist() == drawn(tokens[prompt:].tolist())
+        assert chosen.response_lengths_B[place] == response
 
 
 @given(LENGTHS, st.integers(0, 12))
@@ -69,7 +81,7 @@ def test_results_of_ranks_come_back_in_order(lengths, ranks, random):
     random.shuffle(rows)
     shares = [np.array(rows[rank::ranks], dtype=np.int64) for rank in range(ranks)]
     parts = [data.select(share).rollout_logprobs_R for share in shares]
-    assert scatter_ragged(parts, shares, data.response_lengths_B).tolist() == data.rollout_logprobs_R.tolist()
+    assert scatter_ragged(parts, shares, data.drawn_lengths_B).tolist() == data.rollout_logprobs_R.tolist()
 
 
 @given(LENGTHS, st.integers(1, 3), st.booleans(), st.randoms(use_true_random=False))
@@ -93,14 +105,15 @@ def test_a_pack_holds_its_sequences_one_after_the_other(lengths, context, wide, 
         size = sum(lengths[row])
         assert whole_T[begin : begin + size].tolist() == [100 * row + position for position in range(size)]
         assert positions_T[begin : begin + size].tolist() == list(range(size))
-    targets_R, answers = np.full(packs[0].response_tokens, -1), {}
+    targets_R, answers = np.full(packs[0].drawn_tokens, -1), {}
     for pack, places in zip(packs, held, strict=True):
         assert whole_T[places[pack.predictors_Q.numpy()] + 1].tolist() == pack.targets_Q.tolist()
-        targets_R[pack.responses_Q.numpy()] = pack.targets_Q.numpy()
+        targets_R[pack.drawn_Q.numpy()] = pack.targets_Q.numpy()
         for row, place in zip(pack.answer_rows, pack.answers_N.tolist(), strict=True):
             if place >= 0:
                 answers[row] = whole_T[places[place] + 1]
-    assert targets_R.tolist() == [100 * row + t for row in rows for t in range(lengths[row][0], sum(lengths[row]))]
+    responses = [100 * row + t for row in rows for t in range(lengths[row][0], sum(lengths[row]))]
+    assert targets_R.tolist() == drawn(responses)
     assert answers == {row: 100 * row + sum(lengths[row]) - 1 for row in rows if lengths[row][1] > 1}
 
 
@@ -110,7 +123,7 @@ def test_an_empty_micro_batch_is_padding():
     none = np.zeros(0, dtype=np.int64)
     batch = build_micro_batch(build([(2, 3)]), none, none, 4, "cpu")
     assert batch.tokens_1T.tolist() == [[0] * 4] and batch.sequences.cu_seqlens_q.tolist() == [0, 4]
-    assert batch.response_tokens == len(batch.targets_Q) == len(batch.answer_rows) == 0
+    assert batch.drawn_tokens == len(batch.targets_Q) == len(batch.answer_rows) == 0
 
 
 def test_prompt_and_response_lists_must_match():

@@ -118,8 +118,8 @@ def test_an_update_in_flight_stops_between_two_tokens_and_computes_the_cache_ane
     clock.wait_for_any(finished)
     assert clock.now == pytest.approx(0.01 + 31 * 0.011 + 5.0 + (PROMPT + 31) * 0.001 + 69 * 0.011)
     (completion,) = finished.result()[0]
-    assert completion.policy_version == 0 and completion.later_versions == ((1, 31),)
-    assert len(completion.token_ids_R) == 100
+    assert completion.version_changes == [(0, 0), (1, 31)]
+    assert len(completion.token_ids_S) == 100
 
 
 def test_responses_that_wait_or_have_no_token_belong_to_the_new_version_alone():
@@ -129,8 +129,8 @@ def test_responses_that_wait_or_have_no_token_belong_to_the_new_version_alone():
     clock.wait_for_any(engine.begin_weight_update(1))
     engine.finish_weight_update()
     completions = take(clock, engine, 2)
-    assert completions[0].later_versions == ((1, 50),)
-    assert (completions[1].policy_version, completions[1].later_versions) == (1, ())
+    assert completions[0].version_changes == [(0, 0), (1, 50)]
+    assert completions[1].version_changes == [(1, 0)]
 
 
 def take(clock: Clock, engine: SimulatedEngine, requests: int) -> dict:

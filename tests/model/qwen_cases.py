@@ -50,8 +50,12 @@ def make_model(directory: Path, name: str, spread: float = 0.1, layers: int = LA
 MINIBATCHES_B = np.array([0, 1, 0, 1, 0, 1, 0])
 
 
-def train_batch() -> TrainBatch:
-    """Seven sequences of different lengths, two of them without an answer.
+GIVEN = {0: [(3, 8)], 2: [(0, 4), (20, 31)], 5: [(10, 24)]}
+"""Stretches, begin and end, of a response that the policy was given: in the middle, at the beginning and at the end."""
+
+
+def train_batch(given: dict[int, list[tuple[int, int]]] = GIVEN) -> TrainBatch:
+    """Seven sequences of different lengths, two of them without an answer, some with stretches that were given.
 
     Each has more tokens than half of the multiple that micro-batches are padded to: with sequence parallelism every
     tensor-parallel rank of two holds some that are no padding.
@@ -59,12 +63,17 @@ def train_batch() -> TrainBatch:
     random = np.random.default_rng(0)
     prompts = [random.integers(0, VOCAB, size).tolist() for size in (15, 26, 17, 30, 40, 20, 8)]
     responses = [random.integers(0, VOCAB, size).tolist() for size in (27, 12, 36, 18, 1, 24, 30)]
+    loss_masks = [np.ones(len(response), dtype=bool) for response in responses]
+    for row, stretches in given.items():
+        for begin, end in stretches:
+            loss_masks[row][begin:end] = False
     return TrainBatch.of_responses(
         prompts,
         responses,
-        logprobs=[[0.0] * len(r) for r in responses],
-        answer_positions=[9, 0, 33, -1, -1, 18, 6],
+        logprobs=[[0.0] * int(mask.sum()) for mask in loss_masks],
+        answer_positions=[9, 0, 33, -1, -1, 8, 6],
         groups=list(range(RESPONSES)),
+        loss_masks=loss_masks,
     )
 
 
@@ -163,7 +172,7 @@ def loss_weights(batch: TrainBatch, aggregation: str) -> np.ndarray:
     weights_B = np.zeros(RESPONSES, dtype=np.float32)
     for minibatch in (0, 1):
         rows = np.flatnonzero(minibatch == MINIBATCHES_B)
-        lengths_B = torch.from_numpy(batch.response_lengths_B[rows])
+        lengths_B = torch.from_numpy(batch.drawn_lengths_B[rows])
         weights_B[rows] = aggregation_weights(
             lengths_B,
             aggregation,
@@ -209,6 +218,9 @@ def make_policy(
     config.policy.aggregation, config.policy.loss = aggregation, loss
     # Large enough that the second update of a step depends on what the first one did.
     config.optimizer.lr, config.optimizer.warmup_steps = 1e-3, 1
+    # Adam's first step is a gradient over its own size: with a smaller epsilon rounding decides the sign of those that
+    # are all but zero.
+    config.optimizer.epsilon = 1e-6
     if not parallel_state.model_parallel_is_initialized():
         form_groups(config.parallel, seed=0)
     return Policy(config, directory, this_device())
@@ -240,10 +252,10 @@ def transformers_answers(directory: Path, norm: str = "last") -> ForwardOutput:
         with torch.no_grad():
             output = model(tokens_T[None], output_hidden_states=True)
         hook.remove()
-        prompt = int(batch.prompt_lengths_B[row])
+        drawn = np.flatnonzero(batch.loss_mask_T[batch.offsets_B1[row] : batch.offsets_B1[row + 1]])
         all_TV = output.logits[0].log_softmax(-1)
-        logprobs.append(all_TV[:-1].gather(1, tokens_T[1:, None])[prompt - 1 :, 0])
-        entropies.append(-(all_TV.exp() * all_TV).sum(-1)[prompt - 1 : -1])
+        logprobs.append(all_TV[drawn - 1, tokens_T[drawn]])
+        entropies.append(-(all_TV.exp() * all_TV).sum(-1)[drawn - 1])
         position = batch.answer_positions_B[row]
         if position >= 0:
             head_row_H = model.lm_head.weight[tokens_T[position + 1]]

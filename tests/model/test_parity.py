@@ -80,7 +80,7 @@ def test_values_belong_to_their_responses_in_any_order(ranks, model_dirs, tokens
     (found,) = [result for result in results if result is not None]
     expected = cases.on_one_rank(ranks, directory)
     assert np.abs(found.fingerprints_BL - expected.fingerprints_BL[order]).max() < tolerance(1e-5)
-    lengths_B = cases.train_batch().response_lengths_B[order]
+    lengths_B = cases.train_batch().drawn_lengths_B[order]
     back = scatter_ragged([found.logprobs_R], [order], lengths_B[np.argsort(order)])
     assert np.abs(back - expected.logprobs_R).max() < tolerance(1e-5)
 

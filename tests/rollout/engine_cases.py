@@ -69,7 +69,7 @@ def logprob_error(
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     worst = 0.0
     for prompt, completion in ((p, c) for p, of_prompt in zip(prompts, completions, strict=True) for c in of_prompt):
-        token_ids = completion.token_ids_R.tolist()
+        token_ids = completion.token_ids_S.tolist()
         with torch.no_grad():
             logits_RV = model(torch.tensor([prompt + token_ids])).logits[0, len(prompt) - 1 : -1]
         expected_R = (logits_RV / temperature).log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0]
@@ -81,7 +81,7 @@ def comparable(completions: Sequence[Sequence[Completion]]) -> list[list[tuple]]
     """Completions with arrays as bytes, so that equality is equality of every bit."""
     return [
         [
-            (c.token_ids_R.tobytes(), c.logprobs_R.tobytes(), c.text, c.finish_reason, c.policy_version)
+            (c.token_ids_S.tobytes(), c.logprobs_R.tobytes(), c.text, c.finish_reason, c.version_changes)
             for c in of_prompt
         ]
         for of_prompt in completions

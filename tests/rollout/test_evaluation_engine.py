@@ -31,9 +31,9 @@ def test_responses_of_a_seed_are_the_same_in_any_batch(pool):
     assert comparable(together[:4]) == comparable(alone)
     assert comparable(pool.generate(LONG[::-1], samplings[::-1])[::-1]) == comparable(together)
     first, second = together[0]
-    assert first.token_ids_R.tolist() != second.token_ids_R.tolist()
+    assert first.token_ids_S.tolist() != second.token_ids_S.tolist()
 
 
 def test_there_are_no_log_probs(pool):
     ((completion,),) = pool.generate(LONG[:1], Sampling(responses=1, max_tokens=5))
-    assert len(completion.token_ids_R) and completion.logprobs_R.size == 0
+    assert len(completion.token_ids_S) and completion.logprobs_R.size == 0

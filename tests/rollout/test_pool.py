@@ -30,17 +30,17 @@ def flat(completions):
 
 
 def texts(completions):
-    return {tuple(completion.token_ids_R) for completion in flat(completions)}
+    return {tuple(completion.token_ids_S) for completion in flat(completions)}
 
 
 def test_completions_come_in_the_order_of_the_prompts(completions):
     assert [len(of_prompt) for of_prompt in completions] == [4] * len(PROMPTS)
-    assert all(completion.policy_version == 0 for completion in flat(completions))
+    assert all(completion.version_changes == [(0, 0)] for completion in flat(completions))
     assert len(texts(completions)) == len(flat(completions))
 
 
 def test_logprobs_are_those_of_transformers(completions, model_dir):
-    assert all(len(completion.logprobs_R) == len(completion.token_ids_R) for completion in flat(completions))
+    assert all(len(completion.logprobs_R) == len(completion.token_ids_S) for completion in flat(completions))
     assert logprob_error(model_dir, PROMPTS, completions) < 1e-4
 
 
@@ -54,9 +54,9 @@ def test_a_completion_stops_with_the_end_token_or_at_its_limit(completions):
 
     end = build_tokenizer().eos_token_id
     stopped = [
-        completion.token_ids_R.tolist() for completion in flat(completions) if completion.finish_reason == "stop"
+        completion.token_ids_S.tolist() for completion in flat(completions) if completion.finish_reason == "stop"
     ]
-    cut = [completion.token_ids_R.tolist() for completion in flat(completions) if completion.finish_reason == "length"]
+    cut = [completion.token_ids_S.tolist() for completion in flat(completions) if completion.finish_reason == "length"]
     assert stopped and len(stopped) + len(cut) == len(flat(completions))
     assert all(token_ids.index(end) == len(token_ids) - 1 for token_ids in stopped)
     assert all(end not in token_ids and len(token_ids) == 100 for token_ids in cut)
@@ -65,7 +65,7 @@ def test_a_completion_stops_with_the_end_token_or_at_its_limit(completions):
 def test_without_stop_all_completions_have_the_limit(pool):
     lengths = [20, 35, 50, 65, 90]
     completions = pool.generate(PROMPTS, [Sampling(6, length, stop=False) for length in lengths])
-    assert [{len(completion.token_ids_R) for completion in of_prompt} for of_prompt in completions] == [
+    assert [{len(completion.token_ids_S) for completion in of_prompt} for of_prompt in completions] == [
         {length} for length in lengths
     ]
 
@@ -77,8 +77,8 @@ def test_text_and_answer_position_belong_to_the_tokens(completions):
     tokenizer = build_tokenizer()
     locator = AnswerLocator(tokenizer)
     for completion in flat(completions):
-        assert completion.text == tokenizer.decode(completion.token_ids_R, skip_special_tokens=True)
-        position = locator.locate(completion.token_ids_R.tolist())
+        assert completion.text == tokenizer.decode(completion.token_ids_S, skip_special_tokens=True)
+        position = locator.locate(completion.token_ids_S.tolist())
         assert (completion.answer_position, completion.no_answer_reason) == position
 
 
@@ -124,7 +124,7 @@ def test_completions_are_those_of_plain_vllm(pool, completions, model_dir):
     expected = ray.get(plain.__ray_call__.remote(generate, engine_config(), str(model_dir), shares))
     ray.kill(plain)
     found = [completions[index] for place in range(2) for index in range(place, len(PROMPTS), 2)]
-    assert [[c.token_ids_R.tolist() for c in of_prompt] for of_prompt in found] == [
+    assert [[c.token_ids_S.tolist() for c in of_prompt] for of_prompt in found] == [
         [token_ids for token_ids, _ in of_prompt] for of_prompt in expected
     ]
     for of_prompt, expected_of_prompt in zip(found, expected, strict=True):
@@ -135,7 +135,7 @@ def test_completions_are_those_of_plain_vllm(pool, completions, model_dir):
 @pytest.mark.parametrize("seed", [6, None])
 def test_engines_draw_differently(pool, seed):
     (first,), (second,) = pool.generate([PROMPTS[0], PROMPTS[0]], Sampling(responses=1, max_tokens=30), seed)
-    assert first.token_ids_R.tolist() != second.token_ids_R.tolist()
+    assert first.token_ids_S.tolist() != second.token_ids_S.tolist()
 
 
 def test_batches_may_be_submitted_ahead_and_do_not_change_each_other(pool):

@@ -56,7 +56,7 @@ def test_groups_hold_graded_completions_of_their_prompts(parts, seed):
         texts = [sample.completion.text for sample in group.samples]
         grades = graders.grade(texts, [group.prompt.problem.answer] * 3)
         assert [sample.grade for sample in group.samples] == grades
-        lengths = [len(sample.completion.token_ids_R) for sample in group.samples]
+        lengths = [len(sample.completion.token_ids_S) for sample in group.samples]
         penalties = overlong_penalties(lengths, 100, config.reward.overlong)
         assert [sample.score for sample in group.samples] == [
             float(grade.correct) + float(penalty) for grade, penalty in zip(grades, penalties, strict=True)

@@ -45,7 +45,7 @@ def test_the_engine_computes_with_each_new_version(case):
     for version, place in enumerate([0, 1, 0, 1]):
         trainers[place].update(pool, version)
         completions = pool.generate(prompts, SAMPLING, seed=version)
-        assert {completion.policy_version for of_prompt in completions for completion in of_prompt} == {version}
+        assert {completion.version_changes[0][0] for of_prompt in completions for completion in of_prompt} == {version}
         assert logprob_error(directories[place], prompts, completions) < tolerance(1e-4)
     assert pool.engines[0].health.restarts == 0
 

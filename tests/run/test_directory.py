@@ -28,6 +28,7 @@ def columns_of(count: int) -> dict:
         "response_token_ids": [np.arange(4)] * count,
         "prompt_tokens": np.full(count, 7),
         "response_tokens": np.full(count, 4),
+        "given_tokens": [[]] * count,
         "correct": np.zeros(count, dtype=bool),
         "outcome": ["graded"] * count,
         "score": np.zeros(count),

@@ -14,7 +14,7 @@ from meds_megatron.data.sampler import PromptSampler
 from meds_megatron.errors import Stopped, UserError
 from meds_megatron.faults.interruption import Interruption
 from meds_megatron.reward.grading import Grade
-from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
+from meds_megatron.rollout.samples import Completion, PromptGroup, Sample, Segment
 from meds_megatron.trainer.filtering import shortfall
 from meds_megatron.trainer.state import TrainerState
 from tests.doubles import ScriptedCall, ScriptedEnginePool, ScriptedPolicy, ScriptedProducer, ScriptedWeightSync
@@ -33,7 +33,7 @@ class CountedGroups:
     def __call__(self, prompt: Prompt) -> PromptGroup:
         (index,) = prompt.token_ids
         tokens_R, logprobs_R = np.array([1, 2, 3]), np.zeros(3, np.float32)
-        completion = Completion(tokens_R, logprobs_R, "", "stop", self._weight_sync.version)
+        completion = Completion((Segment.drawn(tokens_R, logprobs_R, [(self._weight_sync.version, 0)]),), "", "stop")
         correct = [n < self._right[index] for n in range(RESPONSES)]
         samples = [Sample(prompt, completion, Grade(c, "graded"), float(c)) for c in correct]
         if index in self._failing:

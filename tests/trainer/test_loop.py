@@ -15,7 +15,7 @@ from meds_megatron.faults.interruption import Interruption
 from meds_megatron.faults.supervision import Supervisor
 from meds_megatron.memory import UNKNOWN
 from meds_megatron.reward.grading import Grade, GraderPool
-from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
+from meds_megatron.rollout.samples import Completion, PromptGroup, Sample, Segment
 from meds_megatron.trainer.error_memory import ErrorMemory
 from meds_megatron.trainer.state import TrainerState
 from tests.doubles import Call, ScriptedEnginePool, ScriptedPolicy, ScriptedProducer, ScriptedWeightSync
@@ -45,7 +45,8 @@ class SpelledGroups:
         self._drawn += 1
         text = {"R": "\\boxed{7}", "u": "no idea", "N": "\\boxed{9.0}"}.get(letter, "\\boxed{8}")
         tokens_R = np.array([ord(letter), self._drawn])
-        return Completion(tokens_R, np.zeros(2, np.float32), text, "stop", 0, -1 if letter == "u" else 0)
+        segment = Segment.drawn(tokens_R, np.zeros(2, np.float32), [(0, 0)])
+        return Completion((segment,), text, "stop", -1 if letter == "u" else 0)
 
 
 def fingerprint(habit: int, place: int) -> np.ndarray:

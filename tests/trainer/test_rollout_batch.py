@@ -9,10 +9,14 @@ from meds_megatron.config import Config
 from meds_megatron.data.problems import Problem
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.reward.grading import Grade
-from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
+from meds_megatron.rollout.samples import Completion, PromptGroup, Sample, Segment
 from meds_megatron.trainer.error_memory import lookup_key
 from meds_megatron.trainer.rollout_batch import RolloutBatch
 from meds_megatron.trainer.training_batch import training_batch
+
+
+def drawn(tokens: int) -> Segment:
+    return Segment.drawn(np.arange(tokens), np.full(tokens, -1.0, np.float32), [(0, 0)])
 
 
 def group(name: str, correct: list[bool], answers: list[int], prompt: int = 3, outcome: str = "graded") -> PromptGroup:
@@ -21,7 +25,7 @@ def group(name: str, correct: list[bool], answers: list[int], prompt: int = 3, o
     samples = [
         Sample(
             asked,
-            Completion(np.arange(i + 2), np.full(i + 2, -1.0, np.float32), "", "stop", 0, answers[i]),
+            Completion((drawn(i + 2),), "", "stop", answers[i]),
             Grade(correct[i], outcome),
             float(correct[i]),
         )

@@ -9,7 +9,7 @@ from meds_megatron.data.problems import Problem
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.errors import UserError
 from meds_megatron.reward.grading import Grade
-from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
+from meds_megatron.rollout.samples import Completion, PromptGroup, Sample, Segment
 from meds_megatron.run.checkpoint_files import mark_complete, write_state
 from meds_megatron.run.directory import RunDirectory
 from meds_megatron.trainer.limits import check_mismatch, check_updates
@@ -55,12 +55,12 @@ def test_tokens_of_older_weights_are_no_mismatch():
 def test_the_age_of_tokens_is_counted_from_the_weights_that_drew_each():
     prompt = Prompt(Problem("1", "?", "7", "test"), [1])
     grades = [Grade(True, "graded"), Grade(False, "graded"), Grade(False, "error")]
-    later = [((5, 2), (6, 3)), (), ()]
+    versions = [((4, 0), (5, 2), (6, 3)), ((4, 0),), ((4, 0),)]
     samples = [
         Sample(
-            prompt, Completion(np.arange(4), np.zeros(4, np.float32), "", "stop", 4, later_versions=changes), grade, 1.0
+            prompt, Completion((Segment.drawn(np.arange(4), np.zeros(4, np.float32), changes),), "", "stop"), grade, 1.0
         )
-        for changes, grade in zip(later, grades, strict=True)
+        for changes, grade in zip(versions, grades, strict=True)
     ]
     rollouts = RolloutBatch.of_groups([PromptGroup(prompt, samples)], Config())
     rollouts.batch.shaped_scores_B = rollouts.batch.scores_B

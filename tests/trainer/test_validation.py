@@ -7,7 +7,7 @@ from meds_megatron.config import Config
 from meds_megatron.data.problems import Problem
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.reward.grading import Grade
-from meds_megatron.rollout.samples import Completion, PromptGroup, Sample
+from meds_megatron.rollout.samples import Completion, PromptGroup, Sample, Segment
 from meds_megatron.trainer.validation import validation_metrics
 
 OUTCOMES = {"R": Grade(True, "graded"), "w": Grade(False, "graded"), "t": Grade(False, "timeout")}
@@ -17,7 +17,7 @@ def validated(*spelled: tuple[str, str]) -> dict[str, float]:
     """Metrics of problems given as (data set, outcomes): responses that are right, wrong or ungraded (R, w, t)."""
     config = Config()
     config.rollout.validation_responses = len(spelled[0][1])
-    completion = Completion(np.array([1, 2, 3]), np.zeros(3, np.float32), "", "stop", 0)
+    completion = Completion((Segment.drawn(np.array([1, 2, 3]), np.zeros(3, np.float32), [(0, 0)]),), "", "stop")
     groups = []
     for number, (dataset, letters) in enumerate(spelled):
         prompt = Prompt(Problem(f"{dataset}:{number}", letters, "7", dataset), [number])

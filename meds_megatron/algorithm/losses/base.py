@@ -12,7 +12,7 @@ from meds_megatron.config import PolicyConfig
 
 @dataclass(frozen=True)
 class LossInputs:
-    """The T response tokens of a micro-batch of B responses, response after response; no response is ever cut.
+    """The T drawn tokens of a micro-batch of B responses, response after response; no response is ever cut.
 
     Tokens of weight 0 count neither in the loss nor in the metrics.
     """
@@ -29,7 +29,7 @@ class LossInputs:
     weights_T: Tensor
     """Aggregation weights: see `algorithm.aggregation`."""
     lengths_B: Tensor
-    """Tokens of each response (int64); they add up to T."""
+    """Drawn tokens of each response (int64); they add up to T."""
 
     @property
     def log_ratio_T(self) -> Tensor:

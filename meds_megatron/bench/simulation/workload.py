@@ -10,7 +10,7 @@ from meds_megatron.data.problems import Problem
 from meds_megatron.data.prompts import Prompt
 from meds_megatron.errors import UserError
 from meds_megatron.rollout.engine import Request
-from meds_megatron.rollout.samples import Completion
+from meds_megatron.rollout.samples import Completion, Segment
 
 # fmt: off
 MATH500_QUANTILES = (
@@ -72,15 +72,10 @@ class Workload:
         """Response `index`; `versions` are (policy version, first token that it drew)."""
         prompt = request.prompt[0]
         length = int(self.lengths_PN[prompt, index])
-        return Completion(
-            # Views of one array: nobody changes them.
-            self._token_ids[:length],
-            self._logprobs[:length],
-            RIGHT if self.kept_P[prompt] and index == 0 else WRONG,
-            "length" if length == self._most else "stop",
-            versions[0][0],
-            later_versions=tuple(versions[1:]),
-        )
+        # Views of one array: nobody changes them.
+        segment = Segment.drawn(self._token_ids[:length], self._logprobs[:length], versions)
+        text = RIGHT if self.kept_P[prompt] and index == 0 else WRONG
+        return Completion((segment,), text, "length" if length == self._most else "stop")
 
 
 def _normal_shares(z: np.ndarray) -> np.ndarray:
