@@ -24,17 +24,17 @@ class MicroBatch:
     positions_1T: Tensor
     """Position of each token in its sequence."""
     sequences: PackedSeqParams
-    """Where each sequence begins and ends, all context-parallel ranks together."""
+    """Begin and end of each sequence, all context-parallel ranks together."""
     response_tokens: int
-    """R, those of all context-parallel ranks."""
+    """R: response tokens of all context-parallel ranks."""
     predictors_Q: Tensor
     """Places among the T of the tokens whose hidden states predict a response token."""
     targets_Q: Tensor
     """The response tokens that they predict."""
     responses_Q: Tensor
-    """Which of the R these are."""
+    """Places of these tokens among the R."""
     answer_rows: np.ndarray
-    """Those of `rows` that have an answer."""
+    """Rows among `rows` that have an answer."""
     answers_N: Tensor
     """Place among the T of the token at the answer position of each of `answer_rows`; -1 on another rank."""
 
