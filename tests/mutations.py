@@ -170,7 +170,7 @@ RANKS = [
 ENGINE = [
     Mutation("prefix-cache", "rollout/engine.py",
              "self._reset_prefix_cache()\n        # vLLM notes", "# vLLM notes",
-             "engines go on from prefixes that old weights have computed",
+             "engines continue from prefixes that old weights have computed",
              "tests/rollout/test_weight_update.py tests/rollout/test_in_flight_update.py"),
 ]
 """Caught by tests that start vLLM engines."""

@@ -122,7 +122,7 @@ def any_completed(directory: Path) -> bool:
 
 
 def damage_of(path: Path, content: bool = True, skip_memory: bool = False) -> str | None:
-    """As `digests.damage_of`, with a look into the state."""
+    """Damage as by `digests.damage_of`, with a look into the state."""
     damage = digests.damage_of(path, content, skip=MEMORY if skip_memory else None)
     return damage or _damage_of_state(path)
 

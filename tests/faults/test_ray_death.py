@@ -1,4 +1,4 @@
-"""The death of Ray's own processes under a run: it saves and stops, and goes on with a new Ray where that is its own.
+"""The death of Ray's own processes under a run: it saves and stops, and continues with a new Ray where that is its own.
 
 Everything but the attempt is real, which stands for any: an actor that is called step by step.
 """
