@@ -34,7 +34,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def partial_name(path: Path) -> Path:
-    """A hidden name beside `path` that no other process has: one that was stopped may wake and write on."""
+    """A hidden name next to `path` that no other process has: one that was stopped may resume and keep writing."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 

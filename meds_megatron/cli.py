@@ -40,7 +40,7 @@ def train(config) -> None:
     from meds_megatron.trainer.fork_servers import fork_servers
 
     with fork_servers(config) as servers:
-        # The driver's own imports, beside those of the servers.
+        # The driver's own imports, in parallel with those of the servers.
         from meds_megatron.trainer.main import train
 
         train(config, servers)
@@ -112,8 +112,8 @@ def sweep(file: str, executor: Literal["auto", "slurm", "local"]) -> None:
     """Train the runs of a sweep: grids and lists over any settings, with several seeds.
 
     The table of results is shown as it grows and is in results.csv in the sweep's directory. Runs that fail are tried
-    again, and a sweep that was interrupted goes on where it stopped when it is started again. The exit status is 1 if a
-    run failed for good. meds_megatron/sweeps/config.py explains every key of the file.
+    again, and a sweep that was interrupted continues where it stopped when it is started again. The exit status is 1 if
+    a run failed for good. meds_megatron/sweeps/config.py explains every key of the file.
     """
     from meds_megatron.sweeps.runs import sweep_with_live_table
 

@@ -17,7 +17,7 @@ DIGEST_BYTES = 32
 
 
 class DigestFile(io.BufferedWriter):
-    """A new file that is written from its begin to its end."""
+    """A new file that is written from its beginning to its end."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(io.FileIO(path, "w"))
@@ -33,7 +33,7 @@ class DigestFile(io.BufferedWriter):
 
     @property
     def digest(self) -> str:
-        """Of what was written so far."""
+        """Digest of what was written so far."""
         return self._hash.hexdigest()
 
 
@@ -47,9 +47,9 @@ class Manifest:
     """Content of a marker."""
 
     sizes: dict[str, int]
-    """By name relative to the checkpoint."""
+    """Sizes by name relative to the checkpoint."""
     digests: dict[str, str]
-    """Of all these files, or of none."""
+    """Digests of all these files, or of none."""
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
@@ -74,12 +74,12 @@ class Manifest:
         return manifest
 
     def write_text(self) -> str:
-        """What `read` reads."""
+        """Text that `read` reads."""
         return json.dumps({"files": self.sizes, "digests": self.digests, "digest": self._digest}, indent=1)
 
     @property
     def _digest(self) -> str:
-        """Of the marker's own content."""
+        """Digest of the marker's own content."""
         content = json.dumps([self.sizes, self.digests], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=DIGEST_BYTES).hexdigest()
 

@@ -3,7 +3,7 @@
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75
-"""Of a run that has saved its state and is to be started again (EX_TEMPFAIL)."""
+"""Exit code of a run that has saved its state and is to be started again (EX_TEMPFAIL)."""
 EXIT_INTERRUPTED = 130
 
 

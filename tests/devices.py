@@ -1,4 +1,4 @@
-"""What tests compute on: the GPUs of this machine where it has enough of them, else the CPU as everywhere.
+"""Devices that tests compute on: the GPUs of this machine where it has enough of them, else the CPU as everywhere.
 
 `ranks` and `engine_device` (tests/conftest.py) choose by the functions below. These stay on the CPU, which is what they
 are about, or which is all they need:

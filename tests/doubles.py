@@ -25,7 +25,7 @@ from meds_megatron.weights.resharding.types import StagedBucket, SyncSpec
 
 T = TypeVar("T")
 Call = tuple[Any, ...]
-"""What was called, with the arguments that tests compare."""
+"""Method that was called, with the arguments that tests compare."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class ScriptedProducer:
     def __init__(self, make: Callable[[Prompt], PromptGroup], calls: list[Call] | None = None) -> None:
         self.calls = [] if calls is None else calls
         self.submitted: list[Prompt] = []
-        """In order, finished ones included."""
+        """Submitted prompts in order, finished ones included."""
         self._make = make
         self._unfinished: dict[int, Prompt] = {}
 

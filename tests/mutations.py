@@ -66,10 +66,10 @@ FAST = [
              "label < best_label", "label > best_label",
              "a tied vote goes to the largest label, noise loses every tie",
              "tests/memory/test_rules.py"),
-    Mutation("memory-fsync", "memory/snapshot.py",
+    Mutation("file-fsync", "atomic.py",
              "os.fsync(file.fileno())", "pass",
              "a saved memory can be empty after a power cut although it has its name",
-             "tests/memory/test_snapshot.py"),
+             "tests/test_atomic.py tests/memory/test_snapshot.py"),
     Mutation("schedule-room", "actor/schedule.py",
              "lengths_B[row] > room[loads[0][1]]", "lengths_B[row] > room[loads[0][1]] + 1",
              "a micro-batch may have one token too many",
@@ -99,8 +99,8 @@ FAST = [
              "self.version += 1\n        self._load(self._pool.ready())", "self._load(self._pool.ready())",
              "new weights have the version of the old ones",
              "tests/trainer/test_weight_sync.py"),
-    Mutation("checkpoint-fsync", "run/checkpoint_files.py",
-             "_sync(file)", "pass",
+    Mutation("checkpoint-fsync", "atomic.py",
+             "sync(Path(folder, name))", "pass",
              "a checkpoint is marked complete before its files are on disk",
              "tests/run/test_checkpoint_files.py tests/run/test_checkpoint_sync.py"),
     Mutation("layout-product", "config/layout.py",
@@ -170,7 +170,7 @@ RANKS = [
 ENGINE = [
     Mutation("prefix-cache", "rollout/engine.py",
              "self._reset_prefix_cache()\n        # vLLM notes", "# vLLM notes",
-             "engines go on from prefixes that old weights have computed",
+             "engines continue from prefixes that old weights have computed",
              "tests/rollout/test_weight_update.py tests/rollout/test_in_flight_update.py"),
 ]
 """Caught by tests that start vLLM engines."""

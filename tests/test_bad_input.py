@@ -1,4 +1,4 @@
-"""What a user gets wrong: one clear sentence each, before anything is started, and nothing is left half-written."""
+"""Mistakes of a user: one clear sentence each, before anything is started, and nothing is left half-written."""
 
 import hashlib
 import json

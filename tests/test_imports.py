@@ -96,7 +96,7 @@ def imports(path: Path) -> Iterator[str]:
 
 @cache
 def graph() -> dict[str, dict[str, set[str]]]:
-    """For each package and top-level module, those it imports, with the files that import them."""
+    """Imports of each package and top-level module: those it imports, with the files that import them."""
     found: dict[str, dict[str, set[str]]] = {}
     for path in SOURCE.rglob("*.py"):
         if path == SOURCE / "__init__.py":

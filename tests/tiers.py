@@ -21,7 +21,7 @@ TIERS = {
     "browser": "opens pages in a browser",
     "slurm": "starts a Slurm of two nodes",
 }
-"""In the order in which they run; a test that takes fixtures of several is of the last of them."""
+"""Tiers in the order in which they run; a test that takes fixtures of several is of the last of them."""
 FIXTURES = {
     "processes": "process",
     "shared_ray": "process",

@@ -40,13 +40,14 @@ from meds_megatron.digests import DigestFile
 
 
 class BackgroundSave(AsyncSaveShardedStrategy):
-    """The `torch_dist` format. `async_save` returns when the tensors are copied: training may go on and change them."""
+    """The `torch_dist` format. `async_save` returns when the tensors are copied: training may continue and change
+    them."""
 
     def __init__(self, copies: "HostCopies") -> None:
         super().__init__("torch_dist", 1)
         self._copies = copies
         self.digests: dict[str, str] = {}
-        """Of the files that this rank has written, by name."""
+        """Digests of the files that this rank has written, by name."""
 
     def can_handle_sharded_objects(self) -> bool:
         return True

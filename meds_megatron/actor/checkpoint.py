@@ -1,7 +1,7 @@
 """One rank's part of a checkpoint: its share of the model and the optimizer, and its random states.
 
 A checkpoint directory has the model's weights in megatron-core's distributed format, as `meds convert` reads and writes
-them, the optimizer's state beside them, and `rng/` with a file for each rank.
+them, the optimizer's state next to them, and `rng/` with a file for each rank.
 """
 
 import random

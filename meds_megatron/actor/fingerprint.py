@@ -21,7 +21,7 @@ from meds_megatron.model.gpt import PolicyModel, chunk_layers
 class FingerprintCollector:
     """Gathers the fingerprints of one rank's responses while their forward pass runs.
 
-    `norm` says which layers' hidden states pass the final norm first: `last` as published (the Hugging Face
+    `norm` chooses the layers whose hidden states pass the final norm first: `last` as published (the Hugging Face
     convention), `all` (the usual logit lens) or `none`. Every rank of a model replica makes one and calls its methods
     together.
     """
@@ -35,7 +35,7 @@ class FingerprintCollector:
         self._place_of_row = {int(row): place for place, row in enumerate(self._rows_B)}
         self._values_NL = torch.zeros(len(self._rows_B), self._num_layers, dtype=torch.float32, device=device)
         self.sent_bytes = 0
-        """Sent by this rank to other pipeline stages."""
+        """Bytes sent by this rank to other pipeline stages."""
         self._head_NH = self._head_rows(_target_tokens(batch, self._rows_B))
         self._final_norm_H = self._final_norm_weight() if norm == "all" else None
         self._micro_batch: MicroBatch

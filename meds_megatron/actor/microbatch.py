@@ -34,7 +34,7 @@ class MicroBatch:
     drawn_Q: Tensor
     """Which of the R these are."""
     answer_rows: np.ndarray
-    """Those of `rows` that have an answer."""
+    """Rows among `rows` that have an answer."""
     answers_N: Tensor
     """Place among the T of the token at the answer position of each of `answer_rows`; -1 on another rank."""
 

@@ -44,7 +44,7 @@ def wrap(chunks: list[PolicyModel]) -> list[DistributedDataParallel]:
 def build(
     chunks: list[DistributedDataParallel], model_config: TransformerConfig, config: OptimizerConfig
 ) -> MegatronOptimizer:
-    """AdamW with its moments and float32 weights shared out over the data-parallel ranks."""
+    """AdamW with its moments and float32 weights sharded over the data-parallel ranks."""
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,

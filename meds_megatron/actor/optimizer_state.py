@@ -19,7 +19,7 @@ from meds_megatron.weights.chunks import local_parameters, local_table
 from meds_megatron.weights.flat_ranges import flat_start, range_slices
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
-"""Of each parameter: its float32 weights and Adam's two moments."""
+"""State of each parameter: its float32 weights and Adam's two moments."""
 _KEY_PREFIX = "optimizer."
 
 

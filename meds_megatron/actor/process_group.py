@@ -16,7 +16,7 @@ from meds_megatron.weights.store import JOIN_LIMIT, connect, wait_for_members
 from meds_megatron.weights.store_address import StoreAddress
 
 _store: SealedStore | None = None
-"""Of this process's groups, which keep only its C++ part."""
+"""Store of this process's groups, which keep only its C++ part."""
 
 
 def join(

@@ -25,7 +25,7 @@ class Schedule:
     rows: list[np.ndarray]
     """Rows of each rank, ascending."""
     micro_batches: list[list[list[np.ndarray]]]
-    """By rank and mini-batch: for each micro-batch, places within the rank's `rows`, costliest row first."""
+    """Micro-batches by rank and mini-batch: places within the rank's `rows`, costliest row first."""
 
 
 def schedule(

@@ -154,7 +154,7 @@ class UpdateOutput:
 
     loss: float
     token_sums: dict[str, float]
-    """As `LossOutput.token_sums`; empty on ranks without the last pipeline stage."""
+    """Sums as of `LossOutput.token_sums`; empty on ranks without the last pipeline stage."""
     grad_norm: float
     learning_rate: float
     skipped: bool

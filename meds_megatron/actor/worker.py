@@ -69,7 +69,7 @@ class PolicyWorker(SupervisedActor):
     """One rank. The driver calls every method on all ranks at once; results come from the output ranks."""
 
     _policy: "Policy"
-    """Since `start`."""
+    """Policy of this rank, set by `start`."""
 
     def __init__(self, config: Config, rank: int):
         ignore_stop_signals()
@@ -152,7 +152,7 @@ class PolicyWorker(SupervisedActor):
         self._policy.offload.onload()
 
     def begin_save(self, directory: str) -> None:
-        """Begins to write this rank's part of a checkpoint; training may go on."""
+        """Begins to write this rank's part of a checkpoint; training may continue."""
         from meds_megatron.actor.checkpoint import PolicySave
 
         policy = self._policy

@@ -36,7 +36,7 @@ def run(
     (default: the system's directory for temporary files).
 
     Keys: `bytes` of a checkpoint; `synchronous_s`, until all is on disk; `critical_s`, which an asynchronous save takes
-    from training: planning and copies before it goes on, and the completion after the files are written; `begin_s`,
+    from training: planning and copies before it continues, and the completion after the files are written; `begin_s`,
     the first of the two; `written_s`, until the files are written; `digest_s`, the part of it that the digests of the
     files take (all medians of `rounds`); `ratio`, median of the rounds' `critical_s` / `synchronous_s`; `digest_ratio`,
     that of `digest_s` / `written_s`.

@@ -28,7 +28,7 @@ from meds_megatron.toy_tasks.arithmetic import arithmetic_problems
 from meds_megatron.toy_tasks.make import ensure_model
 
 MAX_TOKENS = 40
-"""Of a response of the arithmetic model."""
+"""Most tokens of a response of the arithmetic model."""
 
 
 def run(

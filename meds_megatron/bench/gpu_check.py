@@ -1,4 +1,4 @@
-"""What only GPUs can show, checked and printed as a table: `bash tools/gpu_check.sh`, on a machine with one or more.
+"""Checks of what only GPUs can show, printed as a table: `bash tools/gpu_check.sh`, on a machine with one or more.
 
 Each check is a function of the GPUs' number, and returns rows of the table; without GPUs (0) it does the same on the
 CPU, where the tests run it, and expects no speed.
@@ -56,8 +56,8 @@ def parity(gpus: int) -> list[Row]:
 
 
 def policy_results(directory: str, responses: int) -> dict[str, dict[str, np.ndarray]]:
-    """Of a policy that has this process alone, by data type: a forward pass, and the gradient norms and losses of two
-    updates. Writes the model where it is not there yet."""
+    """Results of a policy that has this process alone, by data type: a forward pass, and the gradient norms and losses
+    of two updates. Writes the model where it is not there yet."""
     from meds_megatron.actor.policy import Policy
     from meds_megatron.actor.process_group import form_groups, join
     from meds_megatron.weights.store import open_store
@@ -104,7 +104,7 @@ def speed(gpus: int) -> list[Row]:
 
 
 def fingerprints(gpus: int) -> list[Row]:
-    """What fingerprints add to a forward pass."""
+    """Time that fingerprints add to a forward pass."""
     sizes = dict(responses=64, tokens=1024, rounds=9) if gpus else dict(responses=4, tokens=16, rounds=3)
     report = fingerprint.run(shape=QWEN["Qwen2.5-1.5B"] if gpus else SMALL, **sizes)
     cost = report["overhead"]
@@ -144,7 +144,7 @@ def network(gpus: int) -> list[Row]:
 
 
 def run(gpus: int) -> list[Row]:
-    """Three steps of the quickstart, with vLLM beside the trainer on the same GPUs: sleep, weight updates, offload."""
+    """Three steps of the quickstart, with vLLM next to the trainer on the same GPUs: sleep, weight updates, offload."""
     ranks = min(2, gpus) or 2
     changes = [f"cluster.ranks_per_node={ranks}", f"parallel.pipeline={ranks}", "train.steps=3", "wandb.enabled=false"]
     changes += ["train.export_hf=false", "train.offload_optimizer=true", "sync.checksum_every=1"]
@@ -169,7 +169,7 @@ CHECKS: tuple[Callable[[int], list[Row]], ...] = (parity, fingerprints, weight_u
 
 
 def checked(check: Callable[[int], list[Row]], gpus: int) -> list[Row]:
-    """The rows of a check, or one that says how it failed: the others are made all the same."""
+    """The rows of a check, or one with the error of a check that failed: the others are made all the same."""
     try:
         return check(gpus)
     except Exception as error:

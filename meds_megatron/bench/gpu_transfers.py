@@ -24,7 +24,7 @@ WARM_UP = 3
 """Updates after which memory has to be flat."""
 DEADLINE = timedelta(seconds=20)
 ELEMENTS = 2**26
-"""Of a message."""
+"""Elements of a message."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Updates:
     growth_bytes: int
     """Most by which the GPUs' memory in use, or the files in shared memory, grew after WARM_UP."""
     seconds: float
-    """Of an update, the last."""
+    """Seconds of the last update."""
 
 
 def staged_updates(shape: ModelShape, trainer: int | None, engines: list[int | None], updates: int) -> Updates:
@@ -148,7 +148,7 @@ class GroupReport:
     connect_s: float
     gbyte_per_s: float
     noticed_s: float
-    """From the death of the engine until the trainer rank has left the group; the rank lives."""
+    """Seconds from the death of the engine until the trainer rank has left the group; the rank lives."""
 
 
 def transfer_group(gpus: tuple[int | None, int | None]) -> GroupReport:

@@ -28,7 +28,7 @@ MILLION = 1_000_000
 VECTORS_PER_PROMPT = 64
 SAVE_SHARDS = 8
 SAVE_RESPONSES = 16
-"""Of each prompt, all remembered."""
+"""Responses to each prompt, all remembered."""
 SAVE_KEYS = 2000
 """Problems of a shard: those of a data set of 16000."""
 
@@ -205,7 +205,7 @@ def _million(sample_keys: int, step_keys: int, new: int, shard_counts: Sequence[
     shard = MemoryShard(MemoryConfig())
     resident = []
     for group in range(max(sample_keys // 128, 2)):
-        # Few keys at a time, so that temporary arrays are small beside the stored ones.
+        # Few keys at a time, so that temporary arrays are small compared with the stored ones.
         names = [f"train/{group}/{number}#wrong" for number in range(min(sample_keys // 2, 128))]
         shard.remember(*Problems(names, seed + group).draw(VECTORS_PER_PROMPT))
         shard.recluster()

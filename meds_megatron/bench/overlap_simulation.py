@@ -22,7 +22,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "partial": {"train.max_staleness": 1, "rollout.on_update": "continue"},
     "partial, staleness 2": {"train.max_staleness": 2, "rollout.on_update": "continue"},
 }
-"""Settings of each. Where GPUs are shared, all of them are the trainer's and the engines', one after the other."""
+"""Settings of each method. Where GPUs are shared, all of them are the trainer's and the engines', one after the
+other."""
 
 
 def run(
@@ -38,10 +39,10 @@ def run(
 ) -> dict:
     """Simulates as many steps as train on `answers` responses, with each of METHODS and the same responses.
 
-    Responses are as long as `lengths_file` says (`read_lengths`), or the solutions of MATH-500, scaled to
-    `mean_response` tokens (default: of a file as they are, else a quarter of the limit), as similar within a prompt as
-    `correlation` says; `kept_share` of the groups pass the filter. Raises UserError for a run that `meds train`
-    refuses; where it refuses to share the GPUs only, that method is left out, and `left_out` says why.
+    Response lengths are those in `lengths_file` (`read_lengths`), or of the solutions of MATH-500, scaled to
+    `mean_response` tokens (default: of a file as they are, else a quarter of the limit), with `correlation` between the
+    responses to a prompt; `kept_share` of the groups pass the filter. Raises UserError for a run that `meds train`
+    refuses; where it refuses to share the GPUs only, that method is left out, and `left_out` gives the reason.
 
     Keys: `rows`, one a method, and the assumptions. Of a method: mean seconds of a step and how many times as fast it
     is as `sync`; responses trained on a second; shares of the time in which the trainer, and the mean engine, did

@@ -45,7 +45,7 @@ class Member:
 
 
 def result_of(gpu: int | None, function: Callable, *arguments: Any) -> Any:
-    """What `function(*arguments)` returns in a process of its own."""
+    """Result of `function(*arguments)` in a process of its own."""
     member = Member(gpu, _send_result, function, arguments)
     try:
         return member.receive()
@@ -81,7 +81,7 @@ def placed_on(gpu: int | None) -> Iterator[None]:
 
 
 def _gpu_names() -> list[str]:
-    """Of this process's GPUs, as CUDA_VISIBLE_DEVICES has them."""
+    """Names of this process's GPUs, as in CUDA_VISIBLE_DEVICES."""
     import torch
 
     count = torch.cuda.device_count()

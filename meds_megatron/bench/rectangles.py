@@ -22,6 +22,6 @@ def padded_rectangles() -> Iterator[None]:
 
 
 def rectangle_tokens(batch: TrainBatch, rows: np.ndarray, layout: ParallelLayout) -> np.ndarray:
-    """Of each of `rows` the tokens of the longest prompt and the longest response among them."""
+    """Padded tokens of each of `rows`: those of the longest prompt and the longest response among them."""
     width = batch.prompt_lengths_B[rows].max(initial=0) + batch.response_lengths_B[rows].max(initial=0)
     return np.full(len(rows), -(-width // layout.sequence_multiple) * layout.sequence_multiple)

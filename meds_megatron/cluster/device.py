@@ -1,4 +1,4 @@
-"""What the ranks compute on: decided on the machines that they run on, not on the driver's."""
+"""Device of the ranks: decided on the machines that they run on, not on the driver's."""
 
 import os
 import socket

@@ -20,7 +20,7 @@ IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def inherited(command: list[str]) -> dict:
-    """What a fork of another process has to take over to be like a child of this one's parent."""
+    """State that a fork of another process takes over to be like a child of this one's parent."""
     with open(OOM_SCORE) as file:
         oom_score = int(file.read())
     return {

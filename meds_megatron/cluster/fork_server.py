@@ -29,7 +29,7 @@ from meds_megatron.processes import dies_with_parent
 from meds_megatron.shared_memory import PREFIX, SHARED_MEMORY, claim, remove
 
 MOST_CLIENTS = 128
-"""That wait at a time."""
+"""Most clients that wait at a time."""
 NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 
 

@@ -67,7 +67,7 @@ class Node:
     gpus: tuple[str, ...]
     """Its reserved GPUs, as CUDA_VISIBLE_DEVICES names them: not from 0 on where others use GPUs of the node, too."""
     unreadable: tuple[str, ...]
-    """Of the paths that the run needs."""
+    """Paths that the run needs and the node cannot read."""
 
 
 def visible_gpus(place: Place, gpus: Sequence[str]) -> list[str]:

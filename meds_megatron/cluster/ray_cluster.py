@@ -24,7 +24,7 @@ RAY_SETTINGS = {
     # Workers in advance are for tasks without an environment of their own, of which a run has none.
     "prestart_worker_first_driver": False,
 }
-"""Of the Ray clusters that runs and Slurm jobs start."""
+"""Settings of the Ray clusters that runs and Slurm jobs start."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class RayCluster:
     """The Ray that the driver is connected to."""
 
     def __init__(self, address: str | None, directory: Path | None):
-        """Without `address` it is started on this machine, with its temporary files in `directory`."""
+        """Without `address`, Ray is started on this machine, with its temporary files in `directory`."""
         self._address, self._directory = address, directory
 
     @property

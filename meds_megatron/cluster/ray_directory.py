@@ -43,7 +43,7 @@ def ray_directory() -> Iterator[Path]:
             f"{directory} cannot be made for Ray's temporary files ({error.strerror}): make space or access there, or "
             f"set TMPDIR to a directory whose path has at most {longest_base(name)} characters"
         ) from error
-    # What it has read for another cluster in this process.
+    # Drops the token that it has read for another cluster in this process.
     AuthenticationTokenLoader.instance().reset_cache()
     try:
         yield directory
@@ -58,8 +58,8 @@ def ray_directory() -> Iterator[Path]:
 
 
 def base_directory(name: str) -> Path:
-    """Where a directory `name` for Ray's temporary files can be: that of the user's choice (TMPDIR), or /tmp where the
-    paths of Ray's sockets would be too long."""
+    """Parent of a directory `name` for Ray's temporary files: the user's choice (TMPDIR), or /tmp where the paths of
+    Ray's sockets would be too long."""
     base = Path(tempfile.gettempdir())
     if len(str(base)) <= longest_base(name):
         return base

@@ -1,4 +1,4 @@
-"""Output of Ray's own processes, which Ray prints on the driver's terminal: it goes to the driver's log."""
+"""Output of Ray's own processes, which Ray prints on the driver's terminal, moved to the driver's log."""
 
 import logging
 from functools import cache, partial
@@ -9,8 +9,8 @@ logger = logging.getLogger("ray_output")
 
 @cache
 def redirect_ray_output() -> None:
-    """Of the lines that Ray prints, those of the run's actors stay on the terminal: their warnings. What Ray's own
-    processes say of a death comes before the run's sentence about it, and is many lines of no use without Ray's source.
+    """Keeps only the lines of the run's actors, their warnings, on the terminal. What Ray's own processes print about a
+    death comes before the run's sentence about it, and is many lines of no use without Ray's source.
 
     Ray has no setting for it: `log_to_driver` is for the actors' lines alone.
     """

@@ -1,4 +1,4 @@
-"""Probe of the processes of Ray without which the driver cannot go on: the GCS and the raylet of its machine.
+"""Probe of the processes of Ray without which the driver cannot continue: the GCS and the raylet of its machine.
 
 Ray ends a driver that has lost one of them in the middle of whatever it does, without naming it: 60 s or what is set
 after the GCS, and at the next object that it stores or fetches after the raylet. Calls of actors need neither, so that
@@ -91,7 +91,7 @@ class RayProbe(AbstractContextManager):
 
 
 def _readable(connections: dict[str, socket.socket]) -> list[str]:
-    """Those with data or at their end; waits PERIOD_SECONDS at most."""
+    """Names of connections with data or at their end; waits PERIOD_SECONDS at most."""
     poll = select.poll()
     for connection in connections.values():
         poll.register(connection, select.POLLIN)
@@ -100,7 +100,8 @@ def _readable(connections: dict[str, socket.socket]) -> list[str]:
 
 
 def _is_open(connection: socket.socket) -> bool:
-    """Reads what the process has sent, and closes a connection on which nothing is asked sooner or later."""
+    """Whether the process has left the connection open, after reading what it has sent: it closes idle ones at some
+    point."""
     try:
         return bool(connection.recv(4096))
     except OSError:

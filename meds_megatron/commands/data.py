@@ -26,7 +26,7 @@ def unify(dapo, math, out: str, levels, evaluation, remove_contaminated: bool) -
 
     Problems are the same if their questions have the same words, or nearly the same words (Jaccard similarity 0.7 of
     three-word shingles, by MinHash-LSH) with the same numbers and answer. Those of the evaluation sets are listed in a
-    jsonl file beside the output.
+    jsonl file next to the output.
     """
 
     from meds_megatron.data.inspect import Described, summary

@@ -87,7 +87,7 @@ def evaluate(
     LIMO's own command lines work as they are, with `meds eval` in place of `python eval.py`.
 
     The responses of a data set go to OUTPUT_DIR/MODEL/DATA_SET/SETTINGS.jsonl in LIMO's fields, its metrics into a csv
-    file and a plot beside it. The same command again resumes an evaluation that was interrupted. Engines start with
+    file and a plot next to it. The same command again resumes an evaluation that was interrupted. Engines start with
     seeds of their own for every response, so that neither batches nor interruptions change them.
 
     --regrade needs rows with `generated_responses` and `gold_answer` only. The last line that is printed is a JSON

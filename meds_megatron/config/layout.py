@@ -35,7 +35,7 @@ class ParallelLayout:
     """Model chunks on each pipeline stage."""
     data: int = 1
     context: int = 1
-    """Ranks of a data-parallel rank that share out the tokens of each sequence."""
+    """Ranks of a data-parallel rank over which the tokens of each sequence are split."""
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
 
@@ -75,7 +75,7 @@ class ParallelLayout:
 
     @property
     def copies(self) -> int:
-        """Ranks that hold the same parameters, over which the optimizer's state is shared out."""
+        """Ranks that hold the same parameters, over which the optimizer's state is sharded."""
         return self.data * self.context
 
     def coordinates(self, rank: int) -> RankCoordinates:
@@ -89,8 +89,7 @@ class ParallelLayout:
 
     @property
     def sequence_multiple(self) -> int:
-        """What the tokens of a sequence are padded to a multiple of: two equal chunks for each context-parallel
-        rank."""
+        """Multiple to which the tokens of a sequence are padded: two equal chunks for each context-parallel rank."""
         return 1 if self.context == 1 else 2 * self.context
 
     def padded_tokens(self, tokens: int) -> int:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 Length = TypeVar("Length", float, "np.ndarray")
 
 MOST = 2**26
-"""Of any size; those of published models are below a fifth of it."""
+"""Largest value of any size; those of published models are below a fifth of it."""
 MOST_LAYERS = 2000
-"""Those of published models are below 130."""
+"""Largest number of layers; those of published models are below 130."""
 ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 
 
@@ -187,7 +187,7 @@ def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: 
 
 
 VLLM_VOCABULARY_MULTIPLE = 64
-"""vLLM rounds the vocabulary up to a multiple of this before it shares it out over an engine's ranks."""
+"""vLLM rounds the vocabulary up to a multiple of this before it shards it over an engine's ranks."""
 
 LOGITS_BLOCK_TOKENS = 512
 """Response tokens whose logits the trainer has in memory at once."""

@@ -14,7 +14,7 @@ def on_one_machine(cluster: ClusterConfig) -> bool:
 def network_env_vars(cluster: ClusterConfig) -> dict[str, str]:
     """Variables by which gloo, NCCL and vLLM choose among a node's network interfaces: all of them, from the config.
 
-    On one machine no other can reach the sockets of gloo and vLLM, unless `cluster.interface` says otherwise.
+    On one machine no other can reach the sockets of gloo and vLLM, unless `cluster.interface` is set.
     """
     variables: dict[str, str] = {}
     if on_one_machine(cluster):

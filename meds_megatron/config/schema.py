@@ -1,14 +1,20 @@
 """Every setting of a run, typed. The defaults are the published MEDS method's: the paper (arXiv 2604.11297), its code,
 which is a fork of verl, and DAPO (arXiv 2503.14476).
 
-Departures of the defaults, each described beside its key:
+Departures of the defaults, each described at its key (those of `memory` here):
 
 - `optimizer.warmup_steps`: the learning rate of warm-up step s is lr * s / 10, published lr * (s - 1) / 10.
 - `optimizer.weight_decay`: norms and biases are not decayed, published they are.
 - `filter.when_short`: a step that cannot be filled trains on fewer prompts, published the run stops.
 - `data.overlong_prompts`: prompts that are too long are left out, published they lose their beginning.
 - `reward.timeout_seconds`: a failed grading is neither right nor wrong, published it is wrong.
-- `memory`: an exact spanning tree, float32 fingerprints, the position of merged boxes, problems told apart by id.
+- `memory`, where the published code rounds, confuses problems or depends on order: HDBSCAN's spanning tree is exact,
+  not the package's approximate one. Ties do not depend on the order of edges, as they do in the package: equal vectors
+  are one weighted point, which nothing splits, and edges of equal length are merged in the order of their newer, then
+  of their older vector; a tied vote goes to the smallest label, numbered as the package does. A fingerprint's logits
+  are float32, not bfloat16, which rounds them to steps of 1/8; its position is that of the last box in the text, not of
+  the last one that is tokenized in the commonest way; and a key has the problem's id, not a hash of its text without
+  what stands between < and >.
 
 `model`, `cluster`, `parallel`, `checkpoint`, `faults`, `sync` and the engines' sizes have no published counterpart:
 they change where and how fast a run computes, not what. The settings that the paper changes from model to model are in
@@ -24,8 +30,8 @@ fast or how long a run computes and what it writes. All others change what is le
 
 
 def setting(default: Any, resumable: bool = False, **bounds: float) -> Any:
-    """A key with what is known of it: a resumed run may change it if it is `resumable` (see RESUMABLE), and the number
-    that it is lies within `bounds`, which `validate` checks: `gt`, `ge`, `lt`, `le`.
+    """A key and its metadata: a resumed run may change it if it is `resumable` (see RESUMABLE), and its number lies
+    within `bounds`, which `validate` checks: `gt`, `ge`, `lt`, `le`.
 
     `off` is one value outside the range that is allowed too; null is allowed where the type allows it.
     """
@@ -75,7 +81,7 @@ class ClusterConfig:
     ranks_per_node: int = setting(8, gt=0)
     """Trainer ranks on each node: GPUs on CUDA, processes on CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """`auto`: `cuda` where a node of the cluster has a GPU. Configs for GPUs say `cuda`: a rank or engine that finds
+    """`auto`: `cuda` where a node of the cluster has a GPU. Configs for GPUs set `cuda`: a rank or engine that finds
     none, by mistake, ends the run."""
     gpu_memory_gib: float = setting(79.0, gt=0)
     """Usable memory of a GPU, by which `meds plan` and `meds train` judge whether a run fits: 79 of an 80 GB H100."""
@@ -98,7 +104,7 @@ class ParallelConfig:
 
     tensor: int = setting(1, gt=0)
     context: int = setting(1, gt=0)
-    """Context parallelism: the tokens of each sequence are shared out over so many ranks, for long responses."""
+    """Context parallelism: the tokens of each sequence are split over this many ranks, for long responses."""
     pipeline: int = setting(1, gt=0)
     virtual_pipeline: int = setting(1, gt=0)
     """Model chunks on each pipeline stage (interleaved schedule); 1 means no interleaving."""
@@ -173,9 +179,9 @@ class RolloutConfig:
     max_num_seqs: int = setting(256, gt=0, resumable=True)
     on_update: Literal["continue", "finish"] = setting("continue", resumable=True)
     """Responses under way when the engines get new weights (train.max_staleness above 0). `continue`: an engine stops
-    between two tokens, takes the weights, computes the KV cache anew with them and goes on; each token keeps the
-    version that it was drawn with. `finish`: the update waits until the engines are idle, and they get no new
-    requests meanwhile."""
+    between two tokens, takes the weights, recomputes the KV cache with them and continues; each token keeps the version
+    that it was drawn with. `finish`: the update waits until the engines are idle, and they get no new requests
+    meanwhile."""
     deterministic: bool = False
     """True: the same seed, machine and engines give the same responses; the requests of a generation batch start
     together in a fixed order. False: each request goes to the least loaded engine as soon as that one can take it."""
@@ -216,16 +222,8 @@ class RewardConfig:
 
 @dataclass
 class MemoryConfig:
-    """The error memory. The defaults are the published ones (MEDS, sections 3 and 4).
-
-    Departures, all where the published code rounds, confuses or depends on order: HDBSCAN's spanning tree is exact, not
-    the package's approximate one. Ties do not depend on the order of edges, as they do in the package: equal vectors
-    are one weighted point, which nothing splits, and edges of equal length are merged in the order of their newer, then
-    of their older vector; a tied vote goes to the smallest label, numbered as the package does. A fingerprint's logits
-    are float32, not bfloat16, which rounds them to steps of 1/8; its position is that of the last box in the text, not
-    of the last one that is tokenized in the commonest way; and a key has the problem's id, not a hash of its text
-    without what stands between < and >.
-    """
+    """The error memory. The defaults are the published ones (MEDS, sections 3 and 4). Departures, listed at the head of
+    this file: exact spanning tree, ties by age, float32 fingerprints at the last box, keys by the problem's id."""
 
     method: Literal["hdbscan", "single", "answer"] = "hdbscan"
     """`single`: every vector of a key is one cluster (ablation). `answer`: responses with the same normalised final
@@ -425,7 +423,7 @@ class CheckpointConfig:
 
 @dataclass
 class FaultsConfig:
-    """What a run does when something breaks."""
+    """Handling of failures."""
 
     max_restarts: int = setting(3, ge=0)
     """Consecutive restarts from the last checkpoint after a trainer rank, a memory shard or Ray died or the run hung. A
@@ -439,10 +437,10 @@ class FaultsConfig:
     stack of every rank are logged and the run restarts from its last checkpoint. Shorter than
     cluster.collective_timeout_minutes, longer than the start of an engine. Null is never."""
     start_minutes: float = setting(30.0, gt=0)
-    """In a Slurm job, for Ray to be up on all nodes after the task of the first has started; beyond it the job fails.
-    Nodes that import a container may differ by minutes."""
+    """Time in a Slurm job for Ray to be up on all nodes after the task of the first has started; beyond it the job
+    fails. Nodes that import a container may differ by minutes."""
     cancel_seconds: int = setting(25, gt=0)
-    """In a Slurm job, for the run to save and end after SIGTERM (scancel, preemption); a little less than Slurm's
+    """Time in a Slurm job for the run to save and end after SIGTERM (scancel, preemption); a little less than Slurm's
     KillWait (by default 30), or the partition's GraceTime where that is longer."""
 
 
@@ -462,7 +460,7 @@ class SyncConfig:
 @dataclass
 class WandbConfig:
     enabled: bool = True
-    """Without an API key wandb records the run offline."""
+    """Record the run with wandb; offline without an API key."""
     project: str = "meds_megatron"
     entity: str | None = None
     group: str | None = None

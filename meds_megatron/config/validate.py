@@ -70,7 +70,7 @@ def _require(holds: bool, otherwise: str) -> None:
 
 
 def _check_ranges(section: Any, prefix: str) -> None:
-    """Every number of `section` is finite and within the bounds beside its key in the schema."""
+    """Every number of `section` is finite and within the bounds of its key in the schema."""
     for field in fields(section):
         value, bounds = getattr(section, field.name), field.metadata.get("bounds", {})
         if is_dataclass(value):

@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"-?[\d.,]+|-?\\[dt]?frac\{?\d+\}?\{?\d+\}?|-?\d+/\d+")
 
 @dataclass(frozen=True)
 class Described:
-    """What a summary counts of a problem."""
+    """Properties of a problem that a summary counts."""
 
     source: str
     level: str

@@ -3,7 +3,7 @@ r"""Rows of jsonl and parquet files, and the question, answer and id in each.
 Known layouts: GSM8K (`question`, `answer` ending in `#### 18`), MATH500, AIME and AMC (`problem`, `answer`), verl and
 DAPO-Math-17K (`prompt` as chat messages, `reward_model.ground_truth`, `extra_info.index`), and rows with one of
 `question`, `problem`, `Question`, `prompt`, `input` and one of `answer`, `solution`, where a solution has its answer in
-a `\boxed{}`. An answer may be a text, a number (27.0 is 27) or a list of these, all of which are asked for.
+a `\boxed{}`. An answer may be a text, a number (27.0 is 27) or a list of these, all of which are required.
 
 Chat messages may be [user], [system, user], or either followed by an empty assistant message, as in the published MEDS
 parquet files. Only the user's message is kept. The system message of a prompt is `data.system_prompt`, also where a row
@@ -120,7 +120,7 @@ def _question(row: dict) -> str:
 
 
 def _user_message(field: str, messages: list) -> object:
-    """The content of the user's message; see the module's docstring for the messages that may be beside it."""
+    """The content of the user's message; see the module's docstring for the other messages that may come with it."""
     roles = [message.get("role") if isinstance(message, dict) else _kind(message) for message in messages]
     if roles[-1:] == ["assistant"] and not messages[-1].get("content"):
         roles = roles[:-1]

@@ -18,7 +18,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-"""A tokenizer may have fewer."""
+"""Files of a tokenizer, which may have fewer."""
 
 
 def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":

@@ -148,8 +148,8 @@ def _find_contaminated(
 
 
 def write(result: Unified, out: Path) -> list[Path]:
-    """Writes the training set, and beside it the contaminated problems if there are any; each file appears whole or not
-    at all.
+    """Writes the training set, and next to it the contaminated problems if there are any; each file appears whole or
+    not at all.
 
     Columns: `id`, `source`, `question`, `answer`, `level`, `subject`, and for trainers that take chat messages `prompt`
     (the template of Qwen-Math: its system message, and the question) and `reward_model.ground_truth`.

@@ -53,10 +53,10 @@ class DataSet:
     name: str
     settings: EvalSettings
     path: Path
-    """Of the output."""
+    """Path of the output."""
     prompts: list[Prompt]
     rows: list[dict[str, Any]] | None
-    """Of the finished output; None while there is none."""
+    """Rows of the finished output; None while there is none."""
 
 
 def evaluate(request: EvalRequest) -> tuple[list[Summary], list[Path]]:
@@ -82,7 +82,8 @@ def evaluate(request: EvalRequest) -> tuple[list[Summary], list[Path]]:
 
 
 def _write_report(summaries: list[Summary], folder: Path, datasets: list[DataSet]) -> list[Path]:
-    """csv, and the plot where there are several k, beside the output of a single data set, else in `folder`."""
+    """Writes the csv, and the plot where there are several k, next to the output of a single data set, else in
+    `folder`."""
     stem = datasets[0].path.with_suffix("")
     if len(datasets) > 1:
         stem = folder / ("+".join(dataset.name for dataset in datasets) + "_" + stem.name)
@@ -193,7 +194,7 @@ def _versions() -> dict[str, str]:
 
 
 def _generate_missing(request: EvalRequest, model: Path, longest: int, datasets: list[DataSet]) -> None:
-    """Completes the data sets without an output, going on from what an interrupted evaluation has left."""
+    """Completes the data sets without an output, continuing from what an interrupted evaluation has left."""
     sampling = request.sampling
     assert sampling.dtype != "auto"
     config = engine_config(model, sampling.dtype, longest, sampling.max_tokens, request.engines)

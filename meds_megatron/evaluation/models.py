@@ -20,7 +20,7 @@ class EvaluatedModel:
     path: Path
     """Hugging Face directory or checkpoint, absolute."""
     trained_on: DataConfig | None
-    """How the run made its prompts; None for a model of no run."""
+    """Prompt settings of the run; None for a model of no run."""
 
     @property
     def name(self) -> str:

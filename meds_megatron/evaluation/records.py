@@ -42,7 +42,7 @@ class Record:
     fields: dict[str, Any] = field(default_factory=dict)
     """Other fields of the row, which stay as they are: `id`, `question`, lengths."""
     gradings: dict[str, Grading] = field(default_factory=dict)
-    """By grader."""
+    """Gradings by grader."""
 
     def to_row(self) -> dict[str, Any]:
         """The row in LIMO's fields, with the verdicts of the first grader. `is_correct` is whether any response is

@@ -1,4 +1,4 @@
-"""What an evaluation shows: a table on the terminal, a csv file, and a plot of pass@k against k."""
+"""Report of an evaluation: a table on the terminal, a csv file, and a plot of pass@k against k."""
 
 import csv
 from collections.abc import Sequence

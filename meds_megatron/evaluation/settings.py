@@ -49,7 +49,7 @@ class EvalSettings:
     """Digest of names, sizes and times of the model's files."""
     data: str
     data_digest: str
-    """Of the file's content."""
+    """Digest of the file's content."""
     start_idx: int
     end_idx: int
     """Problems [start_idx:end_idx] of the file; -1 is all from start_idx on."""
@@ -61,10 +61,10 @@ class EvalSettings:
     graders: tuple[str, ...]
     fingerprints: bool
     versions: dict[str, str]
-    """Of vLLM, torch and this package."""
+    """Versions of vLLM, torch and this package."""
 
     def header(self) -> dict[str, Any]:
-        """As it stands in the output's first row."""
+        """The settings as in the output's first row."""
         return asdict(self) | {"graders": list(self.graders)}
 
     @property
@@ -94,7 +94,7 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Where and with what the engines run; the responses do not depend on it, rounding aside."""
+    """Placement and resources of the engines; the responses do not depend on them, rounding aside."""
 
     address: str | None = None
     """Ray cluster to join; None starts Ray on this machine."""
@@ -103,10 +103,10 @@ class EngineOptions:
     """None takes all GPUs, and one engine without GPUs."""
     tensor: int = 1
     threads: int | None = None
-    """Of an engine rank without CUDA; None is one."""
+    """CPU threads of an engine rank without CUDA; None is one."""
     max_num_seqs: int = 256
     kv_cache_gib: float | None = None
-    """Of an engine rank; None is what vLLM finds free, and 1 without CUDA."""
+    """KV cache of an engine rank; None is what vLLM finds free, and 1 without CUDA."""
     enforce_eager: bool = False
     workers: int = 1
     """Grader processes."""
@@ -114,7 +114,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What the command line asks for."""
+    """Request of a command line."""
 
     model: str
     data: tuple[str, ...]

@@ -42,11 +42,11 @@ class Summary:
     grader: str
     problems: int
     responses: int
-    """Of each problem, at most."""
+    """Responses to each problem, at most."""
     errors: int
     """Responses whose grading failed: they count in no metric."""
     metrics: list[Metric]
-    """`mean@n`, `maj@n`, `distinct` (answers of a problem), `pass@k` for every k, and RATIO where it was asked for."""
+    """`mean@n`, `maj@n`, `distinct` (answers of a problem), `pass@k` for every k, and RATIO where it was requested."""
 
     @property
     def accuracy(self) -> float:

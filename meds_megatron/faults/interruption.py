@@ -1,5 +1,5 @@
-"""What stops a run between two steps, a signal or the death of Ray: it completes a future, which the training loop
-checks where it can stop."""
+"""Interruption of a run between two steps, by a signal or the death of Ray: it completes a future, which the training
+loop checks where it can stop."""
 
 import logging
 import os
@@ -22,7 +22,8 @@ EXIT_CODES = {
     signal.SIGINT: EXIT_INTERRUPTED,
 }
 SAME_SECONDS = 1.0
-"""Within it signals are one request: a scheduler may send one to every process of a job, some of which pass it on."""
+"""Interval within which signals are one request: a scheduler may send one to every process of a job, some of which pass
+it on."""
 SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -73,7 +74,7 @@ class Interruption(AbstractContextManager):
         return EXIT_REQUEUE if isinstance(cause, str) else EXIT_CODES[cause]
 
     def stopped(self, sentence: str) -> Stopped:
-        """What ends the run after the requested stop."""
+        """Exception that ends the run after the requested stop."""
         return (RayDied if self.is_ray_dead else Stopped)(sentence, self.exit_code)
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""What follows a failed attempt at a run, as a state machine without I/O."""
+"""Recovery from a failed attempt at a run, as a state machine without I/O."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -14,12 +14,12 @@ class Failure(Enum):
     NO_NODES = "no nodes"
     """The cluster does not have the nodes of the run."""
     RAY_DIED = "Ray died"
-    """Processes of Ray itself, without which the driver cannot go on."""
+    """Processes of Ray itself, without which the driver cannot continue."""
 
 
 class Decision(Enum):
     RESTART = "restart"
-    """From the last checkpoint, on the same cluster; on a new Ray where that of the run's own died."""
+    """Restart from the last checkpoint, on the same cluster; on a new Ray where that of the run's own died."""
     REQUEUE = "requeue"
     """End the process with the exit code on which schedulers start it again."""
     STOP = "stop"
@@ -58,7 +58,7 @@ class Recovery:
             return Decision.REQUEUE
         if failure is Failure.NO_NODES:
             # After progress a node has been lost. Without any, the config asks for more than there is, or it does not
-            # help to start again, and a job that is requeued for ever would never say so.
+            # help to start again, and a job that is requeued for ever would never report it.
             return Decision.REQUEUE if self.progressed else Decision.STOP
         if self.in_a_row >= self.max_restarts:
             return Decision.STOP

@@ -24,7 +24,7 @@ RAYS_WRAPPER = "_resume_span"
 
 @dataclass(frozen=True)
 class Activity:
-    """What an actor does at the moment."""
+    """Current activity of an actor."""
 
     method: str | None
     """Method of the actor that is being called; None between two calls."""
@@ -91,7 +91,7 @@ def ignore_stop_signals() -> None:
 
 def dump_stacks(processes: list[int]) -> dict[int, str]:
     """Makes processes of this machine that log with `logs.configure_process_logging` write the stacks of their threads
-    into their logs, in C, whatever their interpreter waits for; returns the kernel's word for the state of each
+    into their logs, in C, whatever their interpreter waits for; returns the kernel's name for the state of each
     (`stopped` processes do not write before they are continued)."""
     states = {}
     for process in processes:
@@ -110,7 +110,8 @@ def failed_process(error: BaseException | None) -> str:
 
 
 def failure_reason(error: BaseException | None) -> str:
-    """Last line of what an actor raised, or of what Ray says about its death, without Ray's list of common causes."""
+    """Last line of what an actor raised, or of what Ray reports about its death, without Ray's list of common
+    causes."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = lines[-1]
     if detail := re.search(r"Worker exit detail: (.*)", reason):

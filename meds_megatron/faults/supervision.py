@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 TICK_SECONDS = 0.25
 SETTLE_SECONDS = 0.75
-"""From the first death to the alarm: processes that die together are named together."""
+"""Time from the first death to the alarm: processes that die together are named together."""
 PEER_SECONDS = 5.0
-"""An error of a process may follow from the death of another: how long that death is waited for."""
+"""Time to wait for the death of another process after an error, which may follow from that death."""
 END_SECONDS = 10.0
 MOST_NAMED = 8
 HARDWARE_ERRORS = {"AcceleratorError", "DistError"}
@@ -29,7 +29,7 @@ HARDWARE_ERRORS = {"AcceleratorError", "DistError"}
 
 
 class ProcessDied(RunFailed):
-    """Trainer ranks or memory shards that died, each with its node and last words."""
+    """Trainer ranks or memory shards that died, with the node, the reason and the end of the log of the first."""
 
 
 class HardwareFailed(RunFailed):
@@ -132,7 +132,7 @@ class Supervisor(AbstractContextManager):
         self.processes.append(Process(kind, number, log, actor, ended, identity))
 
     def started(self) -> None:
-        """From now on a stop is for the training loop to honour. Raises Stopped if one was requested before."""
+        """Leaves stops to the training loop from now on. Raises Stopped if one was requested before."""
         with self._lock:
             self._started = True
         self.check()
@@ -198,7 +198,7 @@ class Supervisor(AbstractContextManager):
             with self._lock:
                 stop = self._interruption.requested
                 if stop.done() and not self._started and not self.alarm.done():
-                    sentence = f"{self._interruption.reason} before the training went on: there was nothing new to save"
+                    sentence = f"{self._interruption.reason} before training continued: there was nothing new to save"
                     self.alarm.set_exception(self._interruption.stopped(sentence))
 
     def _settled_deaths(self) -> list[Process]:
@@ -212,7 +212,7 @@ class Supervisor(AbstractContextManager):
         return [process for _, process in deaths] if deaths and now - deaths[0][0] >= SETTLE_SECONDS else []
 
     def _describe_deaths(self, dead: list[Process]) -> str:
-        """One sentence about the dead processes: all by name, the first one with its last words."""
+        """One sentence about the dead processes: all by name, the first one with the end of its log."""
         first = dead[0]
         error = first.ended.exception()
         names = ", ".join(process.name for process in dead[1 : 1 + MOST_NAMED])

@@ -20,11 +20,11 @@ from meds_megatron.faults.supervision import Process, Supervisor
 logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 3.0
-"""For a process to say what it does; it needs its interpreter for an instant only."""
+"""Time for a process to report its activity; it needs its interpreter for an instant only."""
 LONGEST_ANSWER_SECONDS = 30.0
 """The same for an engine before it is killed."""
 STACKS_SECONDS = 1.0
-"""For the processes to write their stacks."""
+"""Time for the processes to write their stacks."""
 
 
 class Hung(RunFailed):
@@ -32,7 +32,7 @@ class Hung(RunFailed):
 
 
 class Engine(Protocol):
-    """An engine that can be replaced while the run goes on, as `rollout.engine_record.Engine`."""
+    """An engine that can be replaced while the run continues, as `rollout.engine_record.Engine`."""
 
     actor: Any
 
@@ -90,8 +90,8 @@ class Watchdog(AbstractContextManager):
         pool: Engines,
         graders: Graders,
     ):
-        """After `minutes` without progress, hanging engines and graders are killed, or if there are none the
-        supervisor's alarm fails with Hung; None never does."""
+        """Kills, after `minutes` without progress, hanging engines and graders, or if there are none fails the
+        supervisor's alarm with Hung; None never does."""
         self._limit = math.inf if minutes is None else 60 * minutes
         self._supervisor, self._timer, self._pool, self._graders = supervisor, timer, pool, graders
         self._closing = threading.Event()
@@ -153,7 +153,7 @@ class Watchdog(AbstractContextManager):
         return [*self._supervisor.processes, *self._pool.engines]
 
     def _activities(self, seconds: float = ANSWER_SECONDS) -> dict[str, Activity | None]:
-        """What each supervised process and each engine does, by its name; None for one that does not answer."""
+        """Activity of each supervised process and each engine, by name; None for one that does not answer."""
         actors = {one.name: one.actor for one in self._actors}
         calls = {name: actor.activity.options(concurrency_group=SUPERVISION).remote() for name, actor in actors.items()}
         answered, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=seconds) if calls else ([], [])

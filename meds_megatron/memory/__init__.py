@@ -13,7 +13,7 @@ __all__ = ["UNKNOWN", "DamagedError", "Match", "MemoryShard", "shard_of", "step_
 
 
 def __getattr__(name: str) -> Any:
-    """Those that need numba: a process that only asks shards in other processes does not import it."""
+    """Imports on demand what needs numba: a process that only calls shards in other processes does without it."""
     if name == "MemoryShard":
         from meds_megatron.memory.shard import MemoryShard
 

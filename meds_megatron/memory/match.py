@@ -1,4 +1,4 @@
-"""What a lookup in the error memory finds, and which shard is asked: all that a caller of shards in other processes
+"""Result of a lookup in the error memory, and the shard of a key: all that a caller of shards in other processes
 needs."""
 
 import hashlib

@@ -33,7 +33,7 @@ VERSION = 2
 PREFIX = struct.Struct("<8sII")
 CHECKSUM_BYTES = 32
 FILE_NAMES = f"shard-{'[0-9]' * 5}-of-{'[0-9]' * 5}.memory"
-REMEDY = "resume from another checkpoint, or set memory.skip_damaged=true to go on without what it holds."
+REMEDY = "resume from another checkpoint, or set memory.skip_damaged=true to continue without what it holds."
 
 Records = dict[str, np.ndarray]
 """Records [N] of each key (see `history.record_type`), oldest first; only their steps and vectors are stored."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 SATURATED_SIZE = 7
-"""From ln(7 + 1) > 2 on, a penalty no longer grows."""
+"""Size of a cluster from which on a penalty no longer grows: ln(7 + 1) > 2."""
 
 
 class Moments(NamedTuple):
@@ -52,7 +52,7 @@ class StepCounts:
     saturated: int = 0
     reclustered_keys: int = 0
     fresh_fits: int = 0
-    """Keys that the hdbscan package fitted anew, because of the settings."""
+    """Keys that the hdbscan package fitted from scratch, because of the settings."""
     evicted_vectors: int = 0
     lookup_seconds: float = 0.0
     recluster_seconds: float = 0.0

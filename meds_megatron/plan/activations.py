@@ -54,7 +54,7 @@ def layer_bytes(config: Config, shape: ModelShape, tokens: int, on_gpu: bool) ->
 
 
 def _query_key_norms(query: int, key: int, kv_heads: int, item: int, fused: bool) -> int:
-    """Bytes a token that the norms of q and k keep beside the one tensor of q, k and v.
+    """Bytes a token that the norms of q and k keep in addition to the one tensor of q, k and v.
 
     q is a copy from it where several key/value heads interleave it. Unfused norms of bfloat16 keep a float32 copy.
     """

@@ -14,19 +14,19 @@ class Measured:
     """Means of a run's steps, the first, which warms up, left out."""
 
     config: Config
-    """The run's own."""
+    """Config of the run."""
     steps: int
     tokens: StepTokens
     seconds: dict[str, float]
-    """Of each of TIMED."""
+    """Seconds of each phase of TIMED."""
 
 
 def measure(directory: str | Path, prompt_share: float) -> Measured:
     """Means over the lines of the metrics of a run that are training steps.
 
     Prompts, of which metrics have no length, have `prompt_share` of `rollout.max_prompt_tokens`. Raises UserError when
-    the directory has no run or fewer than two steps, and for a run whose engines generated
-    while the trainer computed: its metrics do not say how long generation took.
+    the directory has no run or fewer than two steps, and for a run whose engines generated while the trainer computed:
+    its metrics do not include the time of generation.
     """
     run = read_run(directory)
     directory, config = run.path, run.config

@@ -10,7 +10,7 @@ from meds_megatron.plan.hardware import GIB, Hardware, Workload
 from meds_megatron.plan.memory import plan_memory
 
 STEP_MIB = 2**20
-"""The KV cache is a whole number of MiB, so that the saved config says it exactly."""
+"""The KV cache is a whole number of MiB, so that the saved config holds it exactly."""
 
 
 def with_choices(

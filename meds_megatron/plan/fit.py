@@ -19,7 +19,7 @@ GROUPS = {
     "resharding": ("staging", "resharding"),
     "contexts and NCCL": ("contexts",),
 }
-"""What a sentence adds up, of the parts of a demand."""
+"""Parts of a demand that a sentence adds up."""
 MOST_SUGGESTIONS = 3
 MOST_CHANGES = 3
 
@@ -40,7 +40,7 @@ class Suggestion:
 
 
 def problem(config: Config, memory: Memory) -> str | None:
-    """What does not fit, as half a sentence; None if all does."""
+    """Half a sentence about what does not fit; None if all does."""
     if memory.limit is None:
         return None
     if over := memory.over:
@@ -51,7 +51,7 @@ def problem(config: Config, memory: Memory) -> str | None:
         given = config.rollout.kv_cache_gib
         return (
             f"{'the trainer leaves' if given is None else f'rollout.kv_cache_gib = {given:g} gives'} an engine rank "
-            f"{max(engine.kv_cache, 0) / GIB:.1f} GiB of KV cache beside {engine.weights / GIB:.1f} of weights and "
+            f"{max(engine.kv_cache, 0) / GIB:.1f} GiB of KV cache next to {engine.weights / GIB:.1f} of weights and "
             f"{engine.work / GIB:.1f} of work, less than the {needed / GIB:.1f} of one prompt and response of "
             f"{engine.longest} tokens"
         )

@@ -1,4 +1,4 @@
-"""Assumptions about machines: everything of a plan that neither the config nor the model's shape says."""
+"""Assumptions about machines: everything of a plan that neither the config nor the model's shape determines."""
 
 from dataclasses import dataclass
 
@@ -19,11 +19,11 @@ class Hardware:
     memory_efficiency: float
     """Share of it that decoding and the optimizer reach."""
     local_gbyte: float
-    """Between devices of a node, GB/s each way of one device."""
+    """Bandwidth between devices of a node, GB/s each way of one device."""
     host_gbyte: float
-    """Between a device and its host's memory, GB/s."""
+    """Bandwidth between a device and its host's memory, GB/s."""
     network_gbit: float
-    """Of a node to others, Gbit/s each way."""
+    """Bandwidth of a node to others, Gbit/s each way."""
     decode_step_ms: float
     """Time of an engine's decode step beyond its reads and products: scheduler, sampler, launches."""
     collective_us: float
@@ -80,7 +80,7 @@ CPU = Hardware(
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step's responses are assumed to be like, or were in a run (`plan.calibration`)."""
+    """Lengths and kept share of a step's responses, assumed or as in a run (`plan.calibration`)."""
 
     mean_response_share: float = 0.4
     """Mean length of a response as a share of `rollout.max_response_tokens`."""

@@ -1,6 +1,6 @@
 """Memory of every kind of device by phase of a step: what is on it at once, and whether that fits.
 
-A run's phases (`trainer.loop`): engines generate, beside the trainer's weights and, where `train.offload_optimizer`
+A run's phases (`trainer.loop`): engines generate, alongside the trainer's weights and, where `train.offload_optimizer`
 does not move it to the host's memory, its optimizer state; engines sleep while the trainer computes; weights are
 exchanged while the engines have their weights but no KV cache. Gradients exist in updates only. Engines on nodes of
 their own do not sleep, and the trainer's state stays where it is.
@@ -151,7 +151,7 @@ def _base(config: Config, layout: ParallelLayout, hardware: Hardware, kind: Devi
 def _trainer_parts(
     config: Config, shape: ModelShape, layout: ParallelLayout, stage: int, phase: str, on_gpu: bool
 ) -> dict[str, int]:
-    """What a trainer rank holds from one phase to the next."""
+    """Parts that a trainer rank holds from one phase to the next."""
     sizes, shared = rank_sizes(shape, layout, stage), on_gpu and config.rollout.nodes is None
     parts = {"weights": sizes.weight_bytes(config.model.dtype)}
     if not shared or phase == "update":
@@ -165,7 +165,7 @@ def _trainer_parts(
 
 
 def _engine_parts(engine: EngineMemory, phase: str, sleeps: bool) -> dict[str, int]:
-    """Of an engine rank: all of it while it generates and, if it does not sleep meanwhile, always."""
+    """Parts of an engine rank: all of them while it generates and, if it does not sleep meanwhile, always."""
     if phase == "weight sync" and sleeps:
         return {"engine weights": engine.weights}
     if phase in ("forward", "update") and sleeps:
@@ -186,7 +186,7 @@ def _phase_parts(
     hardware: Hardware,
     on_gpu: bool,
 ) -> dict[str, int]:
-    """What is there in one phase only."""
+    """Parts that exist in one phase only."""
     if phase == "generate":
         return {}
     if phase == "weight sync":

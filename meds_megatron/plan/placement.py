@@ -1,4 +1,4 @@
-"""What is on which GPU, as the rows of a table."""
+"""Contents of each GPU, as the rows of a table."""
 
 from dataclasses import dataclass
 

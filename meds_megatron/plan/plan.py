@@ -18,7 +18,7 @@ from meds_megatron.plan.placement import PlacementRow, placement_rows
 
 @dataclass(frozen=True)
 class Calibration:
-    """A run's times beside those predicted for it."""
+    """Measured times of a run and those predicted for it."""
 
     run_dir: str
     steps: int
@@ -27,7 +27,7 @@ class Calibration:
 
     @property
     def factors(self) -> dict[str, float]:
-        """What predictions are multiplied by."""
+        """Factors that predictions are multiplied by."""
         return {phase: self.measured[phase] / self.predicted[phase] for phase in TIMED}
 
 
@@ -45,7 +45,7 @@ class Plan:
     tokens: StepTokens
     traffic: StepTraffic
     seconds: dict[str, float]
-    """Of each of TIMED, calibrated where there is a calibration."""
+    """Seconds of each phase of TIMED, calibrated where there is a calibration."""
     suggestions: list[Suggestion]
     calibration: Calibration | None = None
 
@@ -58,12 +58,12 @@ class Plan:
 
     @property
     def micro_batches(self) -> int:
-        """Of one optimizer update on one rank, of sequences of mean length."""
+        """Micro-batches of one optimizer update on one rank, of sequences of mean length."""
         return micro_batches(self.config, self.layout, self.tokens.prompt + self.tokens.response)
 
     @property
     def step_seconds(self) -> float:
-        """Of a whole step; with `train.max_staleness` above 0 engines generate while the trainer computes."""
+        """Seconds of a whole step; with `train.max_staleness` above 0 engines generate while the trainer computes."""
         rollout, sync = self.seconds["rollout"], self.seconds["sync"]
         trainer = self.seconds["forward"] + self.seconds["update"]
         return sync + (max(rollout, trainer) if self.config.train.max_staleness > 0 else rollout + trainer)

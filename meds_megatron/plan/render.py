@@ -11,7 +11,7 @@ from meds_megatron.plan.plan import Plan
 
 MOST_ROWS = 16
 SMALL = 4 * GIB
-"""Below it, memory is shown in MiB."""
+"""Size below which memory is shown in MiB."""
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -52,7 +52,7 @@ def headline(plan: Plan) -> str:
 
 
 def divisions(plan: Plan) -> list[str]:
-    """How the model and a mini-batch divide over the ranks."""
+    """Split of the model and a mini-batch over the ranks."""
     shape, layout, train = plan.shape, plan.layout, plan.config.train
     sizes = layout.stage_sizes(shape.num_layers)
     stages = " + ".join(map(str, sizes)) if len(sizes) > 1 else "one stage"
@@ -80,7 +80,7 @@ def placement_table(plan: Plan) -> Table:
 
 
 def memory_table(plan: Plan) -> Table:
-    """A column for each phase, and one for engines with no trainer rank beside them; a row for each part."""
+    """A column for each phase, and one for engines on GPUs without a trainer rank; a row for each part."""
     peaks = plan.memory.columns.values()
     unit, name = (GIB, "GiB") if max(peak.total for peak in peaks) >= SMALL else (2**20, "MiB")
     table = _table(name, *plan.memory.columns)
@@ -135,7 +135,7 @@ def time_table(plan: Plan) -> Table:
 
 
 def notes(plan: Plan) -> list[str]:
-    """What the figures rest on."""
+    """Assumptions of the figures."""
     tokens, engine, hardware = plan.tokens, plan.memory.engine, plan.hardware
     source = "as in the run" if plan.calibration else "assumed"
     overlaps = plan.config.train.max_staleness > 0

@@ -33,10 +33,10 @@ GIB = 2**30
 LEAST_DISK = 2 * GIB
 LEAST_SHARED_MEMORY = GIB // 4
 MESSAGE_BYTES = {"cuda": 256 * 2**20, "cpu": 8 * 2**20}
-"""Of the all-reduce that measures a group's links."""
+"""Bytes of the all-reduce that measures a group's links."""
 ROUNDS = 5
 LINK_SECONDS = 300.0
-"""For all ranks to form their groups and measure them."""
+"""Time for all ranks to form their groups and measure them."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Finding:
 
 
 def check(config: Config, links: bool = True) -> list[Finding]:
-    """What was found on every reserved node, and with `links` between the ranks.
+    """Findings on every reserved node, and with `links` between the ranks.
 
     Raises UserError when the nodes cannot be reserved or one cannot read the model or a data file.
     """

@@ -1,4 +1,4 @@
-"""What the page shows of a run, as JSON values: curves, settings, the list of mistakes, and the responses of each
+"""Contents of the page of a run, as JSON values: curves, settings, the list of mistakes, and the responses of each
 problem in parts that the page unpacks when they are opened."""
 
 import math

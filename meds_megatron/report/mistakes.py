@@ -1,6 +1,6 @@
 """The mistakes of a run: the wrong responses of each problem, clustered as the error memory clusters them.
 
-A rollout row has the label that its response had at its own step, and the memory numbers clusters anew in every step.
+A rollout row has the label that its response had at its own step, and the memory renumbers its clusters in every step.
 The report therefore clusters all fingerprints of a problem once, as the memory does by its settings, so that a mistake
 is the same one from the first step to the last.
 """

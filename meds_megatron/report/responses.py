@@ -24,7 +24,7 @@ FAILED_GRADINGS = ("timeout", "error")
 class Problem:
     question: str
     answer: str
-    """The expected one."""
+    """The expected answer."""
     source: str
     """Data set, or kind of problem."""
 

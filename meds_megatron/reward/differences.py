@@ -27,7 +27,7 @@ PERTURBATION = 1e-10
 """Random relative error of each operation, far above that of a float, so that cancellation shows in the spread."""
 RELATIVE_TOLERANCE = 1e-7
 DECIMAL_TOLERANCE = 2e-6
-"""Absolute tolerance beside a decimal number: math-verify rounds to six decimals."""
+"""Absolute tolerance where one side is a decimal number: math-verify rounds to six decimals."""
 
 _REMOVED = re.compile(
     r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])|\\[!,;:]|\\(?=\s)|[~$]|\.\s*$|(?<=\\)[dtc](?=frac(?![a-zA-Z]))"
@@ -181,7 +181,7 @@ class _Evaluation:
             raise _Undecided
 
     def _next(self) -> str:
-        """The token at the present position, "" at the end."""
+        """The token at the current position, "" at the end."""
         match = _TOKEN.match(self.text, self.position)
         if match is None and self.text[self.position :].strip():
             raise _Undecided

@@ -198,7 +198,7 @@ class GraderProcess(subprocess.Popen):
     def __init__(self, memory_gib: float, grader: str = RewardConfig.grader) -> None:
         self._memory_gib = memory_gib
         self.since: float | None = None
-        """When it got the answer that it is judging (time.monotonic); None between two."""
+        """Time (time.monotonic) at which it got the answer that it is judging; None between two."""
         self._pipe, theirs = Pipe()
         with theirs:
             descriptor = theirs.fileno()

@@ -1,4 +1,4 @@
-"""Terms of a response's score beside its correctness: DAPO's over-long penalty and the penalty of MEDS."""
+"""Terms of a response's score besides its correctness: DAPO's over-long penalty and the penalty of MEDS."""
 
 from typing import Literal
 

@@ -23,9 +23,9 @@ _OPENING = re.compile(BOX_OPENING.encode())
 class AnswerPosition(NamedTuple):
     """Position of a response's answer.
 
-    `token` is the index of the token that holds the `{` of the last `\\boxed{`, -1 where `reason` says why there is no
-    answer. The token after it is the answer's first; where the brace is merged with the beginning of the answer, it is
-    still the next one, since that is what the model predicts there.
+    `token` is the index of the token that holds the `{` of the last `\\boxed{`, -1 without an answer, for the reason
+    `reason`. The token after it is the answer's first; where the brace is merged with the beginning of the answer, it
+    is still the next one, since that is what the model predicts there.
     """
 
     token: int

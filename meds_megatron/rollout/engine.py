@@ -56,7 +56,7 @@ class Request:
     batch: int = 0
     """Requests that were submitted together have one number."""
     seed: int | None = None
-    """Of the batch, None where it need not be repeatable."""
+    """Seed of the batch; None where it need not be repeatable."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ class RolloutEngine(SupervisedActor):
 
     With `rollout.on_update: continue` a weight update interrupts the requests under way between two tokens. Nothing
     that old weights computed is used with the new ones: the prefix cache is emptied and the requests' own KV cache is
-    computed anew when they go on.
+    recomputed when they continue.
 
     The actor is neither asynchronous nor has it several threads for its calls, since Ray would then not keep their
     order, which weights on the network need. `take_finished`, which waits, has a concurrency group of its own, and so
-    has what is asked of any supervised actor.
+    have the methods of any supervised actor.
     """
 
     waiting_methods = ("watch", "take_finished")

@@ -12,7 +12,7 @@ from meds_megatron.rollout.engine import MAY_WAIT, Request
 from meds_megatron.rollout.health import EngineHealth, EngineState
 
 HUNG_SECONDS = 30
-"""For a new process on the node of an engine, to look at that and kill it."""
+"""Time for a new process on the node of an engine to inspect the engine and kill it."""
 
 
 @dataclass
@@ -22,19 +22,19 @@ class Engine:
     number: int
     node: int
     options: dict[str, Any]
-    """Of its Ray actor."""
+    """Options of its Ray actor."""
     health: EngineHealth
     actor: ray.actor.ActorHandle = field(init=False)
-    """Another after every restart."""
+    """Its Ray actor, another after every restart."""
     identity: Future | None = None
     """Node and process id of the actor."""
     hung: str | None = None
-    """Why the actor was killed, where it made no progress."""
+    """Reason why the actor was killed, where it made no progress."""
     starting: Future | None = None
     finished: Future | None = None
     """The call that waits for finished requests."""
     running: dict[int, Request] = field(default_factory=dict)
-    """By request number."""
+    """Unfinished requests by number."""
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""Which prompts are generated when, and which groups a training step takes: a state machine without I/O."""
+"""Schedule of the prompts to generate and the groups that a training step takes: a state machine without I/O."""
 
 from collections.abc import Sequence
 from math import sqrt
@@ -18,7 +18,7 @@ class GroupSchedule:
 
     With S > 0 prompts are admitted as soon as there is room for them, also between steps (as many for each as its
     generation batches would have), and groups are examined as they finish. Those that a full step has no use for wait
-    for the next one. For every version d from the present one v on, slack(d) is the number of places in steps up to
+    for the next one. For every version d from the current one v on, slack(d) is the number of places in steps up to
     that of version d, less those that groups whose deadline is at d or before will need:
 
         slack(d) = places left in the open step + (d - v) P - demand(groups with a deadline <= d)
@@ -45,11 +45,11 @@ class GroupSchedule:
         self._finished: dict[int, int] = {}
         """The same of finished groups that no step has examined."""
         self.version = 0
-        """Of the policy: that of the open step, or of the next one."""
+        """Version of the policy: that of the open step, or of the next one."""
         self._is_open = False
         self._later_steps = config.train.steps
         self._batches = self._kept = self._examined = 0
-        """Of the open step: generation batches (with `max_staleness` 0), groups kept and examined."""
+        """Counts of the open step: generation batches (with `max_staleness` 0), groups kept and examined."""
         self._drawn = -self.max_staleness * self.prompts_per_step
         """Prompts admitted since the last step was closed; the first step also admits those that are ahead of it."""
         self._recently_kept = self._recently_filtered = 0.0
@@ -86,7 +86,7 @@ class GroupSchedule:
         return max(0, min(self._most_under_way(places) - under_way, self._max_batches * self._batch - self._drawn))
 
     def open_step(self, version: int, later_steps: int) -> None:
-        """Begins a step that trains the policy of `version` and is followed by so many."""
+        """Begins a step that trains the policy of `version` and is followed by `later_steps`."""
         self.version, self._later_steps, self._is_open = version, later_steps, True
         self._batches = self._kept = self._examined = 0
 
@@ -132,7 +132,7 @@ class GroupSchedule:
         return {number for number, version in admitted.items() if version + self.max_staleness <= d}
 
     def _within_deadlines(self, numbers: Sequence[int]) -> list[int]:
-        """Those of `numbers` that can be examined together and leave every other group a place before its deadline."""
+        """Groups of `numbers` that can be examined together and leave every other group a place before its deadline."""
         slack = {d: self._slack(d) for d in range(self.version, self.version + self.max_staleness)}
         chosen: list[int] = []
         for number in numbers:
@@ -149,18 +149,18 @@ class GroupSchedule:
         return places - self._demand(len(self._due(d)))
 
     def _demand(self, groups: int) -> float:
-        """Places that so many groups are likely to need at most."""
+        """Places that `groups` groups are likely to need at most."""
         if self._batch <= self.prompts_per_step:
             return groups
         share = self._kept_share
         return min(groups, groups * share + 2 * sqrt(groups * share * (1 - share)))
 
     def _most_under_way(self, places: int) -> int:
-        """Groups to have under way for so many places."""
+        """Groups to have under way for `places` places."""
         most = max(places, places * self._batch // self.prompts_per_step)
         return next(groups for groups in range(most, places - 1, -1) if self._demand(groups) <= places)
 
     @property
     def _kept_share(self) -> float:
-        """Of the groups that the filter sees; 1 before it saw any."""
+        """Share of the groups that the filter keeps; 1 before it saw any."""
         return (self._recently_kept + 1) / (self._recently_filtered + 1)

@@ -1,6 +1,6 @@
 """Health of one engine as a state machine without I/O.
 
-STARTING until the model is loaded, STALE until the engine has the policy's present weights, FRESH afterwards. A weight
+STARTING until the model is loaded, STALE until the engine has the policy's current weights, FRESH afterwards. A weight
 update makes it STALE until its end, a sleep without weights until the next one; a failure makes it STARTING again.
 """
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 STEP_TOKENS = 4096
 """Prompt tokens of a step in evaluations without CUDA: vLLM's own default there."""
 FREE_SHARE = 0.01
-"""Of the GPU, which has to be free when vLLM starts. Where the size of the KV cache is given it has no other use, and
-vLLM's default would refuse a GPU on which a trainer rank is."""
+"""Share of the GPU that has to be free when vLLM starts. Where the size of the KV cache is given it has no other use,
+and vLLM's default would refuse a GPU on which a trainer rank is."""
 
 
 def make_llm(
@@ -69,7 +69,7 @@ def make_llm(
 
 
 def kv_cache_arguments(rollout: RolloutConfig, use_gpu: bool) -> dict[str, Any]:
-    """vLLM's arguments for the KV cache. Where neither config nor plan says its size, vLLM finds what is free."""
+    """vLLM's arguments for the KV cache. Where neither config nor plan gives its size, vLLM finds what is free."""
     size = rollout.kv_cache_gib or (None if use_gpu else CPU_KV_CACHE_GIB)
     return {} if size is None else {"kv_cache_memory_bytes": int(size * 2**30), "gpu_memory_utilization": FREE_SHARE}
 

@@ -64,10 +64,9 @@ class EnginePool:
         alarm: Future | None = None,
         evaluation: bool = False,
     ) -> None:
-        """Every wait for the engines ends when `alarm` fails, and raises what it fails with. `evaluation` as in
-        `RolloutEngine`."""
+        """Blocking calls raise the exception set on `alarm`. `evaluation` as in `RolloutEngine`."""
         self.restarts = self.regenerated_prompts = 0
-        """Since the last `metrics`."""
+        """Counts since the last call of `metrics`."""
         self.finished_requests = 0
         self._run_dir, self._alarm = config.run_dir, alarm or Future()
         self._disk_version, self._evaluation = disk_version, evaluation
@@ -177,7 +176,7 @@ class EnginePool:
         return [engine.number for engine in self.engines if engine.health.state is not EngineState.STARTING]
 
     def stale(self) -> list[int]:
-        """Engines that have loaded the model but lack the present weights."""
+        """Engines that have loaded the model but lack the current weights."""
         return [number for number in self.ready() if self.engines[number].health.state is EngineState.STALE]
 
     def call(self, engines: Iterable[int], method: str, *arguments: Any) -> dict[int, ray.ObjectRef]:
@@ -330,7 +329,7 @@ class EnginePool:
         return event.result()
 
     def _result(self, engine: Engine, event: Future) -> Any:
-        """Result of a call of the engine's present actor; None if it failed: the engine is then being restarted."""
+        """Result of a call of the engine's current actor; None if it failed: the engine is then being restarted."""
         try:
             return event.result()
         except UserError:
@@ -379,7 +378,7 @@ class EnginePool:
             ray.kill(engine.actor)
 
     def _wait_for_any(self, *events: Future) -> None:
-        """Returns when one of `events` is done. Raises what the alarm fails with."""
+        """Returns when one of `events` is done. Raises the exception set on the alarm."""
         concurrent.futures.wait([*events, self._alarm], return_when=concurrent.futures.FIRST_COMPLETED)
         if self._alarm.done():
             self._alarm.result()

@@ -106,7 +106,7 @@ class Sample:
 
     @property
     def final_answer(self) -> str:
-        r"""What the last `\boxed{}` holds, one text for all spellings (`answer_class`); empty without a box."""
+        r"""Content of the last `\boxed{}`, one text for all spellings (`answer_class`); empty without a box."""
         return answer_class(last_boxed(self.completion.text) or "")
 
 

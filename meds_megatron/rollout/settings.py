@@ -11,7 +11,7 @@ class Sampling:
     """Sampling parameters of a prompt."""
 
     responses: int
-    """Of each prompt."""
+    """Responses to each prompt."""
     max_tokens: int
     temperature: float = 1.0
     """0 always takes the likeliest token."""

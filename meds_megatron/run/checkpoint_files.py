@@ -111,7 +111,7 @@ def newest(
     if damages:
         raise UserError(
             f"{directory}: no checkpoint is whole, and the newest is damaged ({damages[0]}): put its files back, "
-            "give the run a name of its own (name=...) to start anew, or remove the directory"
+            "give the run a name of its own (name=...) to start from scratch, or remove the directory"
         )
     return None
 
@@ -122,7 +122,7 @@ def any_completed(directory: Path) -> bool:
 
 
 def damage_of(path: Path, content: bool = True, skip_memory: bool = False) -> str | None:
-    """As `digests.damage_of`, with a look into the state."""
+    """Damage as by `digests.damage_of`, with a look into the state."""
     damage = digests.damage_of(path, content, skip=MEMORY if skip_memory else None)
     return damage or _damage_of_state(path)
 
@@ -161,8 +161,8 @@ def mark_complete(path: Path, taken: Mapping[str, str] | None = None) -> None:
 
 
 def partial_directory(path: Path) -> Path:
-    """A directory in which a save of the checkpoint `path` writes, and no other: processes that were stopped may wake
-    and go on with an older one."""
+    """A directory in which a save of the checkpoint `path` writes, and no other: processes that were stopped may resume
+    and continue with an older one."""
     return atomic.partial_name(path)
 
 

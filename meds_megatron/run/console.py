@@ -18,7 +18,7 @@ from meds_megatron.config import Config
 TABLE_ROWS = 10
 BAR_WIDTH = 60
 SHORTEST_SECONDS = 0.05
-"""A line of a log leaves shorter phases out."""
+"""Shortest phase that a line of a log shows."""
 SPARKS = "▁▂▃▄▅▆▇█"
 PHASE_COLOURS = {
     "rollout": "cyan",

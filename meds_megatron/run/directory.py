@@ -1,4 +1,4 @@
-"""The directory of a run: its config, metrics, rollouts, checkpoints, exports and logs, and its one writer."""
+"""The directory of a run: its config, metrics, rollouts, checkpoints, exports and logs, and its single writer."""
 
 import shutil
 import sys
@@ -62,7 +62,7 @@ class RunDirectory(RunPaths):
                     self._discard(keep_logs)
 
     def check_lock(self) -> None:
-        """Raises UserError when the claim has passed to another process. Asked before each change of a file that the
+        """Raises UserError when the claim has passed to another process. Called before each change of a file that the
         other one has, or reads."""
         if self._lock is not None:
             check_lock(self._lock)
@@ -89,8 +89,8 @@ class RunDirectory(RunPaths):
                 self._keep_metrics(last)
         except OSError as error:
             raise UserError(
-                f"{error.filename or self.path} cannot be removed or written ({error.strerror}), which a run that goes "
-                "on from an earlier step needs: make space or access there"
+                f"{error.filename or self.path} cannot be removed or written ({error.strerror}), which a run that "
+                "continues from an earlier step needs: make space or access there"
             ) from error
 
     def _keep_metrics(self, last: int) -> None:
@@ -117,7 +117,7 @@ class RunDirectory(RunPaths):
         checkpoint = self.newest_checkpoint()
         saved = checkpoint.config if checkpoint else load_config(self.config)
         # A run that died before its first checkpoint, which is complete when the second begins, starts again. One that
-        # went on beyond that, or that finished, has lost its checkpoints and is not overwritten.
+        # continued beyond that, or that finished, has lost its checkpoints and is not overwritten.
         last = self.last_logged_step()
         had_none_yet = last <= 2 * saved.checkpoint.every and last < saved.train.steps
         if checkpoint is None and not (had_none_yet and config.checkpoint.every):

@@ -13,10 +13,11 @@ from filelock import SoftFileLease, Timeout
 from meds_megatron.errors import UserError
 
 LEASE_SECONDS = 60.0
-"""A process of another host that has not renewed its claim for so long is dead. One of this host is asked directly."""
+"""A process of another host that has not renewed its claim for this long is dead. One of this host is checked
+directly."""
 SAME_HOST_SECONDS = 2.0
 UNREADABLE_SECONDS = 4.0
-"""In which a file that holds no claim is taken over."""
+"""Time within which a file that holds no claim is taken over."""
 READS = 3
 READ_PAUSE_SECONDS = 0.1
 
@@ -41,7 +42,7 @@ def run_lock(directory: Path) -> Iterator[SoftFileLease]:
 
 
 def check_lock(lease: SoftFileLease) -> None:
-    """Raises UserError when the lock has passed to another process, as its file says at this moment: the thread that
+    """Raises UserError when the lock has passed to another process, as its file shows at this moment: the thread that
     renews the claim of a process that was stopped notices it only after a while."""
     loss = lock_loss(lease)
     if loss is not None:
@@ -52,7 +53,7 @@ def check_lock(lease: SoftFileLease) -> None:
 
 
 def lock_loss(lease: SoftFileLease) -> str | None:
-    """How the lock was lost; None while this process has it."""
+    """Reason why the lock was lost; None while this process has it."""
     noticed = None if lease.compromise is None else lease.compromise.reason
     for read in range(READS):
         # A process that wants the lock may move the file aside for an instant.

@@ -29,7 +29,7 @@ class RunLog:
 
     @property
     def wandb_id(self) -> str | None:
-        """Of the wandb run, None without one."""
+        """Id of the wandb run; None without one."""
         return self._wandb.id if self._wandb else None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -11,7 +11,7 @@ from meds_megatron.json_text import parse_json
 class MetricsLine:
     step: int
     values: dict[str, float | None]
-    """By metric, `step` among them; None for one that was not finite."""
+    """Values by metric, `step` among them; None for one that was not finite."""
     text: str
 
 
@@ -32,7 +32,7 @@ def read_metrics(path: Path) -> list[MetricsLine]:
 
 
 def _values(line: bytes) -> dict | None:
-    """None for a line that is not one of metrics."""
+    """Values of a line; None for one that is not of metrics."""
     try:
         values = parse_json(line)
     except ValueError:

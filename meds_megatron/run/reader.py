@@ -15,11 +15,11 @@ from meds_megatron.run.paths import RunPaths
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What a run has written so far."""
+    """Settings, metrics and files that a run has written so far."""
 
     path: Path
     settings: dict[str, Any]
-    """By dotted key, as the run saved them: those of another version of this program may have other keys."""
+    """Settings by dotted key, as the run saved them: those of another version of this program may have other keys."""
     metrics: list[dict]
     """A dict a step, oldest first, with the names of `metrics.jsonl`."""
     rollouts: list[Path]

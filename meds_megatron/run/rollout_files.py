@@ -42,8 +42,8 @@ ROLLOUT_SCHEMA = pa.schema(
 def write_rollouts(path: Path, step: int, columns: Mapping[str, Sequence]) -> None:
     """Writes a step's responses; the file appears whole or not at all. Raises UserError where it cannot be written.
 
-    `columns` has every column of ROLLOUT_SCHEMA but `step`, all of one length; None where a response has no such
-    value (no fingerprint, say, or no advantage because the group was not kept).
+    `columns` has every column of ROLLOUT_SCHEMA but `step`, all of one length; None where a response has no such value
+    (for example no fingerprint, or no advantage because the group was not kept).
     """
     rows = len(columns["key"])
     table = pa.table({**columns, "step": [step] * rows}, schema=ROLLOUT_SCHEMA)

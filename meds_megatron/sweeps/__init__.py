@@ -1,4 +1,4 @@
-"""Where the processes of a run are and how they get there: Ray clusters, placement, Slurm jobs, sweeps.
+"""Sweeps: runs of one config that differ in settings and seeds, as Slurm jobs or on this machine.
 
 Importing the package loads nothing else: the batch script of a job runs with no more than Python.
 """

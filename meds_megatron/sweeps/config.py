@@ -26,18 +26,18 @@ class SweepJobConfig:
 
     nodes: int = 1
     gpus_per_node: int = 8
-    """0 for runs without GPUs. With local processes: of each run, where the machine has GPUs."""
+    """0 for runs without GPUs. With local processes: GPUs of each run, where the machine has GPUs."""
     cpus_per_task: int | None = None
     memory: str | None = None
-    """Of a node, as sbatch --mem takes it; null is all of it with `exclusive`, else Slurm's default."""
+    """Memory of a node, as sbatch --mem takes it; null is all of it with `exclusive`, else Slurm's default."""
     exclusive: bool = True
     hours: float = 24.0
     save_seconds: int = 600
-    """Before the time is up, for the run to save itself; the job is then requeued."""
+    """Seconds before the time is up for the run to save itself; the job is then requeued."""
     partition: str | None = None
     account: str | None = None
     python: str = ""
-    """In the container, if there is one; empty is the present one."""
+    """Python of the job, in the container if there is one; empty is the current one."""
     srun: list[str] = field(default_factory=list)
     """More options of srun, such as those of a container."""
 
@@ -51,11 +51,11 @@ class SweepConfig:
     config: str = ""
     """The runs' config, relative to the sweep's file."""
     directory: str = ""
-    """Of the runs and the table; default: runs/NAME."""
+    """Directory of the runs and the table; default: runs/NAME."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Of all runs: any keys of a config."""
+    """Settings of all runs: any keys of a config."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
-    """Values of keys."""
+    """Values of keys, of which every combination is a run."""
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings of single runs by name; with a grid, each of them has all of its combinations."""
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -64,7 +64,7 @@ class SweepConfig:
     concurrent: int = 4
     """Runs at a time."""
     retries: int = 1
-    """Of a run that failed."""
+    """Further attempts at a run that failed."""
     job: SweepJobConfig = field(default_factory=SweepJobConfig)
 
 
@@ -76,10 +76,10 @@ class SweepRun:
     differences: dict[str, Any]
     """Settings in which the runs differ."""
     arguments: list[str]
-    """Of `meds train`."""
+    """Arguments of `meds train`."""
     directory: Path
     config: Config
-    """That `arguments` make."""
+    """Config that `arguments` make."""
 
     @property
     def steps(self) -> int:

@@ -1,6 +1,6 @@
 """Runs of a sweep, submitted with submitit to Slurm or to this machine's processes, and the table of their results.
 
-What is finished is read from the runs' own directories, so a sweep that is started again goes on where it stopped:
+What is finished is read from the runs' own directories, so a sweep that is started again continues where it stopped:
 finished runs are left alone, jobs that are still queued or running are followed, others are submitted.
 """
 
@@ -37,7 +37,7 @@ from meds_megatron.sweeps.config import SEED, SweepConfig, SweepRun, expand, loa
 
 POLL_SECONDS = {"local": 2.0, "slurm": 15.0}
 LOST_SECONDS = 30.0
-"""After which a job that Slurm no longer lists, and that has left no result, counts as failed."""
+"""Time after which a job that Slurm no longer lists, and that has left no result, counts as failed."""
 LOCAL_MINUTES = 10 * 365 * 24 * 60
 """submitit wants a limit on the time of a local run, which has none."""
 
@@ -83,16 +83,16 @@ class Tracked:
     run: SweepRun
     state: State = "waiting"
     attempts: int = 0
-    """In this start of the sweep."""
+    """Attempts in this start of the sweep."""
     job: submitit.Job | None = None
     missing_since: float | None = None
     gpus: list[str] = field(default_factory=list)
-    """Of this machine, that a local run has to itself."""
+    """GPUs of this machine that a local run has to itself."""
     metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def latest_job(self) -> submitit.Job:
-        """Of a run that was submitted."""
+        """Latest job of a run that was submitted."""
         assert self.job is not None
         return self.job
 
@@ -137,7 +137,7 @@ class Sweep:
                     return rows
                 time.sleep(POLL_SECONDS[self._executor_name])
         except BaseException:
-            # Slurm's jobs go on without this process, and the next start follows them.
+            # Slurm's jobs continue without this process, and the next start follows them.
             if self._executor_name == "local":
                 self._stop_local_runs()
             raise

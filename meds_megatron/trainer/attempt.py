@@ -119,18 +119,18 @@ def _train(
     except Stopped as stop:
         # Raised before the step changes the policy or the memory.
         path = checkpointer.save_last()
-        saved = f"the run goes on from {path}" if path else "nothing is saved (checkpoint.every=0)"
+        saved = f"the run continues from {path}" if path else "nothing is saved (checkpoint.every=0)"
         raise interruption.stopped(f"{stop} after step {state.step - 1}: {saved}") from stop
     checkpointer.complete()
 
 
 def resume(checkpoint: Checkpoint, processes: Processes) -> None:
-    """Continues from a checkpoint. Under another layout the random states start anew."""
+    """Continues from a checkpoint. Under another layout the random states start from scratch."""
     policy = processes.policy
     same_layout = checkpoint.layout == asdict(policy.layout)
     policy.load(str(checkpoint.path), same_layout)
     for damage in processes.memory.restore(str(checkpoint.memory)):
-        logger.warning("the error memory goes on without a part: %s", damage)
+        logger.warning("the error memory skipped a damaged file: %s", damage)
     if not (restore_engines(checkpoint, processes.pool) and same_layout):
-        logger.warning("resumed under another layout: random states start anew")
+        logger.warning("resumed under another layout: random states start from scratch")
     logger.info("resumed from %s", checkpoint.path)

@@ -114,7 +114,7 @@ class Checkpointer:
 
     def _take_state(self) -> None:
         self._state, self._policy_version = self._current_state.state_dict(), self._weight_sync.version
-        """As of the last finished step."""
+        """State and policy version as of the last finished step."""
 
     def _begin(self) -> None:
         self.complete()

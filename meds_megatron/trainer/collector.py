@@ -18,8 +18,8 @@ from meds_megatron.trainer.state import TrainerState
 
 
 class Collector:
-    """Fills steps with groups, as the `GroupSchedule` says. With `train.max_staleness` above 0 it also submits prompts
-    ahead of the steps that train on them."""
+    """Fills steps with groups by the `GroupSchedule`. With `train.max_staleness` above 0 it also submits prompts ahead
+    of the steps that train on them."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Collector:
         self._indices: dict[int, int] = {}
         """Index of the prompt of each group that was submitted and not examined, by the group's number."""
         self._finished: dict[int, PromptGroup] = {}
-        """Those that are generated and graded."""
+        """Groups that are generated and graded, by number."""
         self._again = deque(state.unfinished)
         """Prompts that the run before a restart had begun."""
 

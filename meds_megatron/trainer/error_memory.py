@@ -90,7 +90,7 @@ class ErrorMemory:
         return step_metrics(self._supervisor.results([shard.stats.remote() for shard in self._shards]))
 
     def begin_save(self, directory: str) -> None:
-        """The shards write themselves into a directory, each when it has done what was asked of it before."""
+        """The shards write themselves into a directory, each after the calls made before."""
         self._saving = [shard.save.remote(directory) for shard in self._shards]
 
     def finish_save(self) -> dict[str, str]:

@@ -25,14 +25,14 @@ def fork_servers(config: Config) -> Iterator[Sequence[ForkServer]]:
         )
         servers = []
         for server in (engines, ranks):
-            # Without room in shared memory or for a process, workers start in the ordinary way, or say so.
+            # Without room in shared memory or for a process, workers start in the ordinary way, or raise.
             with suppress(OSError):
                 servers.append(stack.enter_context(server))
         yield servers
 
 
 def runs_here_without_gpu(config: Config) -> bool:
-    """Whether the ranks will be on this machine and have no GPU, as far as can be told before torch is imported."""
+    """Whether the ranks will be on this machine and have no GPU, as far as is known before torch is imported."""
     cluster = config.cluster
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
     return cluster.address is None and (cluster.device == "cpu" or (cluster.device == "auto" and not has_gpu))

@@ -64,7 +64,7 @@ class Generation:
         return self._producer.submit(prompts, sampling, seed, first)
 
     def take_finished(self, numbers: Collection[int]) -> dict[int, PromptGroup]:
-        """Those of the groups `numbers` that are finished and were not taken before, by number."""
+        """Groups of `numbers` that are finished and were not taken before, by number."""
         return {number: self._finished.pop(number) for number in [*self._finished] if number in numbers}
 
     def check_stop(self) -> None:

@@ -20,14 +20,14 @@ def check_mismatch(step: int, metrics: dict[str, float], config: Config) -> None
 def check_updates(step: int, before: int, updates: list[UpdateOutput], config: Config, run: RunDirectory) -> int:
     """Consecutive skipped updates up to now, `before` of them before this step.
 
-    Raises UserError after `faults.max_bad_updates` in a row; it names the checkpoint from which the run can go on.
+    Raises UserError after `faults.max_bad_updates` in a row; it names the checkpoint from which the run can continue.
     """
     in_a_row, limit = before, config.faults.max_bad_updates
     for update in updates:
         in_a_row = in_a_row + 1 if update.skipped else 0
         if in_a_row == limit:
             checkpoint = run.newest_checkpoint()
-            go_on = f"and go on from {checkpoint.path}" if checkpoint else "and start again: there is no checkpoint"
+            go_on = f"and continue from {checkpoint.path}" if checkpoint else "and start again: there is no checkpoint"
             raise UserError(
                 f"Step {step}: the loss or gradient of {limit} updates in a row was not finite "
                 f"(faults.max_bad_updates): look for the cause in {run.rollouts_of(step)}, lower optimizer.lr, {go_on}"

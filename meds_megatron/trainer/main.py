@@ -44,7 +44,7 @@ def train(config: Config, servers: Sequence[ForkServer] = ()) -> None:
     with run.claim(config):
         checkpoint = run.newest_checkpoint()
         if checkpoint and checkpoint.step >= config.train.steps:
-            _print_progress(f"{run.path} has finished its {checkpoint.step} steps: raise train.steps to go on")
+            _print_progress(f"{run.path} has finished its {checkpoint.step} steps: raise train.steps to continue")
             return
         # Processes on other nodes have other working directories.
         config.run_dir = str(run.path)
@@ -54,7 +54,7 @@ def train(config: Config, servers: Sequence[ForkServer] = ()) -> None:
 
 
 def report(run: RunDirectory) -> None:
-    """Writes the report of a finished run. The run is whole without it, so what goes wrong here is only said."""
+    """Writes the report of a finished run. The run is whole without it, so what goes wrong here is only reported."""
     # With numba for the clustering: the training does not need it.
     from meds_megatron.report.page import write_report
 

@@ -34,7 +34,7 @@ class Processes:
     supervisor: Supervisor
     timer: PhaseTimer
     shared_directory: Path
-    """For weights, in the shared memory of every node."""
+    """Directory for weights in the shared memory of every node."""
 
 
 def start_processes(
@@ -60,7 +60,7 @@ def start_processes(
     policy = PolicyGroup(config, str(model_dir), placement, supervisor)
     stack.callback(policy.close)
     if use_gpu:
-        # Loading needs more of a GPU than the rank keeps beside an engine.
+        # Loading needs more of a GPU than the rank keeps next to an engine.
         policy.start()
         if config.rollout.nodes is None:
             policy.offload()

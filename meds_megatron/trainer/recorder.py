@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Writes what each step came to, and ends the run where a limit is exceeded (`trainer.limits`)."""
+    """Writes the results of each step, and ends the run where a limit is exceeded (`trainer.limits`)."""
 
     def __init__(
         self, config: Config, run: RunDirectory, log: RunLog, engines: Engines, memory: Memory, timer: PhaseTimer

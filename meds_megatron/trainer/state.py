@@ -22,7 +22,7 @@ class TrainerState:
     unfinished: list[int] = field(default_factory=list)
     """Prompts, as indices, that were drawn and not trained on or dropped when a step ended, in order: with
     `train.max_staleness` above 0 their responses were under way, and a resumed run generates them again, with its
-    present weights. Without staleness a step leaves nothing over."""
+    current weights. Without staleness a step leaves nothing over."""
     wandb_id: str | None = None
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from meds_megatron.trainer.training_batch import StepBatch
 
 
 def sampling_metrics(rollouts: RolloutBatch) -> dict[str, float]:
-    """Of everything that was generated, the groups that the filter dropped included.
+    """Metrics of everything that was generated, the groups that the filter dropped included.
 
     `accuracy/mean` and `accuracy/solved`, the share of prompts with at least one right response, leave out responses
     whose grading failed (`grading/timeout`, `grading/error`), and are missing where all did.
@@ -56,8 +56,8 @@ def staleness_metrics(rollouts: RolloutBatch, batch: StepBatch) -> dict[str, flo
 
 
 def training_metrics(batch: StepBatch, updates: list[UpdateOutput], target: str) -> dict[str, float]:
-    """Of the responses that are trained on; the mean penalty is of those that `penalty.target` names, the mismatch of
-    the tokens that the policy's own weights drew."""
+    """Metrics of the responses that are trained on; the mean penalty is of those that `penalty.target` names, the
+    mismatch of the tokens that the policy's own weights drew."""
     if not len(batch):
         return {}
     responses = batch.responses

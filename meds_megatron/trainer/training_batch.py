@@ -15,10 +15,10 @@ from meds_megatron.trainer.rollout_batch import RolloutBatch
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What a step trains on; nothing where the filter kept no group or no grading succeeded."""
+    """Responses that a step trains on; none where the filter kept no group or no grading succeeded."""
 
     responses: TrainBatch
-    """With advantages and loss weights."""
+    """Responses with advantages and loss weights."""
     minibatches_B: np.ndarray
     """int64 [B] mini-batch of each response."""
     ages_R: np.ndarray

@@ -36,7 +36,8 @@ class Validator:
         self._config, self._prompts, self._generation, self._timer = config, prompts, generation, timer
 
     def is_due(self, step: int) -> bool:
-        """Before the first step, every `train.validate_every` steps and after the last one, if there is data for it."""
+        """Whether to validate: before the first step, every `train.validate_every` steps and after the last one, if
+        there is data for it."""
         every = self._config.train.validate_every
         return bool(every and self._config.data.validation) and (step % every == 0 or step == self._config.train.steps)
 
@@ -48,7 +49,7 @@ class Validator:
     def _generate(self) -> list[PromptGroup]:
         config, generation = self._config, self._generation
         overlaps = config.train.max_staleness > 0
-        # The same draws every time, so that two validations differ by the policy alone; beside other requests no draws
+        # The same draws every time, so that two validations differ by the policy alone; next to other requests no draws
         # can be repeated.
         seed = None if overlaps else config.train.seed
         with self._timer("validation"):

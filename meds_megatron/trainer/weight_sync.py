@@ -62,7 +62,7 @@ class WeightSync:
         policy.prepare_weight_sync(self._spec)
 
     def update(self) -> None:
-        """Gives all engines the present weights under the next version. Raises UserError when a checksum differs."""
+        """Gives all engines the current weights under the next version. Raises UserError when a checksum differs."""
         self.version += 1
         self._load(self._pool.ready())
 
@@ -71,7 +71,7 @@ class WeightSync:
         self.version += 1
 
     def refill(self) -> None:
-        """Gives restarted engines the present weights under the present version; returns at once when there are none.
+        """Gives restarted engines the current weights under the current version; returns at once when there are none.
 
         Raises UserError when a checksum differs.
         """
@@ -158,10 +158,10 @@ class _BucketTransfer:
 
     bucket: int
     staged: dict[int, ray.ObjectRef]
-    """By trainer rank."""
+    """Staged buckets by trainer rank."""
     sent: list[ray.ObjectRef]
     loads: dict[int, ray.ObjectRef]
-    """By engine."""
+    """Loads by engine."""
 
 
 def compare(expected: Checksums, found: Checksums, engine: int) -> None:

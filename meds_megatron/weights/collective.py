@@ -9,7 +9,7 @@ from meds_megatron.errors import UserError
 
 LONGEST_TEXT = 4096
 _NONE = -1
-"""In place of the length of a text."""
+"""Length that stands for no text."""
 
 
 def on_all_ranks(step: Callable[[], None], name: str) -> None:

@@ -1,4 +1,4 @@
-"""Directories that are complete or absent: written under a hidden name beside the target, renamed at the end."""
+"""Directories that are complete or absent: written under a hidden name next to the target, renamed at the end."""
 
 import fcntl
 import os

@@ -29,9 +29,9 @@ def export_hf(
 ) -> None:
     """Writes the model to `directory` as Hugging Face expects it. Called by all ranks, under megatron's parallel state.
 
-    `source` gives the configuration and tokenizer, `dtype` the type of the weights (default: the model's own). Of
-    each pipeline stage the first rank (tensor- and data-parallel rank 0) writes files of at most `max_file_bytes` (one
-    tensor may exceed it), so the stages need a common file system. Beside the model, memory holds one bucket.
+    `source` gives the configuration and tokenizer, `dtype` the type of the weights (default: the model's own). Of each
+    pipeline stage the first rank (tensor- and data-parallel rank 0) writes files of at most `max_file_bytes` (one
+    tensor may exceed it), so the stages need a common file system. Besides the model, memory holds one bucket.
 
     Raises UserError on every rank when one fails: an existing `directory` without `overwrite`, no config.json in
     `source`, a full disk.

@@ -1,4 +1,4 @@
-"""From the parameters of a rank to Hugging Face tensors, one bucket at a time."""
+"""Gathering of the parameters of a rank into Hugging Face tensors, one bucket at a time."""
 
 from collections.abc import Iterable, Iterator
 
@@ -18,7 +18,7 @@ def iterate_hf(
 
     A collective of the tensor-parallel group: all its ranks iterate to the end; rank 0 gets the tensors, the others
     empty dicts. Vocabulary padding is cut off and a tied head is left out. Tensors are in the model's dtype, on its
-    device, and may be the parameters themselves: copy a tensor that must outlive an update. Beside the model, memory
+    device, and may be the parameters themselves: copy a tensor that must outlive an update. Besides the model, memory
     holds one bucket and the shards of the parameter being gathered.
     """
     held = rank_parameters(model_chunks, shape, tp_group.size())

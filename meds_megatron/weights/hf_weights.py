@@ -30,12 +30,13 @@ class HfWeights:
         self.source = index if index.exists() else self.directory / SINGLE_FILE
         self.files: dict[str, Path] = self._indexed(index) if index.exists() else self._single(self.source)
         self.dtypes: dict[str, torch.dtype] = {}
-        """Of the tensors that passed `check`."""
+        """Data types of the tensors that passed `check`."""
 
     def check(self, expected: dict[str, HfShape]) -> None:
         """Raises UserError unless the directory holds exactly the tensors of `expected`, each of its shape.
 
-        A head beside tied embeddings, and the rotary frequencies of old checkpoints, may be present and are ignored.
+        A head in addition to tied embeddings, and the rotary frequencies of old checkpoints, may be present and are
+        ignored.
         """
         for name in expected:
             if name not in self.files:

@@ -1,4 +1,4 @@
-"""From a Hugging Face directory into the parameters of this rank; each rank reads only its own slices."""
+"""Loading of a Hugging Face directory into the parameters of this rank; each rank reads only its own slices."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Proof that all members of a process group are processes of the run.
 
 gloo's sockets accept whoever connects first and sends a small number, so a group that formed through a sealed store can
-still have a stranger in a member's place. NCCL's sockets ask for a number that its members read from the store, where a
+still have a stranger in a member's place. NCCL's sockets require a number that its members read from the store, where a
 SealedStore keeps it from strangers.
 """
 

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-# Everything beside the weights that makes the directory usable: a model card or training state does not belong here.
+# Everything besides the weights that makes the directory usable: a model card or training state does not belong here.
 MODEL_FILES = (
     "config.json",
     "generation_config.json",

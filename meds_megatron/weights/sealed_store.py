@@ -85,5 +85,5 @@ class SealedStore(dist.Store):
         return self._clones[-1]
 
     def proof(self, message: bytes) -> bytes:
-        """What only those can compute from `message` who know the secret: an HMAC of 32 bytes."""
+        """HMAC of `message`, 32 bytes, which only those who know the secret can compute."""
         return hmac.digest(self.address.secret, message, hashlib.sha256)

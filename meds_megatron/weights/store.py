@@ -11,7 +11,7 @@ from meds_megatron.weights.sealed_store import SECRET_BYTES, SealedStore
 from meds_megatron.weights.store_address import StoreAddress
 
 JOIN_LIMIT = timedelta(minutes=5)
-"""For all members of a group to connect and to prove that they are."""
+"""Time for all members of a group to connect and to prove that they are members."""
 
 
 def open_store(host: str, members: int) -> SealedStore:

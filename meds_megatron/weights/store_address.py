@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class StoreAddress:
-    """What a process has to know to be a member of a store's groups.
+    """Address and secret that a process needs to be a member of a store's groups.
 
     It travels through Ray, whose token keeps strangers out, or through the pipe of a child process.
     """

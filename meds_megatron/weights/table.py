@@ -173,7 +173,7 @@ class Table:
     """All parameters of one model."""
 
     parameters: dict[str, MegatronParameter]
-    """By Megatron name, in the order of the model."""
+    """Parameters by Megatron name, in the order of the model."""
     hf_shapes: dict[str, HfShape]
     """Every tensor of the Hugging Face directory."""
     buckets: list[list[MegatronParameter]] = field(repr=False)

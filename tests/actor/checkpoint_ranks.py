@@ -78,7 +78,7 @@ def random_numbers(rank: int, directory: str, parallel: dict, target: str, resum
 
 
 def save_where_one_rank_cannot(rank: int, directory: str, parallel: dict, target: str, limit: int) -> str:
-    """What a save raises on this rank when rank 1 cannot write files of more than `limit` bytes."""
+    """Error of a save on this rank when rank 1 cannot write files of more than `limit` bytes."""
     import resource
     import signal
 
@@ -97,7 +97,7 @@ def save_where_one_rank_cannot(rank: int, directory: str, parallel: dict, target
 
 
 def load_error(rank: int, directory: str, parallel: dict, target: str) -> str:
-    """What a load raises."""
+    """Error of a load."""
     policy = make_policy(directory, parallel)
     try:
         checkpoint.load(*parts(policy), target, same_layout=True)
@@ -107,7 +107,7 @@ def load_error(rank: int, directory: str, parallel: dict, target: str) -> str:
 
 
 def load_error_where_torch_unpickles(rank: int, directory: str, parallel: dict, target: str) -> str:
-    """What a load raises where torch's own default is to run what a pickle says."""
+    """Error of a load where torch's own default is to run any pickle."""
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     return load_error(rank, directory, parallel, target)
 

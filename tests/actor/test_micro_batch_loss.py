@@ -1,4 +1,4 @@
-"""What the policy's loss of a micro-batch is computed from."""
+"""Inputs of the policy's loss of a micro-batch."""
 
 import numpy as np
 import pytest

@@ -37,7 +37,7 @@ def three_steps(rank: int, directory: str, parallel: dict, dtype: str, target: s
 
 
 def addresses(policy) -> dict[tuple[int, str], int]:
-    """Where each main weight and moment of the optimizer is."""
+    """Address of each main weight and moment of the optimizer."""
     found = {}
     for number, (main, state) in enumerate(policy.optimizer.chained_optimizers[0].optimizer.state.items()):
         tensors = {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}

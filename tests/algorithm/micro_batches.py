@@ -16,8 +16,8 @@ def micro_batch(
     rollout_logprobs: Tensor | list[float] | None = None,
     entropy: Tensor | list[float] | None = None,
 ) -> LossInputs:
-    """By default all tokens have weight 1 and are one response, the rollout's log-probs are the old ones and entropy
-    is 0. Lists become float64 tensors; the log-probs require a gradient."""
+    """Loss inputs: by default all tokens have weight 1 and are one response, the rollout's log-probs are the old ones
+    and entropy is 0. Lists become float64 tensors; the log-probs require a gradient."""
 
     def tensor(values) -> Tensor:
         return values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float64)

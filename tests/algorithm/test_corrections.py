@@ -59,7 +59,7 @@ class TwoTokens:
 
     @staticmethod
     def _logits(generator: torch.Generator) -> list[Tensor]:
-        """Of the first token, and of the second by the first."""
+        """Logits of the first token, and of the second by the first."""
         return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3,), (3, 3))]
 
     def logprobs_N2(self, logits: list[Tensor]) -> Tensor:
@@ -67,7 +67,7 @@ class TwoTokens:
         return torch.stack([logits[0].log_softmax(-1)[first_N], logits[1].log_softmax(-1)[first_N, second_N]], dim=1)
 
     def exact_gradient(self, weight=None) -> list[Tensor]:
-        """Of the expected reward; with `weight`, of what is left of it when ratios r become weight(r)."""
+        """Gradient of the expected reward; with `weight`, of what is left of it when ratios r become weight(r)."""
         logprobs_N = self.logprobs_N2(self.present).sum(1)
         old_N = self.logprobs_N2(self.old).sum(1)
         ratio_N = (logprobs_N - old_N).detach().exp()
@@ -75,7 +75,7 @@ class TwoTokens:
         return torch.autograd.grad((weights_N * self.rewards_N * logprobs_N).sum(), self.present)
 
     def loss_gradient(self, config: PolicyConfig) -> list[Tensor]:
-        """Of the expected loss when the older policy draws the responses."""
+        """Gradient of the expected loss when the older policy draws the responses."""
         logprobs_T, rollout_T = self.logprobs_N2(self.present).flatten(), self.logprobs_N2(self.old).flatten()
         inputs = micro_batch(
             logprobs_T,

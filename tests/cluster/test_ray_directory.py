@@ -16,7 +16,7 @@ from meds_megatron.cluster.slurm.environment import SlurmJob
 from meds_megatron.errors import UserError
 
 LONGEST_SESSION = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-"""Of Ray's process with the highest number that Linux gives."""
+"""Longest session path: that of Ray's process with the highest number that Linux gives."""
 NAME = "meds-ray-01234567"
 KILLED = """
 import os, signal

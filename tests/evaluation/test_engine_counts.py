@@ -1,4 +1,4 @@
-"""How many engines an evaluation starts, and where."""
+"""Number and places of the engines of an evaluation."""
 
 import pytest
 

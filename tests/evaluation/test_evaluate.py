@@ -93,7 +93,7 @@ def test_an_evaluation_is_repeatable_also_across_an_interruption(
 
 
 def check_output(output: Path, problems: str, last: dict) -> None:
-    """Rows in LIMO's fields and in the order of the data, settings in name and header, csv and plot beside it."""
+    """Rows in LIMO's fields and in the order of the data, settings in name and header, csv and plot next to it."""
     header, *rows = [json.loads(line) for line in output.read_bytes().split(b"\n") if line]
     assert header["settings"]["sampling"]["seed"] == 0 and "_n3_max40_seed0_" in output.name
     given = load_problems([problems])
@@ -112,7 +112,7 @@ def check_output(output: Path, problems: str, last: dict) -> None:
 
 
 def test_several_data_sets_graders_and_fingerprints(own_ray, published_run, problems, tmp_path, capsys):
-    """Of a run's export."""
+    """Evaluation of a run's export."""
     other = tmp_path / "other.jsonl"
     other.write_text("".join(Path(problems).read_text().splitlines(keepends=True)[:4]))
     more = ["--data", str(other), "--end-idx", "4", "--grader", "limo", "--grader", "strict", "--fingerprints"]
@@ -162,7 +162,7 @@ def test_a_checkpoint_is_converted_once(plain_model, tmp_path):
 
 
 def test_limos_command_line_works_as_it_is(monkeypatch):
-    """That of LIMO's eval.sh."""
+    """Command line of LIMO's eval.sh."""
     requests = []
 
     def run(request):

@@ -72,7 +72,7 @@ class Run:
 
     @staticmethod
     def settings(directory: Path, model: Path, steps: int, tensor: int = 1) -> list[str]:
-        """Of a tiny run with two data-parallel ranks, and so two memory shards."""
+        """Settings of a tiny run with two data-parallel ranks, and so two memory shards."""
         return [
             f"run_dir={directory}",
             "model.make=no",

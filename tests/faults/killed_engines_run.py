@@ -19,7 +19,7 @@ from meds_megatron.trainer.weight_sync import WeightSync
 GENERATION_TO_KILL = 2
 UPDATE_TO_KILL = 3
 BUCKET_TO_KILL = 3
-"""Of the update, counted from 1: some weights have been loaded, some have not."""
+"""Bucket of the update, counted from 1: some weights have been loaded, some have not."""
 
 
 def processes_of(actor) -> list[int]:

@@ -18,7 +18,7 @@ KINDS = {
 }
 """Command line of each kind of process."""
 RAYS_AGENTS = r"^ray::(DashboardAgent|RuntimeEnvAgent)"
-"""Of a node. They end about a minute after a driver that was killed, and hold nothing of the run."""
+"""Agents of a node. They end about a minute after a driver that was killed, and hold nothing of the run."""
 SHARED_MEMORY = Path("/dev/shm")
 
 

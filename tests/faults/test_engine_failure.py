@@ -1,4 +1,4 @@
-"""Engines that are killed while they generate and during a weight update: the run goes on."""
+"""Engines that are killed while they generate and during a weight update: the run continues."""
 
 import pytest
 

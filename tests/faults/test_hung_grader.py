@@ -1,4 +1,4 @@
-"""A grader that is frozen while it judges: it is named, killed and replaced, and the run goes on."""
+"""A grader that is frozen while it judges: it is named, killed and replaced, and the run continues."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""The death of Ray's own processes under a run: it saves and stops, and goes on with a new Ray where that is its own.
+"""The death of Ray's own processes under a run: it saves and stops, and continues with a new Ray where that is its own.
 
 Everything but the attempt is real, which stands for any: an actor that is called step by step.
 """
@@ -146,7 +146,7 @@ def test_what_waits_for_the_start_of_a_run_ends(tmp_path):
     with Supervisor(str(tmp_path), interruption) as supervisor:
         interruption.ray_died("Ray's GCS has ended")
         assert isinstance(supervisor.alarm, Future)
-        with pytest.raises(RayDied, match="has ended before the training went on: there was nothing new to save"):
+        with pytest.raises(RayDied, match="has ended before training continued: there was nothing new to save"):
             supervisor.alarm.result(HANG_SECONDS)
 
 

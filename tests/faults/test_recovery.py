@@ -1,4 +1,4 @@
-"""What follows a failed attempt."""
+"""Recovery from a failed attempt."""
 
 import pytest
 

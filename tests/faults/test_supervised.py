@@ -1,4 +1,4 @@
-"""What Ray's errors say about an actor that failed, with real actors."""
+"""Contents of Ray's errors about an actor that failed, with real actors."""
 
 import os
 

@@ -74,7 +74,8 @@ class Definition:
                 self.labels[point] = number
 
     def _single_linkage(self) -> dict[frozenset, tuple[float, frozenset, frozenset]]:
-        """Of every set that single linkage makes: the length that joined it, and its halves (Kruskal, all pairs)."""
+        """Merge of every set that single linkage makes: the length that joined it, and its halves (Kruskal, all
+        pairs)."""
         points_NF = units(self.vectors_NF)
         newer, older = np.tril_indices(len(points_NF), -1)
         squares = (points_NF[newer] - points_NF[older]) ** 2

@@ -17,7 +17,7 @@ HIDDEN = 64
 RESPONSES = 7
 WITH_ANSWER = 5
 MAX_TOKENS = 64
-"""Of a prompt, and of a response."""
+"""Most tokens of a prompt, and of a response."""
 
 
 def make_model(directory: Path, name: str, spread: float = 0.1, layers: int = LAYERS) -> Path:

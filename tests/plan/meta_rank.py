@@ -12,9 +12,9 @@ import torch.distributed as dist
 @dataclass(frozen=True)
 class Bytes:
     parameters: int
-    """Of the model's parameters, without padding."""
+    """Bytes of the model's parameters, without padding."""
     weights: int
-    """Of the buffers of the parameters."""
+    """Bytes of the buffers of the parameters."""
     gradients: int
     optimizer: int
     """AdamW's state after a step, and float32 weights where they are copies."""
@@ -46,7 +46,7 @@ def install(device: str) -> None:
 
 
 def rank_bytes(_rank: int, cases: list[tuple]) -> list[Bytes]:
-    """Of each (shape, parallel config, ranks, rank, dtype): what its model, DDP buffers and optimizer hold."""
+    """Bytes of each (shape, parallel config, ranks, rank, dtype): what its model, DDP buffers and optimizer hold."""
     install("meta")
     dist.destroy_process_group()
     found = []
@@ -76,7 +76,8 @@ def _bytes(shape, parallel, dtype: str) -> Bytes:
 
 
 def _optimizer_bytes(built, weights: set[int]) -> int:
-    """Of all state after an AdamW step with real gradients' shapes; masters that are views of the weights are none."""
+    """Bytes of all state after an AdamW step with real gradients' shapes; masters that are views of the weights are
+    none."""
     total = 0
     for group in built.param_groups:
         for main in group["params"]:

@@ -15,7 +15,7 @@ MODELS = {"qwen2": replace(QWEN["Qwen2.5-7B"], **SIZES), "qwen3": replace(QWEN["
 
 
 LENGTHS = [100, 28, 128]
-"""Of the packed sequences of a micro-batch."""
+"""Lengths of the packed sequences of a micro-batch."""
 
 
 def config_of(parallel: dict, dtype: str) -> Config:

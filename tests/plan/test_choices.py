@@ -49,7 +49,7 @@ def test_without_gpus_nothing_moves_and_the_cache_has_one_gib():
     [
         ([], True),
         (["rollout.nodes=8"], False),
-        # The KV cache holds all responses at once with the optimizer beside it.
+        # The KV cache holds all responses at once with the optimizer next to it.
         (["rollout.max_num_seqs=16"], False),
         (["train.offload_optimizer=false"], False),
     ],

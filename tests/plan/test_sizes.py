@@ -18,7 +18,7 @@ MODELS = [
     "Qwen3-8B",
     "Qwen3-32B",
 ]
-"""Those of configs/, and the smallest."""
+"""Models of configs/, and the smallest."""
 COMMON = ["Qwen2.5-0.5B", "Qwen3-32B"]
 """One with tied embeddings, biases and few heads, and a large one without; the others are like one of them."""
 LAYOUTS = [

@@ -1,4 +1,4 @@
-"""What `meds report` writes and says, without a browser."""
+"""Files and messages of `meds report`, without a browser."""
 
 from pathlib import Path
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("processes")
 SECONDS = 1.0
 MEMORY_GIB = 0.5
 ACCOUNTING_SECONDS = 0.2
-"""By which processor time may exceed a limit: what the kernel rounds, and the end of a process."""
+"""Time by which processor time may exceed a limit: what the kernel rounds, and the end of a process."""
 TIMEOUT, GRADED, NO_ANSWER = "timeout", "graded", "no_answer"
 
 # Answers with the outcomes that they may have: how far sympy gets within a second differs between machines.

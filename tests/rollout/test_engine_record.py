@@ -1,4 +1,4 @@
-"""Which engines of a run without progress are its cause."""
+"""Engines that are the cause of a run without progress."""
 
 import pytest
 

@@ -29,7 +29,7 @@ class Driver:
         self.trained: dict[int, int] = {}
         self.dropped: list[int] = []
         self.too_many = 0
-        """Of those, groups that were examined when the step was full."""
+        """Dropped groups that were examined when the step was full."""
         self.version = self.next_number = 0
         self.later_steps = 10**6
         self.steps: list[list[int]] = []

@@ -36,7 +36,7 @@ def parts(cpu_engines, shared_ray):
 
 
 def all_groups(producer):
-    """In the order of submission."""
+    """Groups in the order of submission."""
     groups = {}
     while producer.busy:
         groups |= producer.advance()

@@ -50,7 +50,7 @@ class Ranks:
 
 
 class Owner:
-    """What one process does in a run directory that it has claimed."""
+    """Actions of one process in a run directory that it has claimed."""
 
     def __init__(self, run: RunDirectory, config: Config, name: str):
         self.run = run

@@ -37,7 +37,7 @@ KINDS = [
     MARKER,
 ]
 FLIPS = 4
-"""Of each kind of file."""
+"""Flips of each kind of file."""
 
 
 @pytest.fixture(scope="module")

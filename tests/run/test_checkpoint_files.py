@@ -30,7 +30,7 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path):
 
 
 def zero(path):
-    """What a file system may make of a file whose blocks were lost."""
+    """Zeros, as a file system may leave them in a file whose blocks were lost."""
     path.write_bytes(bytes(path.stat().st_size))
 
 

@@ -125,6 +125,6 @@ def test_what_cannot_be_removed_is_one_sentence(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    sentence = r"step_000009.parquet cannot be removed or written \(Permission denied\), which a run that goes on"
+    sentence = r"step_000009.parquet cannot be removed or written \(Permission denied\), which a run that continues"
     with pytest.raises(UserError, match=sentence):
         run.rewind(3)

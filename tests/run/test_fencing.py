@@ -26,7 +26,7 @@ def contents(directory: Path) -> dict[Path, bytes]:
 
 @dataclass
 class Superseded:
-    """A process's `first` owner that has lost the lock to `second`, which went on with the run."""
+    """A process's `first` owner that has lost the lock to `second`, which continued the run."""
 
     first: Owner
     second: Owner
@@ -57,7 +57,7 @@ def test_no_write_of_a_process_that_lost_the_lock_comes_through(superseded, tmp_
 
 
 def test_a_save_that_was_under_way_touches_no_file_of_the_one_after_it(superseded, tmp_path):
-    """Its ranks were stopped with it and go on where they were, before anyone asks for the lock."""
+    """Its ranks were stopped with it and continue where they were, before anyone asks for the lock."""
     before = contents(tmp_path)
     ranks = superseded.first.ranks
     with pytest.raises(FileNotFoundError):

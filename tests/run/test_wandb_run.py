@@ -1,4 +1,4 @@
-"""What wandb itself records of a run, read back from its own files."""
+"""Records of a run by wandb itself, read back from its own files."""
 
 import json
 import os

@@ -21,7 +21,7 @@ from tests.limits import HANG_SECONDS
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare", "mount")
 CPUS = 8
-"""Of a node, as Slurm counts them."""
+"""CPUs of a node, as Slurm counts them."""
 GPUS = 8
 
 NODE = """

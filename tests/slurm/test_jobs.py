@@ -1,4 +1,4 @@
-"""Jobs of a real Slurm: a run over two nodes, beside another one; saved, killed, requeued and resumed; cancelled."""
+"""Jobs of a real Slurm: a run over two nodes, next to another one; saved, killed, requeued and resumed; cancelled."""
 
 import json
 import sys
@@ -135,7 +135,7 @@ def test_strangers_stay_out_and_a_cancelled_job_leaves_nothing(slurm, small_mode
 
 
 def test_a_sweep_submits_its_runs_and_takes_their_exit_codes(slurm, tmp_path, monkeypatch):
-    """Of runs whose model is not there, so that they end soon. Whole ones: `python -m tests.slurm.long_sweep`."""
+    """Sweep of runs whose model is not there, so that they end soon. Whole ones: `python -m tests.slurm.long_sweep`."""
     for name in ("PATH", "SLURM_CONF"):
         monkeypatch.setenv(name, slurm.environment[name])
     file = tmp_path / "failing.yaml"

@@ -41,7 +41,7 @@ class Start:
         self._slurm.on_node(node, "kill", "-9", process, check=True)
 
     def directories(self) -> list[str]:
-        """Of jobs, on all nodes."""
+        """Directories of jobs, on all nodes."""
         listed = [self._slurm.on_node(node, "ls", "/tmp").stdout.split() for node in self._slurm.names]
         return [name for names in listed for name in names if name.startswith("meds-")]
 

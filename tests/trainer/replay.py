@@ -33,7 +33,7 @@ class ReplayedStep:
     """Recomputed, in the order of `rows`; of `cluster_size` and `cluster_label` the set of possible values: several
     where neighbours are equally near or a vote is tied."""
     losses: list[float] = field(default_factory=list)
-    """By mini-batch, as `grad_norms`."""
+    """Losses by mini-batch, as `grad_norms`."""
     grad_norms: list[float] = field(default_factory=list)
     entropy: float = 0.0
     """Mean over the tokens that are trained on, before the first update."""
@@ -57,7 +57,7 @@ class Replay:
         )
         self.vectors: dict[str, list[np.ndarray]] = defaultdict(list)
         self.steps: dict[str, list[int]] = defaultdict(list)
-        """Those in which each vector was remembered."""
+        """Steps in which each vector was remembered."""
         self.no_answer: dict[str, list[int]] = defaultdict(list)
         """Steps of the mistakes without an answer."""
 
@@ -128,7 +128,7 @@ class Replay:
             step.columns["shaped_score"].append(score if correct else score - penalty)
 
     def _size(self, remembered: list[int], now: int) -> int:
-        """Of a cluster whose members were remembered in these steps."""
+        """Size of a cluster whose members were remembered in these steps."""
         half_life = self.config["memory"]["half_life_steps"]
         return round(sum(1.0 if half_life is None else 0.5 ** ((now - step) / half_life) for step in remembered))
 

@@ -24,7 +24,7 @@ RESPONSES = 4
 
 
 class CountedGroups:
-    """Groups of which `right[i]` of the responses to prompt i are right, drawn by the present version of the weights.
+    """Groups of which `right[i]` of the responses to prompt i are right, drawn by the current version of the weights.
     Of prompts named in `failing`, the gradings of the last two fail."""
 
     def __init__(self, right: list[int], failing: tuple[int, ...], weight_sync: ScriptedWeightSync):

@@ -25,7 +25,7 @@ PARTS = {
     protocols.Memory: (ErrorMemory, parts.NoMemory),
 }
 OVERRIDABLE = {"_make_actor", "_end_actors", "_wait_for_any"}
-"""Methods of EnginePool that pools of other than Ray's actors define anew."""
+"""Methods of EnginePool that pools of other than Ray's actors redefine."""
 
 
 def differences(protocol: type, part: type) -> dict[str, str]:

@@ -135,7 +135,7 @@ def test_a_run_resumes_on_another_layout(run_meds, published_run, small_model, t
     layout = {"cluster.ranks_per_node": 2, "parallel.tensor": 2, "parallel.pipeline": 1}
     done = run_meds.train(directory, small_model, PUBLISHED_RUN | layout)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "resumed under another layout: random states start anew" in done.stdout + done.stderr
+    assert "resumed under another layout: random states start from scratch" in done.stdout + done.stderr
     (expected, found) = (results_of(path)[3] for path in (published_run, directory))
     assert found["step"] == 3
     assert found["policy/loss"] == pytest.approx(expected["policy/loss"], abs=1e-4)

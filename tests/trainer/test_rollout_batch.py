@@ -1,4 +1,4 @@
-"""From groups to flat arrays, memory keys and advantages."""
+"""Flat arrays, memory keys and advantages of groups."""
 
 from dataclasses import replace
 

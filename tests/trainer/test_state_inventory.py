@@ -26,7 +26,7 @@ NOT_IN_A_RUN = (
 
 CHECKPOINT = "in the checkpoint"
 STEP = "empty between two steps"
-START = "made anew when the process starts, from the config and the checkpoint"
+START = "made again when the process starts, from the config and the checkpoint"
 IN_FLIGHT = "empty between two steps or, with train.max_staleness, generated again: the prompts are in the checkpoint"
 NO_EFFECT = "does not change what is learned"
 
@@ -116,7 +116,7 @@ CHANGING = {
         **dict.fromkeys(("_finished", "_generating"), IN_FLIGHT),
         **dict.fromkeys(("_batches", "_examined", "_is_open", "_kept", "_later_steps"), STEP),
         "_drawn": "of one step; a resumed run may generate as much again for its first step",
-        **dict.fromkeys(("_recently_filtered", "_recently_kept"), "estimated anew by a resumed run's first steps"),
+        **dict.fromkeys(("_recently_filtered", "_recently_kept"), "estimated again by a resumed run's first steps"),
         "version": CHECKPOINT,
     },
     "Collector": {"_finished": IN_FLIGHT, **dict.fromkeys(("_again", "_indices"), CHECKPOINT)},
@@ -148,7 +148,7 @@ CHANGING = {
     "TransferGroup": {"_group": START, "sent_bytes": NO_EFFECT},
     "ReshardTransfer": {"_completeness": STEP, "_receiver": START},
 }
-"""By class: attributes that are assigned after `__init__`, and where they come from."""
+"""Attributes by class that are assigned after `__init__`, and where they come from."""
 
 
 def sources() -> list[Path]:

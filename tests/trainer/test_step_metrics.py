@@ -118,7 +118,7 @@ def test_bad_updates_in_a_row_stop_the_run_with_the_last_checkpoint(before, made
         write_state(run.checkpoint(step), {"step": step}, 0, {})
         if step < 6:
             mark_complete(run.checkpoint(step))
-    with pytest.raises(UserError, match=f"lower optimizer.lr, and go on from {run.checkpoint(5)}$"):
+    with pytest.raises(UserError, match=f"lower optimizer.lr, and continue from {run.checkpoint(5)}$"):
         check_updates(7, before, updates, Config(), run)
 
 

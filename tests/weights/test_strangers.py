@@ -32,7 +32,7 @@ class Evil:
 
 
 def raw_store(address: StoreAddress) -> dist.TCPStore:
-    """What a stranger has who knows the port."""
+    """Store of a stranger who knows the port."""
     return dist.TCPStore(address.host, address.port, 2, is_master=False)
 
 
@@ -100,7 +100,7 @@ def be_second_member(address: StoreAddress, marker: Path) -> None:
 
 
 def first_members_end(other: object, marker: Path) -> str:
-    """What becomes of the first of two members when `other` is the second."""
+    """Outcome of the first of two members when `other` is the second."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["meds_megatron.actor.policy"])
     pipe, theirs = context.Pipe()

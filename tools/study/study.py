@@ -11,7 +11,7 @@ other settings count in neither. So the files of DIR carry a study from one mach
 the first seed come first, then those of the second: whatever is finished compares all methods.
 
 The first two sweeps train all methods on a task each. The confirmation trains DAPO and two forms of MEDS on the second
-task with other seeds and measures them on more problems. The last tells what each of our departures does to the
+task with other seeds and measures them on more problems. The last shows the effect of each of our departures on the
 published method on the second task (`study_departures.py`).
 
 A sweep file can also be given to `meds sweep`; `run` then records what is finished. All runs of a task draw equally

@@ -34,7 +34,7 @@ def effects(settings: Sequence[str], observations: Sequence[Observation]) -> dic
     """Change of the value that each setting makes, as an average over the others, and half-width of its 95 % interval:
     least squares of additive effects and a mean for each block (Student's t with the residual degrees of freedom).
 
-    None for all settings where the runs are too few to tell their effects from each other and from chance.
+    None for all settings where the runs are too few to separate their effects from each other and from chance.
     """
     blocks = sorted({one.block for one in observations})
     design = np.array(

@@ -19,19 +19,18 @@ MEASURES = (
 CONTROL = "dapo"
 """Method that the others are compared with, run by run of the same seed."""
 GAINS = {f"{measure} − {CONTROL}": measure for measure in ("pass@1", "pass@n")}
-"""In what they are compared, by the name of the difference."""
+"""Measures of the differences from CONTROL, by the name of the difference."""
 FEWEST = 3
-"""Differences of a method whose interval is drawn: that of two says nothing and hides the others."""
+"""Differences of a method whose interval is drawn: that of two is too wide to be of use and hides the others."""
 COLUMNS = (*MEASURES[:2], *GAINS, *MEASURES[2:])
-"""Of the table."""
+"""Columns of the table."""
 
 
 def collect_results(directory: Path) -> dict[str, Any]:
-    """By comparison and method: the recorded runs, and mean and half-width of each measure's 95 % interval over their
-    seeds (Student's t; null with fewer than two), also of the differences from CONTROL's runs with the same seed and
-    start; runs of one seed on several machines count as their mean.
-    `departures` are the effects of DEPARTURES on each of GAINS' measures. `missing` are the planned runs that are not
-    recorded, by sweep and method, how many."""
+    """Results by comparison and method: the recorded runs, and mean and half-width of each measure's 95 % interval over
+    their seeds (Student's t; null with fewer than two), also of the differences from CONTROL's runs with the same seed
+    and start; runs of one seed on several machines count as their mean. `departures` are the effects of DEPARTURES on
+    each of GAINS' measures. `missing` are the planned runs that are not recorded, by sweep and method, how many."""
     records = read_records(directory)
     results: dict[str, Any] = {"comparisons": {}, "departures": {}, "missing": {}}
     for name in SWEEPS:
@@ -49,7 +48,7 @@ def collect_results(directory: Path) -> dict[str, Any]:
 
 
 def summaries_of(methods: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """By method that has runs: these, the number of seeds with pairs, and the means and intervals."""
+    """Summaries by method that has runs: these, the number of seeds with pairs, and the means and intervals."""
     summaries = {}
     for name, runs in methods.items():
         differences = [] if name == CONTROL else differences_of(runs, methods.get(CONTROL, []))

@@ -11,7 +11,7 @@ def count_bonus(inputs: AdvantageInputs, advantages_B: Tensor, config: Advantage
     """A + count_coefficient * (min(1, 1 / sqrt(n)) - count_baseline), where n is how often earlier steps gave the same
     answer to the prompt; responses that were not looked up keep their advantage.
 
-    Of the paper the abstract could be read, which names bonuses in the style of upper confidence bounds for rarely
+    Only the abstract of the paper was available; it names bonuses in the style of upper confidence bounds for rarely
     observed answers. The bonus min(1, n^-1/2) and its constant baseline (the paper's UCB-Con) are written from what is
     generally known of it; the constants of our config are ours.
 

@@ -13,9 +13,9 @@ def error_diversity(inputs: AdvantageInputs, advantages_B: Tensor, config: Advan
 
     The N wrong responses of a group fall into classes of equal answer with shares p; I = -ln p, H is the entropy of the
     shares, S the mean |A| of the wrong responses. With several classes A changes by diversity_alpha * S * (I - H) /
-    ln N, with a single one by -diversity_beta * S, at most by |A| / diversity_bound in either direction. Of the paper
-    only the abstract could be read; the formula is that of the project's own summary of it. Responses without an answer
-    are one class, which is our choice.
+    ln N, with a single one by -diversity_beta * S, at most by |A| / diversity_bound in either direction. Only the
+    abstract of the paper was available; the formula is that of the project's own summary of it. Responses without an
+    answer are one class, which is our choice.
 
     Metric: `error_entropy`, the mean of H over the groups with a wrong response.
     """

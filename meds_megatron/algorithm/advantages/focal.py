@@ -11,8 +11,8 @@ def focal_weighted(inputs: AdvantageInputs, advantages_B: Tensor, config: Advant
     """Advantages times (1 - m) ** focal_gamma, where m is the share of right responses in the group: prompts that are
     often solved weigh less.
 
-    Of the paper its abstract and a summary with this formula could be read. Metric: `focal_weight`, the mean weight of
-    a response.
+    Only the abstract of the paper and a summary with this formula were available. Metric: `focal_weight`, the mean
+    weight of a response.
     """
     _, index_B, sizes_G = torch.unique(inputs.groups_B, return_inverse=True, return_counts=True)
     right_G = sum_groups(inputs.correct_B.double(), index_B, len(sizes_G)) / sizes_G

@@ -1,4 +1,4 @@
-"""Simulated engine: what a RolloutEngine does when, by a model of its decode steps instead of a model on a GPU."""
+"""Simulated engine: the timing of a RolloutEngine, by a model of its decode steps instead of a model on a GPU."""
 
 import heapq
 from collections import deque
@@ -22,7 +22,7 @@ class _Response:
     request: Request
     index: int
     length: int
-    """At which it ends."""
+    """Tokens at which it ends."""
     generated: int = 0
     """Tokens up to the decode step `since`."""
     since: int | None = None
@@ -31,7 +31,7 @@ class _Response:
     """(policy version, first token that it drew)."""
 
     def tokens(self, step: int) -> int:
-        """Generated tokens after so many decode steps of the engine."""
+        """Generated tokens after `step` decode steps of the engine."""
         return self.generated + (0 if self.since is None else step - self.since)
 
 
@@ -51,8 +51,8 @@ class SimulatedEngine:
     All responses that run draw one token in every decode step, so the engine goes from one event to the next: a
     response ends, the KV cache is full, a call arrives. A call takes effect when the decode step under way is done.
     Responses start in the order of their arrival, those that the full cache displaced (the newest) before others, whose
-    cache is then computed anew. The prompt of a request is computed once for all its responses. A weight update empties
-    the cache, and what runs is computed anew with the new weights. Prefill holds up the decode steps of the others.
+    cache is then recomputed. The prompt of a request is computed once for all its responses. A weight update empties
+    the cache, and what runs is recomputed with the new weights. Prefill holds up the decode steps of the others.
 
     Methods are those of `RolloutEngine`, but return futures.
     """
@@ -62,7 +62,7 @@ class SimulatedEngine:
     ) -> None:
         self._clock, self._rates, self._workload, self._number = clock, rates, workload, number
         self.busy_seconds = 0.0
-        """Generation and weight updates."""
+        """Seconds of generation and weight updates."""
         self.alive = True
         self._version = disk_version
         self._next_version: int | None = None
@@ -182,7 +182,7 @@ class SimulatedEngine:
         self._stretch = _Stretch(self._clock.now, prefill, steps, event)
 
     def _decode_seconds(self, steps: int) -> float:
-        """Of so many steps from now on; every step caches a token more of each response."""
+        """Seconds of the next `steps` steps; every step caches a token more of each response."""
         sequences = len(self._running)
         mean_cached = self._cached + sequences * (steps - 1) / 2
         return steps * self._rates.decode_seconds(sequences, mean_cached)

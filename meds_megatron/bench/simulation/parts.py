@@ -32,14 +32,14 @@ class SimulatedEnginePool(EnginePool):
     def __init__(self, config: Config, clock: Clock, rates: EngineRates, workload: Workload) -> None:
         self._clock, self._rates, self._workload = clock, rates, workload
         self._simulated: dict[int, SimulatedEngine] = {}
-        """By the engine's number."""
+        """Simulated engines by number."""
         self._ended_busy_seconds = 0.0
         placement: Any = SimpleNamespace(options=lambda place, env_vars: {})
         super().__init__(config, "", use_gpu=True, placement=placement)
 
     @property
     def busy_seconds(self) -> float:
-        """Of all engines together."""
+        """Busy seconds of all engines together."""
         return self._ended_busy_seconds + sum(engine.busy_seconds for engine in self._simulated.values())
 
     def kill(self, number: int) -> None:

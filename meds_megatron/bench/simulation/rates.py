@@ -12,29 +12,29 @@ class EngineRates:
     the slower of both counts."""
 
     step_seconds: float
-    """Of every decode step, in addition: scheduler, sampler, launches, collectives."""
+    """Seconds of every decode step, in addition: scheduler, sampler, launches, collectives."""
     weight_seconds: float
-    """To read all weights."""
+    """Seconds to read all weights."""
     cached_seconds: float
-    """To read the KV cache of one token."""
+    """Seconds to read the KV cache of one token."""
     product_seconds: float
-    """Products of one token with the weights."""
+    """Seconds of the products of one token with the weights."""
     attention_seconds: float
-    """Products of one token with one cached token; half of them in a prefill, whose mask is causal."""
+    """Seconds of the products of one token with one cached token; half of them in a prefill, whose mask is causal."""
     kv_tokens: int
     """Tokens that the KV cache holds."""
     max_num_seqs: int
     start_seconds: float = 60.0
-    """Of an engine that is started or restarted."""
+    """Seconds to start or restart an engine."""
 
     def decode_seconds(self, sequences: int, cached: float) -> float:
-        """A decode step of so many sequences, whose KV caches together hold `cached` tokens."""
+        """Seconds of a decode step of `sequences` sequences whose KV caches together hold `cached` tokens."""
         read = self.weight_seconds + cached * self.cached_seconds
         products = sequences * self.product_seconds + cached * self.attention_seconds
         return max(read, products) + self.step_seconds
 
     def prefill_seconds(self, tokens: int, length: int) -> float:
-        """The KV cache of `tokens` of a sequence of `length`."""
+        """Seconds to compute the KV cache of `tokens` tokens of a sequence of `length`."""
         return tokens * (self.product_seconds + length * self.attention_seconds / 2)
 
 
@@ -51,7 +51,7 @@ class TrainerRates:
     copy_seconds: float = 0.0
     """Copies between the memories of GPUs and hosts in a step, where engines and ranks share the GPUs."""
     grading_seconds: float = 0.0
-    """From a response to its grade."""
+    """Seconds from a response to its grade."""
 
 
 def rates_of(plan: Plan, grading_seconds: float) -> tuple[EngineRates, TrainerRates]:

@@ -37,7 +37,7 @@ from meds_megatron.trainer.validation import Validator
 
 @dataclass(frozen=True)
 class SimulatedRun:
-    """What a run of `config.train.steps` steps came to."""
+    """Result of a run of `config.train.steps` steps."""
 
     log: StepLog
     unfinished: list[int]
@@ -45,9 +45,9 @@ class SimulatedRun:
     drawn: int
     """Prompts that were drawn."""
     updates: list[tuple[int, int]]
-    """Responses and tokens of each."""
+    """Responses and tokens of each update."""
     seconds: float
-    """From the first step to the end of the last."""
+    """Seconds from the first step to the end of the last."""
     trainer_busy: float
     """Seconds of forward passes, updates, copies and weight updates."""
     engines_busy: float

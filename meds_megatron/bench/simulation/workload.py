@@ -31,8 +31,8 @@ class Workload:
     """Prompts, lengths of their responses and outcomes of the group filter, the same for every way of scheduling them.
 
     Lengths have the given distribution, whatever the correlation: response i to prompt p has that quantile which
-    belongs to sqrt(c) z_p + sqrt(1 - c) z_pi, with z standard normal and c the correlation (a Gaussian copula). Of a
-    group that the filter keeps one response is right, of others none; that is independent of the lengths.
+    belongs to sqrt(c) z_p + sqrt(1 - c) z_pi, with z standard normal and c the correlation (a Gaussian copula). In a
+    group that the filter keeps one response is right, in others none; that is independent of the lengths.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Workload:
         ]
 
     def lengths(self, request: Request) -> list[int]:
-        """Of the responses to a request."""
+        """Lengths of the responses to a request."""
         return self.lengths_PN[request.prompt[0], : request.sampling.responses].tolist()
 
     def completion(self, request: Request, index: int, versions: Sequence[tuple[int, int]]) -> Completion:

@@ -1,4 +1,4 @@
-"""What a Slurm job says about itself in its environment, and the few commands that it is controlled with.
+"""Environment variables that describe a Slurm job, and the few commands that control it.
 
 Standard library only: the batch script may run outside the container that holds everything else.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 SIGNALLED = 128
 """Exit codes above it are those of processes that a signal ended."""
 ANSWER_SECONDS = 30
-"""For Slurm to answer a question."""
+"""Time for Slurm to answer a command."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class SlurmJob:
     restarts: int
     """Earlier starts of the job that ended in a requeue."""
     end_time: float | None
-    """Seconds since the epoch at which the job's time is up, where Slurm says it (23.02 and newer)."""
+    """Seconds since the epoch at which the job's time is up, where Slurm provides it (23.02 and newer)."""
     node_list: str = ""
     """The names of the nodes as Slurm abbreviates them, `node[0-3]`."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
-        """None outside of a job."""
+        """The job of this process; None outside of a job."""
         if "SLURM_JOB_ID" not in environment:
             return None
         end_time = environment.get("SLURM_JOB_END_TIME")
@@ -61,7 +61,7 @@ class SlurmJob:
         return ["srun", "--job-name=meds", *layout, *ends, *options, *command]
 
     def node_names(self) -> list[str]:
-        """The nodes in the order of their tasks, by number where Slurm does not say their names."""
+        """The nodes in the order of their tasks, by number where Slurm does not list their names."""
         names = (_output("scontrol", "show", "hostnames", self.node_list) or "").split()
         return names if len(names) == self.nodes else [f"node {number}" for number in range(self.nodes)]
 
@@ -72,18 +72,19 @@ class SlurmJob:
 
 
 def exit_code(returncode: int) -> int:
-    """What a shell has for a process of subprocess's `returncode`: 128 + n for one that signal n ended."""
+    """Exit code that a shell reports for subprocess's `returncode`: 128 + n for one that signal n ended."""
     return SIGNALLED - returncode if returncode < 0 else returncode
 
 
 def present_jobs() -> set[str] | None:
-    """Ids of this user's jobs that have not ended; None where Slurm does not say, as in a container without squeue."""
+    """Ids of this user's jobs that have not ended; None where Slurm does not answer, as in a container without
+    squeue."""
     listed = _output("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A")
     return None if listed is None else set(listed.split())
 
 
 def _output(*command: str) -> str | None:
-    """What a command of Slurm's prints; None if it is not there, fails, or does not answer within ANSWER_SECONDS."""
+    """Output of a Slurm command; None if it is not there, fails, or does not answer within ANSWER_SECONDS."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
     except (OSError, subprocess.TimeoutExpired):

@@ -5,8 +5,8 @@ Ray to the others, and lets the first one run `meds train`. Its exit code is tha
 save and stop, since the job's time is nearly up, exits with EXIT_REQUEUE: the job is then requeued, and `meds train`
 resumes the run at the next start.
 
-`ray symmetric-run` falls short of this: it refuses to start beside another job's Ray, its `ray stop` ends that job's as
-well, and a successful run may end with the signal by which its workers were stopped.
+`ray symmetric-run` falls short of this: it refuses to start next to another job's Ray, its `ray stop` ends that job's
+as well, and a successful run may end with the signal by which its workers were stopped.
 
 Standard library only: with a container, this process runs outside of it.
 """
@@ -33,16 +33,17 @@ from meds_megatron.cluster.slurm.environment import SIGNALLED, SlurmJob, exit_co
 from meds_megatron.errors import EXIT_FAILURE, EXIT_REQUEUE, EXIT_USER_ERROR
 
 SAVE_SECONDS = 300
-"""Before the end of the job's time, where Slurm's own signal (sbatch --signal) did not come earlier."""
+"""Seconds before the end of the job's time at which the run is saved where Slurm's own signal (sbatch --signal) did not
+come earlier."""
 STOP_SECONDS = 60
-"""For the tasks to end after the run."""
+"""Time for the tasks to end after the run."""
 FIRST_TASK_MINUTES = 60
-"""For the first task to connect, which says how long the others may take (`faults.start_minutes`): srun waits for
-containers on its own account."""
+"""Time for the first task to connect, which sends the time that the others may take (`faults.start_minutes`): srun
+waits for containers on its own account."""
 STRANGERS = 128
-"""That may connect at the same instant as the tasks."""
+"""Other connections that may arrive at the same instant as the tasks'."""
 HANDSHAKE_SECONDS = 30
-"""For a connection to show that it is a task's."""
+"""Time for a connection to show that it is a task's."""
 ACCEPT_PAUSE_SECONDS = 0.1
 
 
@@ -111,7 +112,7 @@ class Job:
                 # No file descriptor is left, or the listener is closed.
                 self._closing.wait(ACCEPT_PAUSE_SECONDS)
                 continue
-            # A thread for each: a stranger that says nothing keeps no task waiting.
+            # A thread for each: a stranger that sends nothing keeps no task waiting.
             threading.Thread(target=self._serve, args=(connection, key), daemon=True).start()
 
     def _serve(self, connection: Connection, key: bytes) -> None:
@@ -213,13 +214,13 @@ class Job:
         return code or EXIT_FAILURE
 
     def _advice(self, code: int) -> str:
-        """What the user can do about a run, or an srun, that ended with `code`."""
+        """Advice to the user about a run, or an srun, that ended with `code`."""
         if code <= SIGNALLED:
             return "the lines above say why"
         memory = ""
         if code == SIGNALLED + signal.SIGKILL:
             memory = f"it may have been out of memory (sacct -j {self._slurm.id} --format=State,MaxRSS; sbatch --mem); "
-        return f"{memory}submit the job again, and the run goes on from its last checkpoint"
+        return f"{memory}submit the job again, and the run continues from its last checkpoint"
 
     def _report_lost(self, number: int) -> None:
         _print(f"the task on {self._slurm.node_names()[number]} of the job is gone")
@@ -289,9 +290,9 @@ def run_job(slurm: SlurmJob, srun_options: list[str], python: str, arguments: li
         return code, False
     refusal = slurm.requeue()
     if refusal:
-        _print(f"job {slurm.id} cannot be requeued ({refusal}); submit it again, and the run goes on")
+        _print(f"job {slurm.id} cannot be requeued ({refusal}); submit it again, and the run continues")
         return code, False
-    _print(f"job {slurm.id} was requeued, and the run goes on from its checkpoint")
+    _print(f"job {slurm.id} was requeued, and the run continues from its checkpoint")
     return code, True
 
 

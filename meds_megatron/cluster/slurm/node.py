@@ -157,8 +157,8 @@ class NodeTask:
 
 
 def _ignore_save_signal() -> None:
-    """Without cgroups Slurm sends a job's signal to every process of its steps, and most end at it by default. All of
-    Ray's inherit this."""
+    """Ignores SIGUSR1: without cgroups Slurm sends a job's signal to every process of its steps, and most end at it by
+    default. All of Ray's processes inherit this."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 

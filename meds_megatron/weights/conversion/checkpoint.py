@@ -84,7 +84,7 @@ def is_checkpoint(directory: str | Path) -> bool:
     directory = Path(directory)
     if (directory / METADATA_FILE).is_file() or any(directory.glob("*.distcp")):
         return True
-    # Other programs, too, keep files of this name beside a model.
+    # Other programs, too, keep files of this name next to a model.
     return (directory / CONFIG_FILE).is_file() and not any(directory.glob("*.safetensors"))
 
 
@@ -178,7 +178,7 @@ class CheckpointWeights:
 
     def _misfit(self, found: str) -> UserError:
         return UserError(
-            f"{self.directory}: {found}; put the config.json that belongs to these weights beside them, or use another"
+            f"{self.directory}: {found}; put the config.json that belongs to these weights next to them, or use another"
             " checkpoint"
         )
 
@@ -250,7 +250,7 @@ class _SafeUnpickler(pickle.Unpickler):
 
 
 def _read_manifest(directory: Path) -> Manifest | None:
-    """That of a run's checkpoint; None where there is none, as beside converted weights."""
+    """Manifest of a run's checkpoint; None where there is none, as with converted weights."""
     if not (directory / MARKER).is_file():
         return None
     try:

@@ -170,7 +170,7 @@ def _file_of(item: WriteItem) -> int | None:
 
 
 def _extra_state(parameter: MegatronParameter, layers: int) -> Iterator[WriteItem]:
-    """The state that megatron-core's linear layers load beside their weight; on most machines it is empty."""
+    """The state that megatron-core's linear layers load in addition to their weight; on most machines it is empty."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     module, _, last = parameter.name.rpartition(".")

@@ -1,4 +1,5 @@
-"""Which buckets of a weight update are under way together, and where a trainer rank stages its share of them."""
+"""Order of the buckets of a weight update, those under way together, and the places where a trainer rank stages
+them."""
 
 from collections.abc import Iterator
 from itertools import pairwise

@@ -31,7 +31,7 @@ from meds_megatron.weights.store import connect, open_store, wait_for_members
 logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=5)
-"""For the members of a transfer group to join, and for one message."""
+"""Time for the members of a transfer group to join, and for one message."""
 
 # Places among the arguments of torch's `rebuild_cuda_tensor`.
 _DEVICE_ARGUMENT, _EVENT_ARGUMENT = 6, 14
@@ -107,7 +107,7 @@ class ExportedBlock:
     gpu: str
     """UUID: device indices differ from process to process."""
     arguments: tuple[Any, ...]
-    """Of torch's `rebuild_cuda_tensor`."""
+    """Arguments of torch's `rebuild_cuda_tensor`."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class TransferGroup:
             raise ConnectionError(f"member {sender} of the transfer group is gone: {error}") from error
 
     def abort(self) -> None:
-        """Leaves the group, which fails what others still wait for from this member. The process goes on."""
+        """Leaves the group, which fails what others still wait for from this member. The process continues."""
         if isinstance(self._group, dist.ProcessGroupGloo):
             # gloo closes its connections with the group.
             del self._group

@@ -44,7 +44,7 @@ class Connection(WeightTransferInitInfo):
 
     spec: SyncSpec
     rendezvous: Rendezvous | None = None
-    """Of the engine's transfer group, if trainer ranks serve it over the network."""
+    """Rendezvous of the engine's transfer group, if trainer ranks serve it over the network."""
     senders: dict[tuple[int, int], int] = field(default_factory=dict)
     """Members of the group by the pipeline stage and tensor-parallel rank whose weights they send."""
 

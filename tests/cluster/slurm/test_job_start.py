@@ -144,7 +144,7 @@ def test_a_connection_that_does_not_say_who_it_is_is_closed(monkeypatch, signal_
         (0, None),
         (1, "meds train ended with exit status 1; the lines above say why"),
         (137, "meds train was ended by SIGKILL; it may have been out of memory (sacct -j 17 --format=State,MaxRSS; "),
-        (139, "meds train was ended by SIGSEGV; submit the job again, and the run goes on from its last checkpoint"),
+        (139, "meds train was ended by SIGSEGV; submit the job again, and the run continues from its last checkpoint"),
         (255, "meds train ended with exit status 255; submit the job again"),
     ],
 )

@@ -34,7 +34,7 @@ def differences(rank: int, cases: list[Case]) -> list[str]:
 
 
 def save(rank: int, cases: list[Case]) -> None:
-    """Source -> model -> checkpoint, with the model's files beside the tensors."""
+    """Source -> model -> checkpoint, with the model's files next to the tensors."""
     # megatron-core writes in processes of its own, which a daemon must not have.
     multiprocessing.current_process()._config["daemon"] = False
     form_groups(ParallelConfig(**cases[0].parallel), seed=0)

@@ -46,7 +46,7 @@ def stacked(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def fused(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The parameters under the names of Transformer Engine, which keeps an extra state beside each of its weights."""
+    """The parameters under the names of Transformer Engine, which keeps an extra state with each of its weights."""
     renamed: dict[str, object] = {}
     for name, tensor in found.items():
         for local, theirs in FUSED.items():

@@ -57,7 +57,7 @@ class CountedMemory:
 
 
 class OneExportForAll(CudaIpc):
-    """What must not be done: every transfer in memory of its own, whose export all engines open."""
+    """Misuse: every transfer in memory of its own, whose export all engines open."""
 
     def __init__(self, elements: int = 0):
         super().__init__(elements)

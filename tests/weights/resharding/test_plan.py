@@ -35,7 +35,8 @@ LAYOUTS = {
     "Qwen3-32B": [(8, 1, 1, 8), (8, 4, 2, 4), (4, 8, 1, 8)],
 }
 COMMON = ("Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-72B", "Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-8B")
-"""Of each family the smallest, and models with other numbers of heads; the others differ from one of them in size."""
+"""The smallest model of each family, and models with other numbers of heads; the others differ from one of them in
+size."""
 CASES = [
     pytest.param(name, layout, marks=[] if name in COMMON else [FULL]) for name in LAYOUTS for layout in LAYOUTS[name]
 ]

@@ -25,7 +25,7 @@ threading.Event().wait()
 
 @pytest.fixture
 def owner():
-    """Starts a process that claims a directory and lists a file beside it."""
+    """Starts a process that claims a directory and lists a file next to it."""
     started = []
 
     def start(directory: Path, name: str) -> subprocess.Popen:
