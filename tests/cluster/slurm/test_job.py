@@ -15,7 +15,7 @@ from meds_megatron.cluster.slurm.job import SAVE_SECONDS, Job
 from meds_megatron.errors import EXIT_REQUEUE
 from tests.limits import HANG_SECONDS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HOUR = 3600.0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from meds_megatron import errors
 from meds_megatron.cluster.slurm import environment as slurm
 from meds_megatron.cluster.slurm import job as launch_job
 from meds_megatron.cluster.slurm.environment import SlurmJob
@@ -270,5 +271,5 @@ def test_nodes_have_the_names_that_slurm_gives_them(slurm_commands):
 
 def test_the_batch_process_runs_in_an_old_python():
     """Outside of a container it may be 3.7."""
-    for module in (launch_job, slurm):
+    for module in (launch_job, slurm, errors):
         ast.parse(Path(module.__file__).read_text(), feature_version=(3, 7))
