@@ -19,7 +19,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "meds_megatron"
 PACKAGES = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
 
-SHARED = {"atomic", "digests", "errors", "json_text", "latex", "lean_imports", "logs", "processes", "shared_memory"}
+SHARED = {
+    "atomic",
+    "digests",
+    "errors",
+    "json_text",
+    "latex",
+    "lean_imports",
+    "logs",
+    "processes",
+    "shared_memory",
+    "user_functions",
+}
 """Top-level modules that every package may import."""
 ALLOWED = {
     "config": set(),

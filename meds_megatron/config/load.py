@@ -3,7 +3,7 @@
 import copy
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,6 +16,7 @@ from yaml import YAMLError
 from meds_megatron import atomic
 from meds_megatron.config.schema import Config
 from meds_megatron.errors import UserError
+from meds_megatron.user_functions import is_function
 
 BASE_KEY = "base"
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}
@@ -130,8 +131,10 @@ def _set(settings: DictConfig, key: str, value: Any, source: str) -> None:
         value = "no"  # YAML reads a bare `no` as false.
     lossy = expected is bool and isinstance(value, int | float) and not isinstance(value, bool)
     nested = isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
+    choices = schema_choices().get(key)
+    unknown = choices and not (value in choices or (isinstance(value, str) and is_function(value)))
     try:
-        if lossy or nested:
+        if lossy or nested or unknown:
             raise ValueError(value)
         OmegaConf.update(settings, key, value)
     except (ValueError, OmegaConfBaseException) as error:
@@ -139,7 +142,11 @@ def _set(settings: DictConfig, key: str, value: Any, source: str) -> None:
 
 
 def _wrong_type(source: str, key: str, value: Any) -> UserError:
-    return UserError(f"{source}: {key} is {value!r}, expected {_describe(schema_types()[key])}.")
+    if choices := schema_choices().get(key):
+        expected = f"one of {', '.join(choices)}, or a function of yours as file.py:name or module:name"
+    else:
+        expected = _describe(schema_types()[key])
+    return UserError(f"{source}: {key} is {value!r}, expected {expected}.")
 
 
 def _describe(annotation: Any) -> str:
@@ -154,6 +161,20 @@ def _describe(annotation: Any) -> str:
     if is_dataclass(annotation):
         return "a section with the keys " + ", ".join(get_type_hints(annotation))
     return TYPE_NAMES[annotation]
+
+
+@cache
+def schema_choices() -> dict[str, tuple[str, ...]]:
+    """Names that a key may have besides functions of the user's own, for the keys made with `choice`."""
+
+    def walk(section: Any, prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+        for key in fields(section):
+            if isinstance(key.type, type) and is_dataclass(key.type):
+                yield from walk(key.type, f"{prefix}{key.name}.")
+            elif "choices" in key.metadata:
+                yield prefix + key.name, key.metadata["choices"]
+
+    return dict(walk(Config, ""))
 
 
 @cache

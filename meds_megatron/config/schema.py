@@ -38,6 +38,11 @@ def setting(default: Any, resumable: bool = False, **bounds: float) -> Any:
     return field(default=default, metadata={"resumable": resumable, "bounds": bounds})
 
 
+def choice(default: str, *others: str) -> Any:
+    """A key whose value is one of a few names, or a function of the user's own (`user_functions`)."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
 @dataclass
 class RandomModelConfig:
     """Shape of a randomly initialised model (`model.make: random`), for tests and benchmarks without a download."""
@@ -277,9 +282,10 @@ class PenaltyConfig:
 class FilterConfig:
     """Dynamic sampling: groups whose metric has no spread are dropped and replaced."""
 
-    metric: Literal["accuracy", "shaped", "none"] = "accuracy"
+    metric: str = choice("accuracy", "shaped", "none")
     """`shaped` is the score after all penalties including the error memory's, and needs a forward pass of every
-    generated response. `none` keeps every group."""
+    generated response. `none` keeps every group. Or a function of yours, from a `TrainBatch` of graded responses to
+    their values [B]."""
     generation_prompts: int | None = setting(None, gt=0)
     """Prompts of one generation batch; default: train.prompts_per_step."""
     max_batches: int = setting(10, gt=0)
@@ -294,9 +300,10 @@ class FilterConfig:
 class AdvantageConfig:
     """Advantages of responses, from the scores of their group, and what is added to them."""
 
-    estimator: Literal["group", "pass_at_k"] = "group"
+    estimator: str = choice("group", "pass_at_k")
     """`group`: distance from the group's mean score; `pass_at_k`: pass@k training (arXiv 2508.10751), which rewards
-    sets of pass_k responses for their best one and sees right and wrong only, no penalties."""
+    sets of pass_k responses for their best one and sees right and wrong only, no penalties. Or a function of yours with
+    the arguments and the result of `algorithm.advantages.group_relative`."""
     pass_k: int = setting(4, gt=0)
     normalize_std: bool = True
     """False is Dr.GRPO: subtract the mean only."""
@@ -332,9 +339,10 @@ class AdvantageConfig:
 class PolicyConfig:
     """The policy loss."""
 
-    loss: Literal["ppo", "gspo", "cispo"] = "ppo"
+    loss: str = choice("ppo", "gspo", "cispo")
     """`ppo`: clipped token ratios with dual clip (DAPO, GRPO); `gspo`: clipped sequence ratios (arXiv 2507.18071);
-    `cispo`: clipped importance weights of the log-probs (arXiv 2506.13585)."""
+    `cispo`: clipped importance weights of the log-probs (arXiv 2506.13585). Or a function of yours with the arguments
+    and the result of `algorithm.losses.policy_loss`."""
     clip_low: float = setting(0.2, gt=0, le=1)
     clip_high: float = setting(0.28, gt=0)
     """Ratios are clipped to [1 - clip_low, 1 + clip_high]: those of tokens with `ppo` (DAPO: 0.2 and 0.28, GRPO: 0.2

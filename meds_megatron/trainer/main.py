@@ -9,6 +9,7 @@ from meds_megatron.cluster.fork_server import ForkServer
 from meds_megatron.cluster.ray_cluster import NodesUnavailable, RayCluster, ray_cluster
 from meds_megatron.cluster.ray_probe import RayProbe
 from meds_megatron.config import Config
+from meds_megatron.config.functions import resolve_functions
 from meds_megatron.config.model_shape import ModelShape
 from meds_megatron.config.validate import validate, validate_model
 from meds_megatron.errors import EXIT_REQUEUE, RayDied, RayletDied, RunFailed, Stopped, UserError
@@ -31,6 +32,7 @@ def train(config: Config, servers: Sequence[ForkServer] = ()) -> None:
     found out by then."""
     config.cluster.device = resolve_device(config.cluster)
     validate(config)
+    resolve_functions(config)
     check_machine(config)
     model_dir = ensure_model(config.model, config.data, config.cache_dir, report=_print_progress)
     shape = ModelShape.from_hf(model_dir)

@@ -1,6 +1,7 @@
 """Advantages: one a response, from the scores of its group (on the driver), then one a token (on the ranks).
 
-A new estimator or shaper is a file here and a line in one of the two functions below. What it needs to know of the
+A new estimator or shaper is a file here and a line in ESTIMATORS or in one of the two functions below; an estimator may
+also be in a file of the user's own, which the config names. What it needs to know of the
 responses is a field of `AdvantageInputs` (or of `LossInputs`, for tokens).
 """
 
@@ -13,11 +14,17 @@ from meds_megatron.algorithm.advantages.group import group_relative
 from meds_megatron.algorithm.advantages.pass_at_k import pass_at_k
 from meds_megatron.algorithm.losses import LossInputs
 from meds_megatron.config import AdvantageConfig
+from meds_megatron.user_functions import is_function, load_function
+
+ESTIMATORS = {"group": group_relative, "pass_at_k": pass_at_k}
 
 
 def compute_advantages(inputs: AdvantageInputs, config: AdvantageConfig) -> AdvantageOutput:
     """One advantage a response: the estimator's, changed by the shapers that are on."""
-    output = (pass_at_k if config.estimator == "pass_at_k" else group_relative)(inputs, config)
+    if is_function(config.estimator):
+        output = load_function("advantage.estimator", config.estimator)(inputs, config)
+    else:
+        output = ESTIMATORS[config.estimator](inputs, config)
     shapers = {
         focal_weighted: config.focal_gamma > 0,
         error_diversity: config.shapes_by_answer,

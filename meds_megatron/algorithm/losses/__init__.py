@@ -1,4 +1,5 @@
-"""Policy losses, one a file. A new one is a file here, a line in LOSSES and its name in `PolicyConfig.loss`."""
+"""Policy losses, one a file. A new one is a file here, a line in LOSSES and its name in `PolicyConfig.loss`; or a file
+of the user's own, which the config names."""
 
 from collections.abc import Callable
 
@@ -7,6 +8,7 @@ from meds_megatron.algorithm.losses.cispo import cispo_loss
 from meds_megatron.algorithm.losses.gspo import gspo_loss
 from meds_megatron.algorithm.losses.ppo import ppo_loss
 from meds_megatron.config import PolicyConfig
+from meds_megatron.user_functions import is_function, load_function
 
 LOSSES: dict[str, Callable[[LossInputs, PolicyConfig], LossOutput]] = {
     "ppo": ppo_loss,
@@ -17,7 +19,9 @@ LOSSES: dict[str, Callable[[LossInputs, PolicyConfig], LossOutput]] = {
 
 def policy_loss(inputs: LossInputs, config: PolicyConfig) -> LossOutput:
     """The loss that `policy.loss` names: a micro-batch's share of the mini-batch's loss, and its metrics."""
-    return LOSSES[config.loss](inputs, config)
+    is_own = is_function(config.loss)
+    loss = load_function("policy.loss", config.loss) if is_own else LOSSES[config.loss]
+    return loss(inputs, config)
 
 
 __all__ = ["LOSSES", "LossInputs", "LossOutput", "policy_loss"]

@@ -1,0 +1,34 @@
+"""Functions of the user's own that a config names."""
+
+from typing import Any
+
+from meds_megatron.config.load import schema_choices
+from meds_megatron.config.schema import Config
+from meds_megatron.user_functions import absolute, is_function, load_function, source_digest
+
+
+def named_functions(config: Config) -> dict[str, str]:
+    """By dotted key, the functions that the config names."""
+    values = {key: _get(config, key) for key in schema_choices()}
+    return {key: value for key, value in values.items() if is_function(value)}
+
+
+def resolve_functions(config: Config) -> None:
+    """Names functions by the absolute paths of their files, and imports each. Raises UserError for one that is not
+    there."""
+    for key, value in named_functions(config).items():
+        section, name = key.rsplit(".", 1)
+        setattr(_get(config, section), name, absolute(value))
+        load_function(key, absolute(value))
+
+
+def function_digests(config: Config) -> dict[str, str]:
+    """blake2b of the file of each function that the config names, by dotted key."""
+    return {key: source_digest(key, value) for key, value in named_functions(config).items()}
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,71 @@
+"""Functions of the user's own, which a config names as `path/to/file.py:name` or `package.module:name`."""
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from meds_megatron.errors import UserError
+
+
+def is_function(value: str) -> bool:
+    """Whether the value of a setting names a function, in contrast to one of the setting's own choices."""
+    return ":" in value
+
+
+def absolute(value: str) -> str:
+    """The same function by the absolute path of its file: processes on other nodes have other working directories."""
+    source, _, name = value.rpartition(":")
+    return f"{Path(source).expanduser().absolute()}:{name}" if source.endswith(".py") else value
+
+
+@cache
+def load_function(key: str, value: str) -> Callable[..., Any]:
+    """The function that the setting `key` names. Its module is executed once a process. Raises UserError where there is
+    none."""
+    source, _, name = value.rpartition(":")
+    function = getattr(_module(key, source), name, None)
+    if not callable(function):
+        found = "has no such name" if function is None else f"has a {type(function).__name__} of that name"
+        raise UserError(f"{key} is {value}, but {source} {found}: name a function there, as file.py:name")
+    return function
+
+
+def source_digest(key: str, value: str) -> str:
+    """blake2b of the file that defines the function, as hexadecimal digits."""
+    file = _module(key, value.rpartition(":")[0]).__file__
+    assert file is not None
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
+
+
+@cache
+def _module(key: str, source: str) -> ModuleType:
+    try:
+        return _module_of_file(Path(source).expanduser()) if source.endswith(".py") else import_module(source)
+    except FileNotFoundError:
+        raise UserError(f"{key}: {source} does not exist; name the file of your function, as file.py:name") from None
+    except Exception as error:
+        raise UserError(
+            f"{key}: {source} cannot be imported ({type(error).__name__}: {error}); correct it, and try it in Python"
+        ) from error
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    path = path.resolve(strict=True)
+    # Distinct for files of one name; pickle finds classes of the module by it.
+    name = f"meds_user_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
