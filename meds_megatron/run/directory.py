@@ -1,5 +1,6 @@
 """The directory of a run: its config, metrics, rollouts, checkpoints, exports and logs, and its single writer."""
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,9 @@ from filelock import SoftFileLease
 from meds_megatron import atomic
 from meds_megatron.config import Config, load_config, save_config
 from meds_megatron.config.changes import changes
+from meds_megatron.config.functions import function_digests, named_functions
 from meds_megatron.errors import UserError
+from meds_megatron.json_text import parse_json
 from meds_megatron.run.checkpoint_files import Checkpoint, any_completed, newest, remove_incomplete
 from meds_megatron.run.lock import check_lock, lock_loss, run_lock
 from meds_megatron.run.metrics_file import MetricsLine, read_metrics
@@ -45,6 +48,7 @@ class RunDirectory(RunPaths):
                 self.check_lock()
                 self.rollouts.mkdir(exist_ok=True)
                 save_config(config, self.config)
+                atomic.write_text(self.functions, json.dumps(function_digests(config), indent=1) + "\n")
             except OSError as error:
                 raise UserError(
                     f"{self.path}: the run directory cannot be written ({error.strerror}); make space there, or set "
@@ -126,6 +130,7 @@ class RunDirectory(RunPaths):
                 "(name=...), or remove it."
             )
         free, other = changes(saved, config)
+        other += self._changed_functions(config)
         if other and not config.checkpoint.accept_changes:
             raise UserError(
                 f"{self.path}: there is a run with other settings ({'; '.join(other)}): give this one a name of its "
@@ -134,10 +139,22 @@ class RunDirectory(RunPaths):
         for change in free + other:
             print(f"meds: resuming with {change}", file=sys.stderr)
 
+    def _changed_functions(self, config: Config) -> list[str]:
+        """Functions of the user's own whose files are no longer what they were when the run was last started."""
+        try:
+            saved = parse_json(self.functions.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return []
+        return [
+            f"{key}: the file of {named_functions(config)[key]} has changed"
+            for key, digest in function_digests(config).items()
+            if isinstance(saved, dict) and saved.get(key, digest) != digest
+        ]
+
     def _discard(self, keep_logs: bool) -> None:
         for name in ("rollouts", "checkpoints", "hf", "wandb", *([] if keep_logs else ["logs"])):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for path in (self.config, self.metrics):
+        for path in (self.config, self.functions, self.metrics):
             path.unlink(missing_ok=True)
 
     def _remove_if_empty(self) -> None:

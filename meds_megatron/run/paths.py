@@ -14,6 +14,11 @@ class RunPaths:
         return self.path / "config.yaml"
 
     @property
+    def functions(self) -> Path:
+        """Digests of the files of the functions that the config names."""
+        return self.path / "functions.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

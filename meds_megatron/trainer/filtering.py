@@ -31,7 +31,9 @@ def _metric(batch: TrainBatch, name: str) -> np.ndarray:
         if values_B.shape != (len(batch),):
             raise UserError(f"filter.metric is {name}, which gave an array {values_B.shape}, expected ({len(batch)},)")
         return values_B
-    return batch.correct_B if name == "accuracy" else batch.shaped_scores_B
+    found_B = batch.correct_B if name == "accuracy" else batch.shaped_scores_B
+    assert found_B is not None
+    return found_B
 
 
 def shortfall(rollouts: RolloutBatch, config: Config) -> str | None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._private.parameter import RayParams
+from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 
 from meds_megatron.cluster.ray_cluster import ray_cluster
 from meds_megatron.config import ClusterConfig
@@ -26,8 +28,13 @@ print("nodes:", len(ray.nodes()))
 
 @pytest.fixture(scope="module")
 def address(own_ray):
-    with ray_cluster(ClusterConfig()):
-        yield ray.get_runtime_context().gcs_address
+    with pytest.MonkeyPatch.context() as patch:
+        # Any free port for Ray's agent: another Ray of this machine may have the usual one.
+        init = RayParams.__init__
+        free = tuple(0 if value == DEFAULT_DASHBOARD_AGENT_LISTEN_PORT else value for value in init.__defaults__)
+        patch.setattr(init, "__defaults__", free)
+        with ray_cluster(ClusterConfig()):
+            yield ray.get_runtime_context().gcs_address
 
 
 @pytest.mark.parametrize(
@@ -60,8 +67,7 @@ def test_all_files_of_ray_are_in_a_directory_that_only_the_user_can_enter(addres
 def test_nothing_but_a_sign_of_life_is_served_without_the_token(address):
     (node,) = ray.nodes()
     assert not is_port(node["MetricsExportPort"])
-    if not is_port(node["DashboardAgentListenPort"]):
-        pytest.skip("another Ray of this machine has the one port that Ray's agent would have")
+    assert is_port(node["DashboardAgentListenPort"])
     agent = f"http://{node['NodeManagerAddress']}:{node['DashboardAgentListenPort']}"
     assert urllib.request.urlopen(f"{agent}/api/local_raylet_healthz").read() == b"success"
     with pytest.raises(urllib.error.HTTPError, match="401"):
