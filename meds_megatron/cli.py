@@ -115,7 +115,7 @@ def sweep(file: str, executor: Literal["auto", "slurm", "local"]) -> None:
     again, and a sweep that was interrupted continues where it stopped when it is started again. The exit status is 1 if
     a run failed for good. meds_megatron/sweeps/config.py explains every key of the file.
     """
-    from meds_megatron.sweeps.runs import sweep_with_live_table
+    from meds_megatron.sweeps.run import sweep_with_live_table
 
     rows = sweep_with_live_table(file, executor)
     if any(row["state"] == "failed" for row in rows):

@@ -1,4 +1,5 @@
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -90,6 +91,16 @@ def qwen_tokenizer(shared_data: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(shared_data / "qwen2-tokenizer")
+
+
+@pytest.fixture
+def signal_handlers() -> Iterator[None]:
+    """Sets this process's handlers back after a test of code that sets its own."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ Importing the package loads nothing else: the batch script of a job runs with no
 
 def __getattr__(name: str):
     if name == "sweep":
-        from meds_megatron.sweeps.runs import sweep
+        from meds_megatron.sweeps.run import sweep
 
         return sweep
     raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -12,7 +12,7 @@ from meds_megatron.run.checkpoint_files import mark_complete, newest, write_stat
 from meds_megatron.run.directory import RunDirectory
 from meds_megatron.run.metrics_file import read_metrics
 from meds_megatron.run.reader import read_run as read_report
-from meds_megatron.sweeps.runs import _last_metrics
+from meds_megatron.sweeps.run import last_metrics
 
 DAMAGED_LINES = {
     "a list": "[1, 2]",
@@ -31,7 +31,7 @@ READERS = {
     "rewinding": lambda run: RunDirectory(run).rewind(3),
     "report": read_report,
     "plan": lambda run: measure(run, prompt_share=0.5),
-    "sweep": _last_metrics,
+    "sweep": last_metrics,
 }
 
 

@@ -15,10 +15,10 @@ from filelock import FileLock
 
 from meds_megatron.config import load_config, save_config
 from meds_megatron.errors import UserError
-from meds_megatron.sweeps import runs as sweep_runs
-from meds_megatron.sweeps import sweep
+from meds_megatron.sweeps import executors, sweep
 from meds_megatron.sweeps.config import SweepRun, expand, load_sweep
-from meds_megatron.sweeps.runs import Sweep
+from meds_megatron.sweeps.executors import LocalExecutor
+from meds_megatron.sweeps.run import Sweep
 from tests.faults.processes import restore_signals
 from tests.limits import HANG_SECONDS
 
@@ -127,21 +127,25 @@ def test_a_second_process_on_the_same_sweep_is_refused(tmp_path):
 def test_local_runs_have_gpus_of_their_own(tmp_path, monkeypatch):
     file = write(tmp_path, "seeds: [0, 1, 2]\nconcurrent: 3\njob: {gpus_per_node: 2}\n")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,1")
-    runs = Sweep(load_sweep(file), expand(load_sweep(file), file), "local")
+    executor = local_executor(file)
+    runs = Sweep(load_sweep(file), expand(load_sweep(file), file), executor)
     taken = []
-    monkeypatch.setattr(runs._executor, "submit", lambda _, arguments, visible: taken.append(visible) or SimpleJob)
+    monkeypatch.setattr(executor._submitit, "submit", lambda _, arguments, visible: taken.append(visible) or SimpleJob)
     runs._update()
     assert taken == ["4,5", "6,7"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
     with pytest.raises(UserError, match=r"a run needs job\.gpus_per_node = 2, but this machine has 1 GPUs"):
-        Sweep(load_sweep(file), expand(load_sweep(file), file), "local")
+        local_executor(file)
 
 
 def test_the_runs_of_a_seed_are_submitted_before_those_of_the_next(tmp_path, monkeypatch):
     file = write(tmp_path, "grid: {penalty.alpha: [0.1, 0.02]}\nseeds: [3, 1]\nconcurrent: 3\n")
-    runs = Sweep(load_sweep(file), expand(load_sweep(file), file), "local")
+    executor = local_executor(file)
+    runs = Sweep(load_sweep(file), expand(load_sweep(file), file), executor)
     taken = []
-    monkeypatch.setattr(runs._executor, "submit", lambda _, arguments, visible: taken.append(arguments) or SimpleJob)
+    monkeypatch.setattr(
+        executor._submitit, "submit", lambda _, arguments, visible: taken.append(arguments) or SimpleJob
+    )
     runs._update()
     names = [next(entry for entry in arguments if entry.startswith("name=")) for arguments in taken]
     assert [name.partition(".")[2].strip('"') for name in names] == [
@@ -158,6 +162,11 @@ def test_only_the_named_runs_are_taken(tmp_path):
     assert [row["run"] for row in sweep(file, executor="local", only={"seed=2", "seed=0"})] == ["seed=0", "seed=2"]
 
 
+def local_executor(file: Path) -> LocalExecutor:
+    config = load_sweep(file)
+    return LocalExecutor(Path(config.directory) / "jobs", config.job)
+
+
 class SimpleJob:
     job_id = "1"
 
@@ -166,9 +175,9 @@ class SimpleJob:
 def test_a_run_sees_the_gpus_that_it_was_given(monkeypatch, capfd, signal_handlers):
     """submitit hides all of them from its processes."""
     program = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
-    monkeypatch.setattr(sweep_runs, "_run_command", lambda arguments: [sys.executable, "-c", program])
+    monkeypatch.setattr(executors, "_run_command", lambda arguments: [sys.executable, "-c", program])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert [sweep_runs._train_here([], visible) for visible in ("4,5", "", None)] == [0, 0, 0]
+    assert [executors.train_here([], visible) for visible in ("4,5", "", None)] == [0, 0, 0]
     assert capfd.readouterr().out == "4,5\n\nNone\n"
 
 

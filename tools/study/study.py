@@ -32,7 +32,7 @@ from study_results import collect_results, draw, table_of
 from meds_megatron import atomic
 from meds_megatron.errors import UserError
 from meds_megatron.sweeps.config import SweepRun, expand, load_sweep
-from meds_megatron.sweeps.runs import Executor, sweep
+from meds_megatron.sweeps.run import ExecutorName, sweep
 
 
 def write_plan(directory: Path, runs: Path, steps: int, more: list[str], **options: Any) -> None:
@@ -63,7 +63,7 @@ def write_plan(directory: Path, runs: Path, steps: int, more: list[str], **optio
         atomic.write_text(directory / f"{name}.yaml", text)
 
 
-def run_missing(directory: Path, sweeps: list[str], methods: list[str] | None, executor: Executor) -> bool:
+def run_missing(directory: Path, sweeps: list[str], methods: list[str] | None, executor: ExecutorName) -> bool:
     """Trains what is planned (of `methods`, if given) and not recorded, and records each run as it ends. False if one
     failed."""
     planned = dict(planned_runs(directory, name) for name in sweeps)
