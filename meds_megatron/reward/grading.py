@@ -1,9 +1,9 @@
 r"""Grading: whether the answer in a response equals the ground truth, by one of `reward.rules.RULES`.
 
 By the default rules the answer is in the response's last `\boxed{}`, and most answers are decided by `reward.answers`.
-The others are compared by math-verify in grader processes (`reward.worker`), which are killed when an answer takes too
-long; `reward.differences` then rejects what math-verify accepts by mistake. A comparison that fails is counted as a
-failure, not as a wrong answer.
+The others are compared in grader processes (`reward.worker`), which are killed when an answer takes too long: by
+math-verify, and by `reward.differences`, which rejects what math-verify accepts by mistake. A comparison that fails is
+counted as a failure, not as a wrong answer.
 
 The processes are not a pebble ProcessPool (5.2.3) because a worker killed while it is idle, or while it holds the lock
 of the pipe that all workers share, stops the whole pool, the workers import the driver's main module again, and those
@@ -158,7 +158,7 @@ class GraderPool(AbstractContextManager):
             process.end()  # Also those that started meanwhile.
 
     def _judge(self, answer: str, truth: str) -> Grade:
-        """The verdict of the calling thread's process, and ours where the two surely differ."""
+        """The verdict of the calling thread's process."""
         process = self._processes.get(threading.get_ident())
         if process is None or process.poll() is not None:
             process = self._start()
@@ -169,8 +169,6 @@ class GraderPool(AbstractContextManager):
             raise CancelledError("The grader pool was closed")
         if grade.outcome == "timeout" and self.rules.slow_is_wrong:
             return Grade(False, "graded", grade.detail)
-        if grade.correct and self.rules.rejects(*pair):
-            return Grade(False, "graded", "math-verify accepts the answer, but its value or structure is different")
         return grade
 
     def _start(self) -> "GraderProcess":

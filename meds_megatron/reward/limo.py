@@ -7,8 +7,7 @@ is not closed counts. Two departures: a text is given to sympy's Python parser o
 that parser runs what it is given; and matrices, sets and mixed numbers are parsed by math-verify's successor of the
 parser that LIMO uses, which is no longer installable.
 
-A grader process loads this file by its path (`reward.worker`), so it imports nothing of the package, and sympy only
-when it judges.
+Grader processes import this file (`reward.worker`): it imports nothing of the package, and sympy only when it judges.
 """
 
 import re

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from meds_megatron.latex import last_boxed
 from meds_megatron.reward import limo
 from meds_megatron.reward.answers import compare_plainly
-from meds_megatron.reward.differences import surely_different
 from meds_megatron.reward.notation import for_math_verify
 
 
@@ -25,8 +24,6 @@ class Rules:
     """Verdict on (answer, truth) that takes no mathematics; None leaves it to a grader process."""
     spell: Callable[[str], str] = str
     """Text as the grader process reads it."""
-    rejects: Callable[[str, str], bool] = lambda _answer, _truth: False
-    """Whether two texts, as spelled, are certainly different although the process finds them equal."""
     slow_is_wrong: bool = False
     """An answer that takes too long is wrong, instead of neither right nor wrong."""
 
@@ -41,7 +38,7 @@ def _compare_texts(answer: str, truth: str) -> bool | None:
 
 
 RULES = {
-    "math_verify": Rules(last_boxed, compare_plainly, for_math_verify, surely_different),
+    "math_verify": Rules(last_boxed, compare_plainly, for_math_verify),
     "strict": Rules(last_boxed, compare_strictly),
     "limo": Rules(limo.extract, _compare_texts, slow_is_wrong=True),
 }

@@ -1,11 +1,10 @@
 """Program of a grader process: compares answers, one at a time, within limits set in the kernel.
 
-`reward.grading` starts this file with the arguments of `main`. It imports nothing of the package, so that a grader
-starts fast and is the same program whatever the driver's main module is.
+`reward.grading` starts this file with the arguments of `main`. It imports no more of the package than the rules of its
+grader, so that it starts fast and is the same program whatever the driver's main module is.
 """
 
 import ctypes
-import importlib.util
 import json
 import logging
 import os
@@ -23,12 +22,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def judge(answer: str, truth: str) -> tuple[bool, str]:
-    """math-verify's verdict, (correct, detail), without a time limit.
+    """math-verify's verdict, (correct, detail), without a time limit, and ours where the two surely differ.
 
     math-verify's own limits stay off: they use SIGALRM and count an answer that exceeds them as wrong. Its exceptions
     are raised instead of being counted as wrong.
     """
     from math_verify import LatexExtractionConfig, parse, verify
+
+    from meds_megatron.reward.differences import surely_different
 
     config = [LatexExtractionConfig(boxed_match_priority=0)]
 
@@ -38,18 +39,19 @@ def judge(answer: str, truth: str) -> tuple[bool, str]:
     expected = parsed(truth)
     if all(isinstance(part, str) for part in expected):
         return False, "the ground truth is not a mathematical expression: compared as text only"
-    return bool(verify(expected, parsed(answer), timeout_seconds=None, raise_on_error=True)), ""
+    correct = bool(verify(expected, parsed(answer), timeout_seconds=None, raise_on_error=True))
+    if correct and surely_different(answer, truth):
+        return False, "math-verify accepts the answer, but its value or structure is different"
+    return correct, ""
 
 
 def judge_of(grader: str) -> Callable[[str, str], tuple[bool, str]]:
-    """Function that compares (answer, truth) by the rules of that name: `judge`, or that of the file `limo.py`."""
+    """Function that compares (answer, truth) by the rules of that name."""
     if grader != "limo":
         return judge
-    spec = importlib.util.spec_from_file_location("limo", os.path.join(os.path.dirname(__file__), "limo.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.judge
+    from meds_megatron.reward import limo
+
+    return limo.judge
 
 
 def main(descriptor: int, parent: int, memory_bytes: int, grader: str = "math_verify") -> None:
@@ -68,6 +70,8 @@ def main(descriptor: int, parent: int, memory_bytes: int, grader: str = "math_ve
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
+    # Last, for a checkout that is not installed.
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
     compare = judge_of(grader)
     connection = Connection(descriptor)
     with suppress(EOFError, ConnectionError):  # The pool closed the pipe.
