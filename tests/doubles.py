@@ -101,10 +101,10 @@ class ScriptedPolicy:
         part, action, bucket = method, *args[:2]
         assert part == "weights"
         mine = self.staged.setdefault(rank, set())
-        if action == "release":
+        if action == "release_bucket":
             mine.remove(bucket)
             return None
-        assert action == "stage"
+        assert action == "stage_bucket"
         mine.add(bucket)
         self.staged_history.append(set().union(*self.staged.values()))
         return StagedBucket(checksums={("tensor", (bucket,), 0): bucket})

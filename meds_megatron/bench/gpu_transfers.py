@@ -101,10 +101,10 @@ def _send(pipe: Connection, spec: SyncSpec) -> None:
     pipe.send(None)
 
     def stage(bucket: int) -> tuple:
-        staged = sender.stage(bucket, checksums=True)
+        staged = sender.stage_bucket(bucket, checksums=True)
         return staged.handles, staged.checksums
 
-    _serve(pipe, {"stage": stage, "release": sender.release, "used": _used})
+    _serve(pipe, {"stage": stage, "release": sender.release_bucket, "used": _used})
 
 
 def _read(pipe: Connection, spec: SyncSpec) -> None:

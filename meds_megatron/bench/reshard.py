@@ -139,7 +139,9 @@ class _TrainerRank:
         self._plan, self._signals = spec.plan(), _Signals(store)
         self._place = spec.layout.coordinates(rank)
         self._tp_group = _stage_groups(spec)[self._place.pipeline]
-        self._buckets = [bucket for bucket in self._plan.buckets if self._plan.stage(bucket) == self._place.pipeline]
+        self._buckets = [
+            bucket for bucket in self._plan.buckets if self._plan.pipeline_stage(bucket) == self._place.pipeline
+        ]
         generator = torch.Generator().manual_seed(rank)
         self._parameters = {}
         for parameter in (row for bucket in self._buckets for row in self._plan.table.buckets[bucket]):
@@ -170,12 +172,12 @@ class _TrainerRank:
         staged = 0
         self._signals.begin()
         for bucket in self._buckets:
-            handles = self._sender.stage(bucket, checksums=False).handles
+            handles = self._sender.stage_bucket(bucket, checksums=False).handles
             staged += sum(handle.elements * handle.dtype.itemsize for handle in handles.values())
             self._signals.send(f"{bucket}-from{self._place.tensor}", handles)
             for engine_rank in range(self._plan.engine_tensor):
                 self._signals.wait(f"{bucket}-loaded{engine_rank}")
-            self._sender.release(bucket)
+            self._sender.release_bucket(bucket)
         return staged
 
     def copy(self) -> int:
@@ -209,7 +211,7 @@ class _EngineRank:
 
     def gather(self) -> int:
         for bucket in self._plan.buckets:
-            sender = self._plan.stage(bucket) * self._layout.tensor
+            sender = self._plan.pipeline_stage(bucket) * self._layout.tensor
             for name, shape in self._plan.hf_shapes(bucket).items():
                 tensor = torch.empty(shape, dtype=torch.bfloat16)
                 self.group.receive(tensor, sender)

@@ -178,5 +178,5 @@ def share_sizes(plan: ReshardPlan) -> dict[tuple[int, int, int], int]:
     for bucket in plan.buckets:
         # All layers are alike: the transfers of the first stand for each.
         for transfer in plan.transfers(1 if bucket in layers else bucket):
-            sizes[plan.stage(bucket), transfer.trainer_rank, transfer.engine_rank] += transfer.elements
+            sizes[plan.pipeline_stage(bucket), transfer.trainer_rank, transfer.engine_rank] += transfer.elements
     return sizes

@@ -96,10 +96,10 @@ class WeightSync:
             self._pool.engines[engine].health.updated()
 
     def _begin(self, bucket: int, engines: list[int], check: bool) -> "_BucketTransfer":
-        stage = self._plan.stage(bucket)
+        stage = self._plan.pipeline_stage(bucket)
         routes = [route for engine in engines for route in self._routes[engine] if route.stage == stage]
         local_ranks = {route.rank for route in routes if route.local}
-        staged = {rank: self._on_sender(rank, "stage", bucket, check) for rank in sorted(local_ranks)}
+        staged = {rank: self._on_sender(rank, "stage_bucket", bucket, check) for rank in sorted(local_ranks)}
         # Staged before anything is sent: an engine reads staged transfers first, and a sender waits for its engine.
         sent = [self._on_sender(route.rank, "send", bucket, route.engine, check) for route in routes if not route.local]
         loads: dict[int, ray.ObjectRef] = {}
@@ -114,7 +114,7 @@ class WeightSync:
         staged: list[StagedBucket] = self._policy.results(list(transfer.staged.values()))
         sent: list[Checksums] = self._policy.results(transfer.sent)
         loaded = self._pool.outcomes({engine: transfer.loads[engine] for engine in engines})
-        self._policy.results([self._on_sender(rank, "release", transfer.bucket) for rank in transfer.staged])
+        self._policy.results([self._on_sender(rank, "release_bucket", transfer.bucket) for rank in transfer.staged])
         expected: Checksums = {}
         for checksums in [*(part.checksums for part in staged), *sent]:
             expected |= checksums

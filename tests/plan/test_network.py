@@ -135,6 +135,6 @@ def test_one_layers_transfers_stand_for_all():
     sizes: dict[tuple[int, int, int], int] = {}
     for bucket in plan.buckets:
         for transfer in plan.transfers(bucket):
-            key = plan.stage(bucket), transfer.trainer_rank, transfer.engine_rank
+            key = plan.pipeline_stage(bucket), transfer.trainer_rank, transfer.engine_rank
             sizes[key] = sizes.get(key, 0) + transfer.elements
     assert share_sizes(plan) == sizes

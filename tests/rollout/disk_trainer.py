@@ -31,7 +31,7 @@ class DiskTrainer:
         assert len(pool.outcomes(pool.call(pool.ready(), "connect", self.spec, None, {}))) == len(pool.engines)
 
     def stage(self, bucket: int) -> StagedBucket:
-        return self._sender.stage(bucket, checksums=True)
+        return self._sender.stage_bucket(bucket, checksums=True)
 
     def load(self, pool: EnginePool, buckets: Iterable[int]) -> None:
         """Loads buckets of the plan into all engines and compares checksums."""
@@ -39,7 +39,7 @@ class DiskTrainer:
             staged = self.stage(bucket)
             found = pool.outcomes(pool.call(pool.ready(), "load_bucket", bucket, True, staged))
             assert all(sums and sums.items() <= staged.checksums.items() for sums in found.values())
-            self._sender.release(bucket)
+            self._sender.release_bucket(bucket)
 
     def update(self, pool: EnginePool, version: int) -> None:
         """A whole update of all engines."""

@@ -73,7 +73,7 @@ class ReshardPlan:
         """Elements of the largest bucket: the bound of every buffer."""
         return max(bucket_sizes(self.table))
 
-    def stage(self, bucket: int) -> int:
+    def pipeline_stage(self, bucket: int) -> int:
         """The pipeline stage that holds the bucket."""
         return self._stages[bucket]
 

@@ -12,7 +12,7 @@ ALIGNMENT = 128
 
 def interleaved(plan: ReshardPlan) -> list[int]:
     """The buckets in an order in which the pipeline stages take turns, so that they work in parallel."""
-    stages = [plan.stage(bucket) for bucket in plan.buckets]
+    stages = [plan.pipeline_stage(bucket) for bucket in plan.buckets]
     starts = [0, *(i for i, (a, b) in enumerate(pairwise(stages), 1) if a != b), len(stages)]
     runs = [list(plan.buckets)[first:last] for first, last in pairwise(starts)]
     turns = range(max(map(len, runs)))
@@ -65,7 +65,7 @@ def staging_elements(plan: ReshardPlan, stage: int, tensor: int) -> int:
     allocator, most = BlockAllocator(), 0
     begins: dict[int, list[int]] = {}
     for bucket, is_begin in begins_and_ends(plan):
-        if plan.stage(bucket) != stage:
+        if plan.pipeline_stage(bucket) != stage:
             continue
         if is_begin:
             mine = [transfer for transfer in plan.transfers(bucket) if transfer.trainer_rank == tensor]

@@ -64,8 +64,8 @@ class WeightSender:
             return False
         return True
 
-    def stage(self, bucket: int, checksums: bool) -> StagedBucket:
-        """Writes the rank's transfers of the bucket into the node's memory, where they stay until `release`.
+    def stage_bucket(self, bucket: int, checksums: bool) -> StagedBucket:
+        """Writes the rank's transfers of the bucket into the node's memory, where they stay until `release_bucket`.
 
         Raises UserError when the memory does not suffice.
         """
@@ -78,7 +78,7 @@ class WeightSender:
                 staged.checksums.update(self._checksums(transfer))
         return staged
 
-    def release(self, bucket: int) -> None:
+    def release_bucket(self, bucket: int) -> None:
         """Frees the memory of a staged bucket."""
         for handle in self._staged.pop(bucket).handles.values():
             self._local.drop(handle)
@@ -182,7 +182,7 @@ class WeightReceiver:
     def _receive_into(self, target: Tensor, transfer: Transfer) -> None:
         values = target if target.is_contiguous() else target.new_empty(target.shape)
         assert self._group is not None
-        self._group.receive(values, self._senders[self._plan.stage(transfer.bucket), transfer.trainer_rank])
+        self._group.receive(values, self._senders[self._plan.pipeline_stage(transfer.bucket), transfer.trainer_rank])
         if values is not target:
             target.copy_(values)
 

@@ -101,12 +101,12 @@ def update_engines(spec: SyncSpec, kind: type[CudaIpc], monkeypatch) -> tuple[Cu
         dying, begun, staged = update % ENGINES, 0, {}
         for bucket, is_begin in begins_and_ends(plan):
             if is_begin:
-                staged[bucket] = sender.stage(bucket, checksums=False)
+                staged[bucket] = sender.stage_bucket(bucket, checksums=False)
                 continue
             for number, engine in enumerate(engines):
                 if number != dying or begun < update:
                     received[number] |= dict(engine.receive(bucket, staged[bucket].handles))
-            sender.release(bucket)
+            sender.release_bucket(bucket)
             begun += 1
         # The next engine at its place is another process.
         engines[dying] = WeightReceiver(spec, 0, "cpu")

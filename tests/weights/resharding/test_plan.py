@@ -121,9 +121,9 @@ def test_each_bucket_is_there_once_and_stages_take_turns(name, layout):
     plan = plan_of(name, layout)
     order = interleaved(plan)
     assert sorted(order) == list(plan.buckets)
-    assert {plan.stage(bucket) for bucket in plan.buckets} == set(range(plan.layout.pipeline))
+    assert {plan.pipeline_stage(bucket) for bucket in plan.buckets} == set(range(plan.layout.pipeline))
     first = order[: plan.layout.pipeline * plan.layout.virtual]
-    assert {plan.stage(bucket) for bucket in first} == set(range(plan.layout.pipeline))
+    assert {plan.pipeline_stage(bucket) for bucket in first} == set(range(plan.layout.pipeline))
 
 
 @pytest.mark.parametrize(("name", "layout"), STAGED)

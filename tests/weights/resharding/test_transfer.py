@@ -47,7 +47,7 @@ def share(spec: SyncSpec, rank: int) -> dict[str, Tensor]:
     plan, hf, place = spec.plan(), hf_tensors(spec), spec.layout.coordinates(rank)
     parameters = {}
     for parameter in plan.table.stored:
-        if plan.stage(parameter.bucket) == place.pipeline:
+        if plan.pipeline_stage(parameter.bucket) == place.pipeline:
             local = torch.full(parameter.local_shape(spec.layout.tensor), torch.nan)
             for part in parameter.slices(place.tensor, spec.layout.tensor):
                 local[part.local_slices()] = hf[part.hf_name][part.hf_slices()]
@@ -86,8 +86,10 @@ def test_staged_weights_arrive_bit_for_bit(case, tmp_path):
     received: list[dict[str, Tensor]] = [{} for _ in receivers]
     compared = 0
     for bucket in plan.buckets:
-        near = [s for rank, s in enumerate(senders) if spec.layout.coordinates(rank).pipeline == plan.stage(bucket)]
-        staged = [sender.stage(bucket, checksums=True) for sender in near]
+        near = [
+            s for rank, s in enumerate(senders) if spec.layout.coordinates(rank).pipeline == plan.pipeline_stage(bucket)
+        ]
+        staged = [sender.stage_bucket(bucket, checksums=True) for sender in near]
         handles = {place: handle for part in staged for place, handle in part.handles.items()}
         sums = {key: value for part in staged for key, value in part.checksums.items()}
         for receiver, tensors in zip(receivers, received, strict=True):
@@ -95,7 +97,7 @@ def test_staged_weights_arrive_bit_for_bit(case, tmp_path):
             assert receiver.checksums.items() <= sums.items()
             compared += len(receiver.checksums)
         for sender in near:
-            sender.release(bucket)
+            sender.release_bucket(bucket)
         assert not os.listdir(spec.directory)
     assert compared >= len(plan.table.hf_shapes) * len(receivers) - 1
     for rank, tensors in enumerate(received):
@@ -122,7 +124,7 @@ def send_or_receive(rank: int, spec: SyncSpec, rendezvous: Rendezvous):
         sender, sums = sender_of(spec, rank, this_device()), {}
         assert sender.join_group(0, rendezvous, rank)
         for bucket in plan.buckets:
-            if spec.layout.coordinates(rank).pipeline == plan.stage(bucket):
+            if spec.layout.coordinates(rank).pipeline == plan.pipeline_stage(bucket):
                 sums |= sender.send(bucket, engine=0, checksums=True)
         return sums
     members = {
@@ -244,7 +246,7 @@ def test_nccl_groups_raise_where_torchs_own_would_end_the_process(monkeypatch):
 def test_closing_removes_what_is_staged(tmp_path):
     spec = spec_of(CASES[0], tmp_path)
     sender = sender_of(spec, 0)
-    sender.stage(0, checksums=False)
+    sender.stage_bucket(0, checksums=False)
     assert os.listdir(spec.directory)
     sender.close()
     assert not os.path.exists(spec.directory)
@@ -263,7 +265,7 @@ def test_checksums_differ_for_bits_and_order(dtype):
 
 def test_a_byte_that_changes_on_the_way_changes_one_checksum(tmp_path):
     spec = spec_of(CASES[0], tmp_path)
-    staged = sender_of(spec, 0).stage(1, checksums=True)
+    staged = sender_of(spec, 0).stage_bucket(1, checksums=True)
     (handle,) = staged.handles.values()
     with open(handle.path, "r+b") as file:
         file.seek(5)
