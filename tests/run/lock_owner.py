@@ -7,6 +7,7 @@ or the sentence of the UserError. A claim here lasts LEASE_SECONDS.
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from meds_megatron.run.console import Console
 from meds_megatron.run.directory import RunDirectory
 from meds_megatron.run.log import RunLog
 from meds_megatron.run.rollout_files import ROLLOUT_SCHEMA
+from meds_megatron.run.timer import PhaseTimer
 from meds_megatron.trainer.checkpointer import Checkpointer
 from meds_megatron.trainer.state import TrainerState
 
@@ -55,9 +57,11 @@ class Owner:
     def __init__(self, run: RunDirectory, config: Config, name: str):
         self.run = run
         self.log = RunLog(run, config, Console(config, file=sys.stderr))
-        self.ranks, memory = Ranks(name), Ranks(name)
+        self.ranks = Ranks(name)
+        processes = SimpleNamespace(policy=self.ranks, pool=self.ranks, memory=Ranks(name), timer=PhaseTimer())
         self.state = TrainerState(PromptSampler(4, seed=0, shuffle=True))
-        self.checkpointer = Checkpointer(config, run, run.path / "model", self.ranks, self.ranks, memory, self.state)
+        weight_sync = SimpleNamespace(version=0)
+        self.checkpointer = Checkpointer(config, run, run.path / "model", processes, self.state, weight_sync)
 
     def metrics(self, step: int) -> None:
         self.log.log(step, {"accuracy/mean": 0.5})
@@ -68,7 +72,7 @@ class Owner:
     def checkpoint(self, step: int) -> None:
         """Completes the checkpoint under way and begins that of `step`."""
         self.state.step = step
-        self.checkpointer.step_finished(self.state)
+        self.checkpointer.step_finished()
 
     def last(self, step: int) -> None:
         """As after a signal: the checkpoint of `step` is the last."""
