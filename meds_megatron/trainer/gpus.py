@@ -47,7 +47,8 @@ class Gpus:
         self.release_engines()
         with self._timer("sync"):
             self._policy.onload()
-        yield
+        with self._timer("update"):
+            yield
         with self._timer("sync"):
             self._wake("weights")
 

@@ -1,13 +1,13 @@
 """Properties of every policy loss."""
 
 import math
-from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 from meds_megatron.algorithm.losses import LOSSES, policy_loss
 from meds_megatron.config import PolicyConfig
+from meds_megatron.config.load import schema_choices
 from tests.algorithm.micro_batches import gradient, micro_batch, random_micro_batch, responses
 
 every_loss = pytest.mark.parametrize("loss", LOSSES)
@@ -15,7 +15,7 @@ every_aggregation = pytest.mark.parametrize("aggregation", ["token_mean", "seque
 
 
 def test_the_config_names_exactly_the_losses_there_are():
-    assert set(get_args(get_type_hints(PolicyConfig)["loss"])) == set(LOSSES)
+    assert set(schema_choices()["policy.loss"]) == set(LOSSES)
 
 
 @every_loss

@@ -67,6 +67,7 @@ def _response(problem: int, number: int, centres: np.ndarray, step: int, random:
         "answer": str(2 * problem + 1),
         "response": text,
         "response_token_ids": [1, 2, 3],
+        "given_tokens": [],
         "prompt_tokens": 5,
         "response_tokens": 3 + number,
         "correct": right,
