@@ -1,8 +1,10 @@
 """Files and directories that appear whole or not at all, and that are on disk when they appear.
 
-The one place that writes such files; a torn write, a kill or the loss of power leaves what was there before.
+The one place that writes such files; a torn write, a kill or the loss of power leaves what was there before, but for an
+instant between two renames in which a directory that is replaced has no name (`publish_directory`).
 """
 
+import errno
 import os
 import secrets
 import shutil
@@ -60,9 +62,12 @@ def sync_tree(directory: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Forces a file, or the names in a directory, to disk."""
+    """Forces a file, or the names in a directory, to disk; the latter only where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(descriptor)

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -21,7 +22,7 @@ def is_function(value: str) -> bool:
 def absolute(value: str) -> str:
     """The same function by the absolute path of its file: processes on other nodes have other working directories."""
     source, _, name = value.rpartition(":")
-    return f"{Path(source).expanduser().absolute()}:{name}" if source.endswith(".py") else value
+    return f"{os.path.abspath(Path(source).expanduser())}:{name}" if source.endswith(".py") else value
 
 
 @cache
@@ -43,12 +44,12 @@ def source_digest(key: str, value: str) -> str:
     return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
 
 
-@cache
 def _module(key: str, source: str) -> ModuleType:
+    file = Path(source).expanduser() if source.endswith(".py") else None
+    if file is not None and not file.is_file():
+        raise UserError(f"{key}: {source} does not exist; name the file of your function, as file.py:name")
     try:
-        return _module_of_file(Path(source).expanduser()) if source.endswith(".py") else import_module(source)
-    except FileNotFoundError:
-        raise UserError(f"{key}: {source} does not exist; name the file of your function, as file.py:name") from None
+        return import_module(source) if file is None else _module_of_file(file.resolve())
     except Exception as error:
         raise UserError(
             f"{key}: {source} cannot be imported ({type(error).__name__}: {error}); correct it, and try it in Python"
@@ -56,9 +57,10 @@ def _module(key: str, source: str) -> ModuleType:
 
 
 def _module_of_file(path: Path) -> ModuleType:
-    path = path.resolve(strict=True)
     # Distinct for files of one name; pickle finds classes of the module by it.
     name = f"meds_user_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -20,6 +20,12 @@ def file(tmp_path):
     return path
 
 
+def test_a_file_is_executed_once_whatever_names_it(file):
+    file.write_text("calls = []\ndef first():\n    return calls\ndef second():\n    return calls\n")
+    first = load_function("policy.loss", f"{file}:first")
+    assert load_function("filter.metric", f"{file}:second")() is first()
+
+
 def test_a_function_of_a_file_and_of_a_module(file):
     made = load_function("policy.loss", f"{file}:loss")(None, None)
     assert type(pickle.loads(pickle.dumps(made))) is type(made)
@@ -43,6 +49,9 @@ def test_one_that_cannot_be_had_is_one_sentence(file, name, text, expected):
 
 
 def test_a_file_or_module_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "mine.py").write_text("open('table.json')\n")
+    with pytest.raises(UserError, match=r"mine\.py cannot be imported \(FileNotFoundError.*table\.json"):
+        load_function("policy.loss", f"{tmp_path}/mine.py:loss")
     with pytest.raises(UserError, match=r"policy\.loss: .*none\.py does not exist"):
         load_function("policy.loss", f"{tmp_path}/none.py:loss")
     with pytest.raises(UserError, match=r"policy\.loss: no\.where cannot be imported"):
@@ -63,7 +72,7 @@ def test_a_key_takes_its_names_and_functions_and_nothing_else(key, file):
 def test_files_are_named_by_absolute_paths(file, monkeypatch):
     monkeypatch.chdir(file.parent)
     config = Config()
-    config.policy.loss = "mine.py:loss"
+    config.policy.loss = f"../{file.parent.name}/mine.py:loss"
     resolve_functions(config)
     assert config.policy.loss == f"{file}:loss" and len(function_digests(config)["policy.loss"]) == 32
     config.policy.loss = "none.py:loss"
@@ -79,6 +88,14 @@ def test_a_run_is_not_resumed_with_another_version_of_the_file(file, tmp_path):
 
     claim()
     claim()
+    config = load_config(QUICKSTART, [f"run_dir={tmp_path}/run", f"policy.loss={file}:loss"])
+    with RunDirectory(config.run_dir).claim(config) as run:
+        run.check_functions(config)
+        before = file.read_text()
+        file.write_text(before + "# edited while it trains\n")
+        with pytest.raises(UserError, match=r"policy\.loss: the file of .* has changed while the run was under way"):
+            run.check_functions(config)
+        file.write_text(before)
     file.write_text(file.read_text() + "# another\n")
     with pytest.raises(UserError, match=r"policy\.loss: the file of .*mine\.py:loss has changed"):
         claim()

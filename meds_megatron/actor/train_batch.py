@@ -3,6 +3,7 @@ phase."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -58,7 +59,7 @@ class TrainBatch:
         """Tokens of each response, drawn and given."""
         return self.lengths_B - self.prompt_lengths_B
 
-    @property
+    @cached_property
     def drawn_offsets_B1(self) -> np.ndarray:
         """Drawn tokens of i are the R-arrays' [drawn_offsets_B1[i]:drawn_offsets_B1[i + 1]]."""
         return offsets(self.loss_mask_T)[self.offsets_B1]

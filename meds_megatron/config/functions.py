@@ -13,6 +13,12 @@ def named_functions(config: Config) -> dict[str, str]:
     return {key: value for key, value in values.items() if is_function(value)}
 
 
+def function_files(config: Config) -> list[str]:
+    """Files, not modules, that the config names functions of."""
+    sources = [value.rpartition(":")[0] for value in named_functions(config).values()]
+    return [source for source in sources if source.endswith(".py")]
+
+
 def resolve_functions(config: Config) -> None:
     """Names functions by the absolute paths of their files, and imports each. Raises UserError for one that is not
     there."""

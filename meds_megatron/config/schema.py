@@ -284,8 +284,8 @@ class FilterConfig:
 
     metric: str = choice("accuracy", "shaped", "none")
     """`shaped` is the score after all penalties including the error memory's, and needs a forward pass of every
-    generated response. `none` keeps every group. Or a function of yours, from a `TrainBatch` of graded responses to
-    their values [B]."""
+    generated response. `none` keeps every group. Or a function of yours, from a `TrainBatch` of the responses (scores
+    of failed gradings are NaN) to their values [B]."""
     generation_prompts: int | None = setting(None, gt=0)
     """Prompts of one generation batch; default: train.prompts_per_step."""
     max_batches: int = setting(10, gt=0)

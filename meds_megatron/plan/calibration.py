@@ -35,7 +35,7 @@ def measure(directory: str | Path, prompt_share: float) -> Measured:
             f"{directory}: phases of a run with train.max_staleness = {config.train.max_staleness} overlap, and cannot "
             "calibrate; give a run with train.max_staleness=0."
         )
-    lines = [line for line in run.metrics if "time/rollout" in line and "time/update" in line]
+    lines = [line for line in run.metrics if "time/rollout" in line and "policy/updates" in line]
     if len(lines) < 2:
         raise UserError(
             f"{directory}/metrics.jsonl has {len(lines)} finished steps, and a calibration needs 2 or more, since "

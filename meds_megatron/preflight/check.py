@@ -20,6 +20,7 @@ from meds_megatron.cluster.device import resolve_device
 from meds_megatron.cluster.placement import Place, Placement, rank_places
 from meds_megatron.cluster.ray_cluster import ray_cluster, reserve_nodes
 from meds_megatron.config import Config
+from meds_megatron.config.functions import function_files, resolve_functions
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.config.network import LOOPBACK, on_one_machine
 from meds_megatron.shared_memory import SHARED_MEMORY
@@ -52,11 +53,14 @@ class Finding:
 def check(config: Config, links: bool = True) -> list[Finding]:
     """Findings on every reserved node, and with `links` between the ranks.
 
-    Raises UserError when the nodes cannot be reserved or one cannot read the model or a data file.
+    Raises UserError when the nodes cannot be reserved or one cannot read the model, a data file or the file of a
+    function that the config names.
     """
     config.cluster.device = device = resolve_device(config.cluster)
     files = [config.model.path] if config.model.make == "no" and config.model.path else []
     files += [name for name in (*config.data.train, *config.data.validation) if name != "arithmetic"]
+    resolve_functions(config)
+    files += function_files(config)
     paths = [str(Path(name).expanduser().absolute()) for name in files]
     run_dir = str(Path(config.run_dir).expanduser().absolute())
     with (

@@ -70,8 +70,8 @@ def main(descriptor: int, parent: int, memory_bytes: int, grader: str = "math_ve
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
-    # Last, for a checkout that is not installed.
-    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    # The driver's package, also where another one is installed.
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
     compare = judge_of(grader)
     connection = Connection(descriptor)
     with suppress(EOFError, ConnectionError):  # The pool closed the pipe.

@@ -84,7 +84,7 @@ class RunDirectory(RunPaths):
         try:
             remove_incomplete(self.checkpoints)
             for path in self.path.glob(".*.partial"):
-                path.unlink()
+                path.unlink(missing_ok=True)
             for path in [*self.rollouts.glob("*"), *self.exports.glob(".*"), *self.exports.glob("step_*")]:
                 number = path.name.removeprefix("step_").removesuffix(".parquet")
                 if not number.isdigit() or int(number) > last:
@@ -138,6 +138,12 @@ class RunDirectory(RunPaths):
             )
         for change in free + other:
             print(f"meds: resuming with {change}", file=sys.stderr)
+
+    def check_functions(self, config: Config) -> None:
+        """Raises UserError when the file of a function that the config names has changed since the run was claimed:
+        processes that are started now would have another version than those before."""
+        if changed := self._changed_functions(config):
+            raise UserError(f"{'; '.join(changed)} while the run was under way: put it back, or start the run again")
 
     def _changed_functions(self, config: Config) -> list[str]:
         """Functions of the user's own whose files are no longer what they were when the run was last started."""

@@ -1,6 +1,6 @@
 """Sweeps: runs of one config that differ in settings and seeds, as Slurm jobs or on this machine.
 
-Importing the package loads nothing else: the batch script of a job runs with no more than Python.
+Importing the package loads nothing else.
 """
 
 

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from meds_megatron.config import Config, load_config
+from meds_megatron.config.functions import resolve_functions
 from meds_megatron.config.load import nearest_key, schema_types
 from meds_megatron.config.validate import validate
 from meds_megatron.errors import UserError
@@ -160,6 +161,7 @@ def expand(sweep: SweepConfig, path: str | Path) -> list[SweepRun]:
         try:
             config = load_config(sweep.config, overrides)
             validate(config)
+            resolve_functions(config)
         except UserError as error:
             raise UserError(f"{path}: the run {name}: {error}") from error
         runs.append(SweepRun(name, differences, [sweep.config, *overrides], directory, config))

@@ -88,7 +88,8 @@ class LocalExecutor:
         return job
 
     def has_ended(self, job: submitit.Job) -> bool:
-        return job.done()
+        # One that has ended since then still has its GPUs.
+        return all(job is not other for other, _ in self._taken)
 
     def earlier_jobs(self, ids: Mapping[str, str]) -> dict[str, submitit.Job]:
         """None: local runs end with the sweep."""

@@ -52,6 +52,7 @@ def attempt(
         logger.info("code: %s", ", ".join(f"{name} {value}" for name, value in code_version().items()))
         if prompts.skipped:
             logger.warning("%d prompts are longer than rollout.max_prompt_tokens and were left out", prompts.skipped)
+        run.check_functions(config)
         checkpoint = run.newest_checkpoint()
         run.rewind(checkpoint.step if checkpoint else None)
         console.phase("starting engines and trainer ranks")

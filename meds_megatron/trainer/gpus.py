@@ -13,7 +13,7 @@ class Gpus:
     or wakes them, onloads or offloads the policy. With `rollout.nodes` engines have GPUs of their own and never sleep.
 
     Engines that sleep either keep their weights, in the host's memory, or drop them and lack weights until the next
-    weight update. The policy's gradients and, with `train.offload_optimizer`, its optimizer state are on the GPUs
+    weight update. The policy's gradients and, with `train.offload_optimizer`, its optimizer state are on shared GPUs
     during updates only.
     """
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from meds_megatron.cluster.fork_server import ForkServer
 from meds_megatron.cluster.ray_cluster import reserve_nodes
 from meds_megatron.config import Config
+from meds_megatron.config.functions import function_files
 from meds_megatron.faults.interruption import Interruption
 from meds_megatron.faults.supervision import Supervisor
 from meds_megatron.faults.watchdog import Watchdog
@@ -53,7 +54,8 @@ def start_processes(
     stack.callback(remove_unclaimed)
     shared_directory = SHARED_MEMORY / f"{PREFIX}weights-{secrets.token_hex(8)}"
     stack.callback(shutil.rmtree, shared_directory, ignore_errors=True)
-    placement = reserve_nodes(config, use_gpu, paths=[model_dir, run.path], fork_servers=servers)
+    paths: list[str | Path] = [model_dir, run.path, *function_files(config)]
+    placement = reserve_nodes(config, use_gpu, paths, fork_servers=servers)
     supervisor = stack.enter_context(Supervisor(config.run_dir, interruption))
     # A GCS that has ended would be waited for.
     stack.callback(lambda: None if interruption.is_ray_dead else placement.close())

@@ -1,4 +1,4 @@
-"""Protocols of a run's parts: what the training loop, the rollout manager and the weight sync call of them.
+"""Protocols of a run's parts: what the training loop calls of them.
 
 Real parts run processes, simulated ones (bench/simulation) take simulated time, and those of the tests are scripted.
 """

@@ -92,7 +92,7 @@ def update_metrics(updates: list[UpdateOutput]) -> dict[str, float]:
     steps = [_update_means(update) for update in updates if not update.skipped]
     if steps:
         metrics |= {f"policy/{name}": float(np.mean([step[name] for step in steps])) for name in steps[0]}
-    if not updates[0].skipped:
+    if not updates[0].skipped and "kl" in steps[0]:
         # Exactly 0 when the update's forward pass repeats the one that gave the old log-probs.
         metrics["policy/kl_first_update"] = steps[0]["kl"]
     return metrics

@@ -47,9 +47,10 @@ def training_batch(rollouts: RolloutBatch, policy_version: int, config: Config) 
     advantages = compute_advantages(inputs, config.advantage)
     batch.advantages_B = advantages.advantages_B.numpy()
     batch.loss_weights_B = np.zeros(len(batch), dtype=np.float32)
+    drawn_lengths_B = batch.drawn_lengths_B
     for number in range(minibatches_B.max(initial=NOT_SCHEDULED) + 1):
         members = np.flatnonzero(minibatches_B == number)
-        lengths_B = torch.from_numpy(batch.drawn_lengths_B[members])
+        lengths_B = torch.from_numpy(drawn_lengths_B[members])
         batch.loss_weights_B[members] = aggregation_weights(
             lengths_B,
             config.policy.aggregation,

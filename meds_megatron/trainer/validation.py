@@ -54,13 +54,14 @@ class Validator:
         seed = None if overlaps else config.train.seed
         with self._timer("validation"):
             numbers = generation.submit(self._prompts, Sampling.validation(config.rollout), seed, first=overlaps)
+            awaited = set(numbers)
             groups: dict[int, PromptGroup] = {}
             while len(groups) < len(numbers):
                 if generation.stop_requested:
                     logger.warning("a validation was abandoned: its step has no validation metrics")
                     return []
                 generation.advance()
-                groups |= generation.take_finished(numbers)
+                groups |= generation.take_finished(awaited)
         return [groups[number] for number in numbers]
 
 

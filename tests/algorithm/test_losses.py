@@ -8,6 +8,7 @@ import torch
 from meds_megatron.algorithm.losses import LOSSES, policy_loss
 from meds_megatron.config import PolicyConfig
 from meds_megatron.config.load import schema_choices
+from meds_megatron.errors import UserError
 from tests.algorithm.micro_batches import gradient, micro_batch, random_micro_batch, responses
 
 every_loss = pytest.mark.parametrize("loss", LOSSES)
@@ -105,3 +106,14 @@ def test_kl_is_the_k3_estimate_of_each_token(loss):
     inputs = micro_batch([log2 - 1.0, -log2 - 1.0], [-1.0, -1.0], [1.0, 1.0])
     kl = policy_loss(inputs, PolicyConfig(loss=loss)).token_sums["kl"].item()
     assert kl == pytest.approx((2.0 - 1.0 - log2) + (0.5 - 1.0 + log2))
+
+
+def test_a_users_loss_that_is_none_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from meds_megatron.algorithm.losses import LossOutput\n"
+        "def number(inputs, config):\n    return inputs.logprobs_T.sum()\n"
+        "def silent(inputs, config):\n    return LossOutput(inputs.logprobs_T.sum(), {})\n"
+    )
+    for name, found in (("number", "Tensor"), ("silent", "LossOutput")):
+        with pytest.raises(UserError, match=rf"policy\.loss is .*:{name}, which gave {found}, expected a LossOutput"):
+            policy_loss(random_micro_batch(0), PolicyConfig(loss=f"{tmp_path}/mine.py:{name}"))

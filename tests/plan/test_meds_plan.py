@@ -242,7 +242,7 @@ def test_the_arithmetic_models_shape_is_known_before_it_is_made():
 def test_a_run_calibrates_its_own_prediction_exactly(tmp_path):
     config = load_config(CONFIGS / "meds_qwen3_8b.yaml")
     save_config(config, tmp_path / "config.yaml")
-    line = {"response/count": 16384, "response/length_mean": 2000.0, "filter/kept_share": 0.5}
+    line = {"response/count": 16384, "response/length_mean": 2000.0, "filter/kept_share": 0.5, "policy/updates": 32}
     times = {"time/rollout": 300.0, "time/forward": 20.0, "time/update": 90.0, "time/sync": 4.0}
     warm_up = {name: 10 * seconds for name, seconds in times.items()}
     lines = [{"step": 1} | line | warm_up, {"step": 2} | line | times, {"step": 3} | line | times]

@@ -138,6 +138,40 @@ def test_local_runs_have_gpus_of_their_own(tmp_path, monkeypatch):
         local_executor(file)
 
 
+def test_a_run_that_ends_while_others_are_looked_at_keeps_its_gpus_until_then(tmp_path, monkeypatch):
+    file = write(tmp_path, "seeds: [0, 1, 2]\nconcurrent: 2\njob: {gpus_per_node: 1}\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    executor, ended, taken = local_executor(file), set(), []
+
+    class Job:
+        job_id = "1"
+
+        def done(self) -> bool:
+            return self in ended
+
+    monkeypatch.setattr(executor._submitit, "submit", lambda _, arguments, visible: taken.append(visible) or Job())
+    first, second = (executor.submit(run) for run in expand(load_sweep(file), file)[:2])
+    executor.refresh()
+    ended.add(first)
+    assert not executor.has_ended(first) and not executor.has_ended(second)
+    executor.refresh()
+    assert executor.has_ended(first) and not executor.has_ended(second)
+    executor.submit(expand(load_sweep(file), file)[2])
+    assert taken == ["4", "5", "4"]
+
+
+def test_a_sweep_names_functions_as_its_runs_do_and_knows_them_before_any_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def loss(inputs, config):\n    pass\n")
+    file = write(tmp_path, "settings: {policy.loss: 'mine.py:loss'}\n")
+    assert expand(load_sweep(file), file)[0].config.policy.loss == f"{tmp_path}/mine.py:loss"
+    file = write(tmp_path, "settings: {policy.loss: 'mine.py:los'}\n")
+    with pytest.raises(
+        UserError, match=r"some\.yaml: the run .*policy\.loss is .*mine\.py:los, but .* has no such name"
+    ):
+        expand(load_sweep(file), file)
+
+
 def test_the_runs_of_a_seed_are_submitted_before_those_of_the_next(tmp_path, monkeypatch):
     file = write(tmp_path, "grid: {penalty.alpha: [0.1, 0.02]}\nseeds: [3, 1]\nconcurrent: 3\n")
     executor = local_executor(file)

@@ -20,7 +20,8 @@ NOT_IN_A_RUN = (
     "evaluation",
     "report",
     "weights/conversion",
-    "preflight/check.py",
+    "preflight",
+    "sweeps",
 )
 """Packages whose code no training step executes."""
 

@@ -46,7 +46,7 @@ class LossOutput:
     """A micro-batch's share of the mini-batch's loss.
 
     `token_sums` (float32 scalars without gradient) are added over micro-batches and data-parallel ranks, divided by
-    `token_sums["tokens"]` and reported as `policy/<name>`.
+    `token_sums["tokens"]`, the tokens that count, which every loss has, and reported as `policy/<name>`.
     """
 
     loss: Tensor
