@@ -54,7 +54,7 @@ class TrainingLoop:
 
         # The memory remembers and reclusters while the policy learns and, with `train.max_staleness`, the engines
         # generate for later steps.
-        self.memory.remember(*rollouts.mistakes(self.config))
+        self.memory.remember(*rollouts.to_remember(self.config))
         with self.gpus.held_by_trainer():
             pending = policy.update(batch.responses, batch.minibatches_B, state.step - 1) if len(batch) else None
             updates = generation.wait_for(pending) if pending else []

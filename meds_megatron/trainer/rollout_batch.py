@@ -89,7 +89,7 @@ class RolloutBatch:
         chosen_B = self.kept_B | config.memory.remember_filtered
         return np.array([row for row in np.flatnonzero(chosen_B) if self.keys_B[row] is not None], dtype=np.int64)
 
-    def mistakes(self, config: Config) -> tuple[list[str], np.ndarray]:
+    def to_remember(self, config: Config) -> tuple[list[str], np.ndarray]:
         """Memory keys and vectors of what the error memory remembers of the step."""
         return self.lookup_arguments(self.rows_to_remember(config), config)
 
