@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from meds_megatron.digests import file_digest
 from meds_megatron.errors import UserError
 
 
@@ -38,10 +39,10 @@ def load_function(key: str, value: str) -> Callable[..., Any]:
 
 
 def source_digest(key: str, value: str) -> str:
-    """blake2b of the file that defines the function, as hexadecimal digits."""
+    """Digest of the file that defines the function (`digests.file_digest`)."""
     file = _module(key, value.rpartition(":")[0]).__file__
     assert file is not None
-    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
+    return file_digest(Path(file))
 
 
 def _module(key: str, source: str) -> ModuleType:

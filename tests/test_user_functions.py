@@ -6,6 +6,7 @@ import pytest
 
 from meds_megatron.config import Config, load_config
 from meds_megatron.config.functions import function_digests, named_functions, resolve_functions
+from meds_megatron.digests import file_digest
 from meds_megatron.errors import UserError
 from meds_megatron.run.directory import RunDirectory
 from meds_megatron.user_functions import load_function
@@ -74,7 +75,7 @@ def test_files_are_named_by_absolute_paths(file, monkeypatch):
     config = Config()
     config.policy.loss = f"../{file.parent.name}/mine.py:loss"
     resolve_functions(config)
-    assert config.policy.loss == f"{file}:loss" and len(function_digests(config)["policy.loss"]) == 32
+    assert config.policy.loss == f"{file}:loss" and function_digests(config)["policy.loss"] == file_digest(file)
     config.policy.loss = "none.py:loss"
     with pytest.raises(UserError, match="does not exist"):
         resolve_functions(config)

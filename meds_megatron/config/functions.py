@@ -1,7 +1,8 @@
 """Functions of the user's own that a config names."""
 
-from typing import Any
+from operator import attrgetter
 
+from meds_megatron.config.changes import settings_of
 from meds_megatron.config.load import schema_choices
 from meds_megatron.config.schema import Config
 from meds_megatron.user_functions import absolute, is_function, load_function, source_digest
@@ -9,8 +10,8 @@ from meds_megatron.user_functions import absolute, is_function, load_function, s
 
 def named_functions(config: Config) -> dict[str, str]:
     """By dotted key, the functions that the config names."""
-    values = {key: _get(config, key) for key in schema_choices()}
-    return {key: value for key, value in values.items() if is_function(value)}
+    settings = settings_of(config)
+    return {key: settings[key] for key in schema_choices() if is_function(settings[key])}
 
 
 def function_files(config: Config) -> list[str]:
@@ -24,17 +25,10 @@ def resolve_functions(config: Config) -> None:
     there."""
     for key, value in named_functions(config).items():
         section, name = key.rsplit(".", 1)
-        setattr(_get(config, section), name, absolute(value))
+        setattr(attrgetter(section)(config), name, absolute(value))
         load_function(key, absolute(value))
 
 
 def function_digests(config: Config) -> dict[str, str]:
-    """blake2b of the file of each function that the config names, by dotted key."""
+    """Digest of the file of each function that the config names, by dotted key."""
     return {key: source_digest(key, value) for key, value in named_functions(config).items()}
-
-
-def _get(config: Config, key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value

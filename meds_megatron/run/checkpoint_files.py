@@ -160,12 +160,6 @@ def mark_complete(path: Path, taken: Mapping[str, str] | None = None) -> None:
     atomic.sync(path.parent)
 
 
-def partial_directory(path: Path) -> Path:
-    """A directory in which a save of the checkpoint `path` writes, and no other: processes that were stopped may resume
-    and continue with an older one."""
-    return atomic.partial_name(path)
-
-
 def publish(partial: Path, path: Path) -> None:
     """Gives a checkpoint that is complete its name."""
     remove(path)

@@ -143,7 +143,7 @@ class RunDirectory(RunPaths):
         """Raises UserError when the file of a function that the config names has changed since the run was claimed:
         processes that are started now would have another version than those before."""
         if changed := self._changed_functions(config):
-            raise UserError(f"{'; '.join(changed)} while the run was under way: put it back, or start the run again")
+            raise UserError(f"{'; '.join(changed)} while the run was under way: put it back and start the run again")
 
     def _changed_functions(self, config: Config) -> list[str]:
         """Functions of the user's own whose files are no longer what they were when the run was last started."""

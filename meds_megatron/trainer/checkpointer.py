@@ -11,6 +11,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from meds_megatron import atomic
 from meds_megatron.config import Config, save_config
 from meds_megatron.config.layout import ParallelLayout
 from meds_megatron.errors import UserError
@@ -19,7 +20,6 @@ from meds_megatron.run.checkpoint_files import (
     MEMORY,
     Checkpoint,
     mark_complete,
-    partial_directory,
     prune,
     publish,
     remove,
@@ -121,7 +121,7 @@ class Checkpointer:
         self._run.check_lock()
         step = self._state["step"]
         path = self._run.checkpoint(step)
-        partial = partial_directory(path)
+        partial = atomic.partial_name(path)
         with self._removed_on_failure(path, partial):
             partial.mkdir(parents=True)
             self._policy.begin_save(str(partial))

@@ -56,8 +56,9 @@ class TrainingLoop:
         # generate for later steps.
         self.memory.remember(*rollouts.to_remember(self.config))
         with self.gpus.held_by_trainer():
-            pending = policy.update(batch.responses, batch.minibatches_B, state.step - 1) if len(batch) else None
-            updates = generation.wait_for(pending) if pending else []
+            updates = []
+            if len(batch):
+                updates = generation.wait_for(policy.update(batch.responses, batch.minibatches_B, state.step - 1))
         generation.update_weights(updated=bool(updates))
 
         validation = self.validator.validate() if self.validator.is_due(state.step) else {}

@@ -1,10 +1,15 @@
-"""All tests in two processes of pytest side by side, `python -m tests.lanes`: whole runs, which wait for much, and the
-tests that compute. Arguments go to both; the output of the runs follows when the others have ended."""
+"""All tests, `python -m tests.all_tests`, in two processes of pytest side by side: whole runs, which wait for much, and
+the tests that compute. On a machine with GPUs, which they would share, in one.
+
+Arguments go to both; the output of the runs follows when the others have ended.
+"""
 
 import signal
 import subprocess
 import sys
 import tempfile
+
+from tests.devices import gpu_count
 
 RUNS = "run or slurm"
 """Tiers of one process; the other has the rest."""
@@ -12,6 +17,8 @@ RUNS = "run or slurm"
 
 def main(arguments: list[str]) -> int:
     pytest = [sys.executable, "-m", "pytest", *arguments]
+    if gpu_count():
+        return subprocess.call(pytest)
     with tempfile.TemporaryFile() as output:
         runs = subprocess.Popen([*pytest, "-m", RUNS], stdout=output, stderr=subprocess.STDOUT)
         others = subprocess.Popen([*pytest, "-m", f"not ({RUNS})"])
